@@ -1,0 +1,183 @@
+"""Samples in, scores out: what every metric shares, and what makes two scores comparable."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal: the name by which a score knows its extractor and its reference."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What an extractor says of N images: features (N, D) float32, and logits (N, classes) where it classifies."""
+
+    features: np.ndarray
+    logits: np.ndarray | None = None
+
+
+class Extractor(Protocol):
+    """A fixed network that describes images; `hash` is the digest of its weights file."""
+
+    name: str
+    hash: str
+
+    def __call__(self, images: Tensor) -> Outputs:
+        """Images are uint8 (N, C, H, W) on the CPU."""
+        ...
+
+
+class Features:
+    """What is known of one set of images, each thing computed once however many metrics ask for it."""
+
+    def __init__(self, images: Tensor):
+        self._images = images
+        self._known: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """`compute()` the first time the key is asked for, the same object ever after."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
+
+    def of(self, extractor: Extractor) -> Outputs:
+        """The extractor's features and logits of all the images."""
+        return self.once(("outputs", extractor.hash), lambda: extractor(self._images))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images to be scored, and how they came about.
+
+    images: uint8 (N, C, H, W), CPU. labels: int64 (N,), the classes asked for; None for an unconditional sampler.
+    sampler: the sampler and its settings in words. calls: network calls an image. seconds: time to make all of them.
+    checkpoint: "last", or "best of n" where the checkpoint was chosen by its score among n.
+    Raises ValueError naming the field when types or counts do not fit.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    sampler: str
+    calls: int
+    seconds: float
+    seed: int
+    checkpoint: str = "last"
+    features: Features = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.device.type != "cpu":
+            raise ValueError(
+                f"samples.images: {self.images.dtype} {tuple(self.images.shape)} on {self.images.device}; "
+                "expected uint8 (N, C, H, W) on the CPU, as to_uint8(x).cpu() gives"
+            )
+        if self.labels is not None and (self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]):
+            raise ValueError(
+                f"samples.labels: {self.labels.dtype} {tuple(self.labels.shape)}; "
+                f"expected int64 ({len(self.images)},), a class for every image"
+            )
+        object.__setattr__(self, "features", Features(self.images))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number with everything it depends on.
+
+    images: samples scored. calls: network calls an image. extractor, reference: digests of the network and of the
+    reference statistics; None for what the metric does not use. reference_images: images behind the reference.
+    seconds: time to make the samples. `a < b` orders by value and refuses scores that do not compare.
+    """
+
+    name: str
+    value: float
+    images: int
+    sampler: str
+    calls: int
+    extractor: str | None
+    reference: str | None
+    reference_images: int
+    checkpoint: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        measured = f"{self.images} images, {self.sampler}, {self.calls} calls an image, {self.checkpoint} checkpoint"
+        by = f", extractor {self.extractor[:8]}" if self.extractor else ""
+        against = f", {self.reference_images} reference images ({self.reference[:8]})" if self.reference else ""
+        return f"{self.name} {self.value:.4g} ({measured}{by}{against})"
+
+    def __lt__(self, other: Score) -> bool:
+        return compare(self, other) < 0
+
+    def __gt__(self, other: Score) -> bool:
+        return compare(self, other) > 0
+
+
+ALIKE = ("name", "images", "extractor", "reference", "reference_images")
+
+
+def compare(a: Score, b: Score) -> float:
+    """a.value - b.value, for scores of one metric, extractor, reference and sample count.
+
+    Raises ValueError that lists what differs: such a difference would say nothing about the generators.
+    """
+    unlike = [f"{key} ({getattr(a, key)} and {getattr(b, key)})" for key in ALIKE if getattr(a, key) != getattr(b, key)]
+    if unlike:
+        raise ValueError(f"scores do not compare: they differ in {', '.join(unlike)}; evaluate both in the same way")
+    return a.value - b.value
+
+
+class Metric(Protocol):
+    """A named function from samples to a score."""
+
+    name: str
+
+    def __call__(self, samples: Samples) -> Score: ...
+
+
+def score(
+    name: str,
+    value: float,
+    samples: Samples,
+    *,
+    extractor: str | None = None,
+    reference: str | None = None,
+    reference_images: int = 0,
+    images: int | None = None,
+) -> Score:
+    """A Score that takes from the samples what it says of them; `images` where only a part of them was scored."""
+    return Score(
+        name=name,
+        value=float(value),
+        images=len(samples) if images is None else images,
+        sampler=samples.sampler,
+        calls=samples.calls,
+        extractor=extractor,
+        reference=reference,
+        reference_images=reference_images,
+        checkpoint=samples.checkpoint,
+        seconds=samples.seconds,
+    )
+
+
+def evaluate(metrics: Sequence[Metric], samples: Samples) -> list[Score]:
+    """Every metric's score of the samples, in order; features are computed once for all of them."""
+    return [metric(samples) for metric in metrics]

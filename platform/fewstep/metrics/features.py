@@ -1,0 +1,175 @@
+"""The small classifier whose penultimate features stand in for Inception's on small images: seconds on a CPU core.
+
+Its Frechet distance is reported as `fd_<name>`, never as `fid`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fewstep.metrics.base import Outputs, digest
+
+RESERVED = ("inception", "fid", "kid")  # an extractor of this name would lend its score a name it has not earned
+REMAKE = "make one with: python jobs/features.py data=<shards> test=<shards> out=<folder>"
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a small network is: its shape, and what it was trained on with which result."""
+
+    name: str
+    classes: int
+    channels: int
+    size: int
+    trained_on: str = ""
+    test_accuracy: float = 0.0
+
+
+def _block(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+    )
+
+
+class FeatureNet(nn.Module):
+    """Five 3x3 convolutions with batch norm, two poolings, global average: 128 features, then a linear classifier.
+
+    x: (B, channels, H, W) in [-1, 1]. Returns the features (B, 128) and the logits (B, classes). 279 k parameters for
+    one channel and ten classes; any size that can be halved twice fits.
+    """
+
+    def __init__(self, classes: int, channels: int, dropout: float = 0.2):
+        super().__init__()
+        self.body = nn.Sequential(
+            _block(channels, 32),
+            nn.MaxPool2d(2),
+            _block(32, 64),
+            _block(64, 64),
+            nn.MaxPool2d(2),
+            _block(64, 128),
+            _block(128, 128),
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(128, classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.body(x).mean((2, 3))
+        return features, self.classifier(self.dropout(features))
+
+
+def train_features(
+    batches: Iterable[tuple[Tensor, Tensor]],
+    steps: int,
+    *,
+    classes: int,
+    channels: int,
+    seed: int = 0,
+    lr: float = 6e-3,
+    device: str | torch.device = "cpu",
+) -> FeatureNet:
+    """A FeatureNet trained for `steps` batches of (images (B, C, H, W) in [-1, 1], labels (B,)), in eval mode.
+
+    AdamW under a one-cycle rate with peak `lr`, label smoothing 0.05. The global random state is left as it was found.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = FeatureNet(classes, channels).to(device).train()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
+        for images, labels in islice(batches, steps):
+            logits = net(images.to(device))[1]
+            loss = F.cross_entropy(logits, labels.to(device), label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return net.eval()
+
+
+def save_features(path: str | Path, net: FeatureNet, info: Info) -> None:
+    """Writes the weights with `info` as metadata, as safetensors."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+    save_file(weights, path, metadata={"info": json.dumps(asdict(info), sort_keys=True)})
+
+
+class SmallNetwork:
+    """A trained FeatureNet as an extractor: float32, eval mode, `batch` images at a time on `device`."""
+
+    def __init__(self, net: FeatureNet, info: Info, hash: str, device: str | torch.device = "cpu", batch: int = 500):
+        self.net = net.float().eval().requires_grad_(False).to(device)
+        self.info, self.hash, self.device, self.batch = info, hash, torch.device(device), batch
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Outputs:
+        """Features (N, 128) and logits (N, classes) of uint8 images (N, C, H, W). Raises ValueError on other shapes."""
+        expected = (self.info.channels, self.info.size, self.info.size)
+        if images.dtype != torch.uint8 or images.shape[1:] != expected:
+            raise ValueError(
+                f"images: {images.dtype} {tuple(images.shape)}; extractor {self.name!r} takes uint8 (N, {expected[0]}, "
+                f"{expected[1]}, {expected[2]}); train one on your images: python jobs/features.py data=<shards> ..."
+            )
+        features, logits = [], []
+        with torch.autocast(self.device.type, enabled=False):
+            for part in images.split(self.batch):
+                x = part.to(self.device, torch.float32) / 127.5 - 1
+                f, y = self.net(x)
+                features.append(f.cpu())
+                logits.append(y.cpu())
+        return Outputs(torch.cat(features).numpy(), torch.cat(logits).numpy())
+
+
+def open_features(path: str | Path, device: str | torch.device = "cpu", batch: int = 500) -> SmallNetwork:
+    """The small network in a safetensors file that `save_features` wrote; its hash is the file's.
+
+    Raises FileNotFoundError, or ValueError naming the file and what in it is missing, unknown or of a wrong shape.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"features: no file {str(path)!r}; {REMAKE}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"features: {str(path)!r} is not a safetensors file ({error}); {REMAKE}") from None
+    try:
+        info = Info(**json.loads(metadata["info"]))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"features: {str(path)!r} has no readable 'info' metadata ({error!r}); {REMAKE}") from None
+    net = FeatureNet(info.classes, info.channels)
+    expected = net.state_dict()
+    wrong = [f"{key} missing" for key in expected.keys() - weights.keys()]
+    wrong += [f"{key} unknown" for key in weights.keys() - expected.keys()]
+    wrong += [
+        f"{key} {tuple(weights[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected.keys() & weights.keys()
+        if weights[key].shape != expected[key].shape
+    ]
+    if wrong:
+        raise ValueError(f"features: {str(path)!r} does not hold this network: {'; '.join(sorted(wrong))}; {REMAKE}")
+    net.load_state_dict(weights)
+    return SmallNetwork(net, info, digest(path), device, batch)
+
+
+def accuracy(outputs: Outputs, labels: np.ndarray) -> float:
+    """Share of the images whose most likely class is their label. Raises ValueError without a classifier."""
+    if outputs.logits is None:
+        raise ValueError("class agreement needs an extractor that classifies; use the small network's features file")
+    return float((outputs.logits.argmax(1) == np.asarray(labels)).mean())
