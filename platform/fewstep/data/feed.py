@@ -1,0 +1,324 @@
+"""Batches for training: shards read in the order of the plan, decoded, and scaled to [-1, 1].
+
+    feed = open_feed("shards", seed=0)
+    for images, labels in feed.batches(position, batch=256, rank=0, world=1): ...
+
+`position` is the number of images that all ranks together have consumed, the whole state of a feed: the stream from a
+position is the same whether it was reached in one run or in ten, by one rank or by eight.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from queue import Empty, Full, Queue
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from fewstep.data.decode import CorruptImage, decode, decode_all
+from fewstep.data.plan import Piece, Plan, check
+from fewstep.data.shards import CorruptRows, Shards, labels, latents, open_shards, refuse
+
+MEMORY_BYTES = 512 << 20
+T = TypeVar("T")
+
+
+class Feed(ABC):
+    """What training sees of a set: `batches`, and what the batches hold.
+
+    seed: of the order. flip: mirror half of the images, chosen anew each epoch.
+    captions: batches are (images, labels, captions) and not (images, labels).
+    max_corrupt: the part of the rows that may lack a usable image. Such a row is named in `corrupt`, and the next good
+        row of its row group (in the order of the epoch) takes its place: batches stay full, whatever the world.
+    Raises CorruptRows where more rows than that are found, ValueError for a flip of latents.
+    """
+
+    def __init__(
+        self, shards: Shards, seed: int = 0, flip: bool = False, captions: bool = False, max_corrupt: float = 0.001
+    ):
+        if flip and shards.manifest.kind == "latent":
+            raise ValueError("data.flip: a mirrored latent is not the latent of the mirrored image; use flip=false")
+        if captions and not shards.manifest.captions:
+            raise ValueError(f"data.captions: the rows of {str(shards.path)!r} have none; use captions=false")
+        self.shards, self.flip, self.with_captions = shards, flip, captions
+        self.plan = Plan([unit.rows for unit in shards.units], seed)
+        self.rows, self.shape, self.classes = shards.rows, shards.size, shards.classes
+        self.class_names = shards.manifest.class_names
+        self.allowed = int(max_corrupt * shards.rows)
+        self._corrupt: dict[int, str] = {}
+        self._live: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
+
+    @property
+    def corrupt(self) -> list[str]:
+        """The rows without a usable image that were met so far, by file and row, with the reason."""
+        return [self._corrupt[row] for row in sorted(self._corrupt)]
+
+    def batches(self, position: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Any, ...]]:
+        """The rank's part of one global batch after another, from a position on, without end.
+
+        batch: images of a global batch, a multiple of world.
+        Yields images float32 (batch / world, C, H, W) in [-1, 1] (latents: as stored), labels int64 (batch / world,).
+        """
+        check(batch, rank, world)
+        if position < 0:
+            raise ValueError(f"position: {position}; it counts images from 0")
+        stream = self._batches(position, batch, rank, world)
+        self._live.add(stream)
+        return stream
+
+    def close(self) -> None:
+        """Ends the batches that are under way, and their threads."""
+        for stream in list(self._live):
+            stream.close()
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def _batches(self, position: int, batch: int, rank: int, world: int) -> Generator[tuple[Any, ...], None, None]: ...
+
+    def _note(self, row: int, reason: str) -> None:
+        """Counts a row as corrupt."""
+        if row not in self._corrupt:
+            self._corrupt[row] = f"{self.shards.name(*self.plan.unit(row))}: {reason}"
+            if len(self._corrupt) > self.allowed:
+                raise refuse(self.corrupt, self.allowed, str(self.shards.path))
+
+    def _no_stand_in(self, row: int) -> CorruptRows:
+        unit = self.shards.units[self.plan.unit(row)[0]]
+        where = f"{self.shards.path / unit.file}, row group {unit.group}: no row is left to take a corrupt one's place"
+        return refuse(self.corrupt, self.allowed, where)
+
+    def _finish(
+        self, values: torch.Tensor, found: np.ndarray, texts: list[str] | None, epochs: np.ndarray, rows: np.ndarray
+    ) -> tuple[Any, ...]:
+        """A batch as it is handed out; epochs and rows are those of the plan, whatever took a corrupt row's place."""
+        images = values.float()
+        if self.shards.manifest.kind == "image":
+            images = images.div_(127.5).sub_(1)
+        if self.flip:
+            mirrored = torch.from_numpy(self.plan.flips(epochs, rows))
+            images[mirrored] = images[mirrored].flip(-1)
+        answer = images, torch.from_numpy(np.array(found, np.int64))
+        return answer + (texts,) if self.with_captions else answer
+
+
+class MemoryFeed(Feed):
+    """A small set, decoded once: a batch is an index, and a step waits for nothing.
+
+    tables: the units in order, where they come from elsewhere than the shards' files.
+    """
+
+    def __init__(self, shards: Shards, *args: Any, tables: Iterable[pa.Table] | None = None, **kwargs: Any):
+        super().__init__(shards, *args, **kwargs)
+        if tables is None:
+            tables = (shards.read(unit) for unit in range(len(shards.units)))
+        kind, threads = shards.manifest.kind, _threads()
+        dtype = np.uint8 if kind == "image" else shards.manifest.encoding
+        values = np.empty((self.rows, *self.shape), dtype)
+        self._labels = np.empty(self.rows, np.int64)
+        self._texts: list[str] = []
+        row = 0
+        with ThreadPoolExecutor(threads) as pool:
+            for table in tables:
+                here = slice(row, row + table.num_rows)
+                if kind == "latent":
+                    values[here] = latents(table, self.shape)
+                else:
+                    values[here], bad = decode_all(table.column("image").to_pylist(), self.shape, pool, threads)
+                    for i, reason in bad:
+                        self._note(row + i, reason)
+                self._labels[here] = labels(table)
+                if self.with_captions:
+                    self._texts += table.column("caption").to_pylist()
+                row = here.stop
+        if row != self.rows:
+            raise ValueError(f"tables: {row} rows where the manifest of {str(shards.path)!r} says {self.rows}")
+        self._values = torch.from_numpy(values)
+
+    def _batches(self, position: int, batch: int, rank: int, world: int) -> Generator[tuple[Any, ...], None, None]:
+        for start in count(position, batch):
+            positions = np.arange(start + rank, start + batch, world)
+            epochs, rows = self.plan.epochs(positions), self.plan.at(positions)
+            used = rows.copy()
+            if self._corrupt:
+                for i in np.flatnonzero(np.isin(rows, list(self._corrupt))):
+                    used[i] = self._stand_in(int(epochs[i]), int(rows[i]))
+            texts = [self._texts[row] for row in used] if self.with_captions else None
+            yield self._finish(self._values[torch.from_numpy(used)], self._labels[used], texts, epochs, rows)
+
+    def _stand_in(self, epoch: int, row: int) -> int:
+        for other in self.plan.stand_ins(epoch, row):
+            if other not in self._corrupt:
+                return other
+        raise self._no_stand_in(row)
+
+
+class StreamFeed(Feed):
+    """A set of any size: row groups are read, and images decoded, by threads that keep ahead of the step.
+
+    In memory are the encoded row groups of the plan's lanes (16 of 8 MB) and the batches that wait for the step.
+    threads: that decode; ahead_bytes: the most that ready batches hold (never fewer than two batches).
+    """
+
+    def __init__(
+        self, shards: Shards, *args: Any, threads: int | None = None, ahead_bytes: int = 128 << 20, **kwargs: Any
+    ):
+        super().__init__(shards, *args, **kwargs)
+        self.threads, self.ahead_bytes = threads or _threads(), ahead_bytes
+
+    def _batches(self, position: int, batch: int, rank: int, world: int) -> Generator[tuple[Any, ...], None, None]:
+        size = batch // world
+        depth = min(max(self.ahead_bytes // (4 * size * int(np.prod(self.shape))), 2), 16)
+        return ahead(self._decoded(position, size, rank, world), depth)
+
+    def _tables(self, position: int, rank: int, world: int) -> Generator[tuple[Piece, pa.Table], None, None]:
+        """The plan's pieces with their rows; the next two are read while one is used."""
+        pieces = self.plan.pieces(position, rank, world)
+        waiting: deque[tuple[Piece, Any]] = deque()
+        with ThreadPoolExecutor(1) as pool:
+            for piece in pieces:
+                waiting.append((piece, pool.submit(self.shards.read, piece.unit, piece.rows)))
+                if len(waiting) > 2:
+                    done, table = waiting.popleft()
+                    yield done, table.result()
+
+    def _decoded(self, position: int, size: int, rank: int, world: int) -> Generator[tuple[Any, ...], None, None]:
+        tables = self._tables(position, rank, world)
+        with ThreadPoolExecutor(self.threads) as pool:
+            try:
+                for epochs, rows, table in assemble(self.plan, tables, size):
+                    yield self._decode(epochs, rows, table, pool)
+            finally:
+                tables.close()
+
+    def _decode(self, epochs: np.ndarray, rows: np.ndarray, table: pa.Table, pool: ThreadPoolExecutor) -> Any:
+        found = labels(table)
+        texts = table.column("caption").to_pylist() if self.with_captions else None
+        if self.shards.manifest.kind == "latent":
+            return self._finish(torch.from_numpy(latents(table, self.shape).copy()), found, texts, epochs, rows)
+        values, bad = decode_all(table.column("image").to_pylist(), self.shape, pool, self.threads)
+        if bad:
+            found = found.copy()
+        for i, reason in bad:
+            self._note(int(rows[i]), reason)
+            values[i], other = self._stand_in(int(epochs[i]), int(rows[i]))
+            found[i] = labels(other)[0]
+            if texts is not None:
+                texts[i] = other.column("caption")[0].as_py()
+        return self._finish(torch.from_numpy(values), found, texts, epochs, rows)
+
+    def _stand_in(self, epoch: int, row: int) -> tuple[np.ndarray, pa.Table]:
+        """The pixels and the row that replace a corrupt one; its row group is read once more."""
+        unit, _ = self.plan.unit(row)
+        whole = self.shards.read(unit)
+        for other in self.plan.stand_ins(epoch, row):
+            candidate = whole.slice(other - int(self.plan.first[unit]), 1)
+            try:
+                return decode(candidate.column("image")[0].as_py() or b"", self.shape), candidate
+            except CorruptImage as error:
+                self._note(other, str(error))
+        raise self._no_stand_in(row)
+
+
+def assemble(
+    plan: Plan, tables: Iterable[tuple[Piece, pa.Table]], size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, pa.Table]]:
+    """Batches of `size` rows out of pieces that come in the order in which they are first needed.
+
+    Yields (epochs, row ids, rows), in the order of the places. Ends where the pieces do.
+    """
+    coming = iter(tables)
+    following = next(coming, None)
+    lanes: list[tuple[Piece, pa.Table, int]] = []  # a piece, its rows, and how many of them are used up
+    for end in count(size, size):
+        while following is not None and following[0].places[0] < end:
+            lanes.append((*following, 0))
+            following = next(coming, None)
+        places, epochs, rows, parts, left = [], [], [], [], []
+        for piece, table, used in lanes:
+            stop = int(np.searchsorted(piece.places, end))
+            if stop > used:
+                places.append(piece.places[used:stop])
+                epochs.append(np.full(stop - used, piece.epoch))
+                rows.append(plan.first[piece.unit] + piece.rows[used:stop])
+                parts.append(table.slice(used, stop - used))
+            if stop < len(piece.places):
+                left.append((piece, table, stop))
+        lanes = left
+        if sum(map(len, places)) < size:
+            return
+        order = np.argsort(np.concatenate(places))
+        yield np.concatenate(epochs)[order], np.concatenate(rows)[order], pa.concat_tables(parts).take(pa.array(order))
+
+
+def ahead(source: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
+    """The items of a generator, made by a thread that keeps up to `depth` of them ready; its errors are raised here."""
+    ready: Queue[tuple[T | None, BaseException | None]] = Queue(depth)
+    stop = threading.Event()
+
+    def put(item: tuple[T | None, BaseException | None]) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in source:
+                put((item, None))
+                if stop.is_set():
+                    break
+            else:
+                put((None, StopIteration()))
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the consumer must see it and not wait for ever
+            put((None, error))
+        finally:
+            source.close()
+
+    thread = threading.Thread(target=work, name="fewstep-feed", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stop.set()
+        while not ready.empty():
+            try:
+                ready.get_nowait()
+            except Empty:
+                break
+        thread.join(timeout=5)
+
+
+def _threads() -> int:
+    return max(1, min(4, len(os.sched_getaffinity(0))))
+
+
+def open_feed(
+    path: str | os.PathLike[str] | Shards, *, memory_bytes: int = MEMORY_BYTES, verify: str = "sha256", **options: Any
+) -> Feed:
+    """The feed of a folder of shards: in memory where the decoded set fits in `memory_bytes`, else streamed.
+
+    options: seed, flip, captions, max_corrupt. Raises ShardError as open_shards does.
+    """
+    shards = path if isinstance(path, Shards) else open_shards(path, verify)
+    return (MemoryFeed if shards.decoded_bytes <= memory_bytes else StreamFeed)(shards, **options)

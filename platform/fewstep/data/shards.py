@@ -1,0 +1,429 @@
+"""A set of images on disk: Parquet shards and the manifest that accounts for each of their bytes.
+
+A row is an `image` (an encoded PNG, JPEG or WebP file) or a `latent` (numbers, shape in the manifest), with a `label`
+(int64) and/or a `caption`. The manifest beside the shards gives sizes, hashes and row groups, so what is missing, cut
+short or changed is found when the set is opened, and named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from fewstep.config import Strict
+from fewstep.data.decode import CorruptImage, decode, encode, size_of
+from fewstep.data.plan import mix
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WRITE = "write one with: python jobs/prepare.py source=... out=..."
+RESTORE = "restore the file, or write the set again: python jobs/prepare.py source=... out=... overwrite=true"
+
+
+class ShardError(ValueError):
+    """A set that cannot be read as its manifest says; the text names the file and the way out."""
+
+
+class CorruptRows(ShardError):
+    """More rows without a usable image than `max_corrupt` allows; the text lists them."""
+
+
+def refuse(names: Sequence[str], allowed: int, where: str) -> CorruptRows:
+    """The error of a set with too many corrupt rows: what was found, what is allowed, how to go on."""
+    listed = "\n  ".join(names[:50]) + (f"\n  and {len(names) - 50} more" if len(names) > 50 else "")
+    return CorruptRows(
+        f"{where}: {len(names)} corrupt rows, {allowed} allowed; restore them or raise max_corrupt:\n  {listed}"
+    )
+
+
+class Shard(Strict):
+    """One Parquet file."""
+
+    file: str
+    rows: int
+    row_groups: tuple[int, ...]
+    bytes: int
+    sha256: str
+
+
+class Manifest(Strict):
+    """What manifest.json says of a set."""
+
+    format: Literal[1] = FORMAT
+    kind: Literal["image", "latent"]
+    rows: int
+    size: tuple[int, int, int]
+    """(C, H, W) of every row."""
+    range: tuple[float, float]
+    """Of the stored values: [0, 255] for images, the extremes found for latents."""
+    encoding: str
+    """png, jpeg or webp; source where the files are as they were found; float16 or float32 for latents."""
+    classes: int
+    """0 where rows have no label."""
+    class_names: tuple[str, ...] = ()
+    captions: bool = False
+    seed: int = 0
+    """Of the order in which the rows were written."""
+    shards: tuple[Shard, ...]
+    source: dict[str, Any] = {}
+    skipped: tuple[str, ...] = ()
+    """What was found corrupt in the source and left out, by name."""
+
+
+class Unit(NamedTuple):
+    """What is read at once: a row group. `first` is the number in the file of its first row."""
+
+    file: str
+    group: int
+    rows: int
+    first: int
+
+
+class Shards:
+    """A set that was opened; `open_shards` makes one. It holds no open file, so it can be sent to another process."""
+
+    def __init__(self, path: Path, manifest: Manifest):
+        self.path, self.manifest = path, manifest
+
+    @property
+    def rows(self) -> int:
+        return self.manifest.rows
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        return self.manifest.size
+
+    @property
+    def classes(self) -> int:
+        return self.manifest.classes
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Of all images in memory: a byte a value for images, the stored numbers for latents."""
+        item = 1 if self.manifest.kind == "image" else np.dtype(self.manifest.encoding).itemsize
+        return self.rows * int(np.prod(self.size)) * item
+
+    @property
+    def columns(self) -> list[str]:
+        return [self.manifest.kind] + ["label"] * (self.classes > 0) + ["caption"] * self.manifest.captions
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        """The row groups of all shards, in order."""
+        return [
+            Unit(shard.file, group, rows, sum(shard.row_groups[:group]))
+            for shard in self.manifest.shards
+            for group, rows in enumerate(shard.row_groups)
+        ]
+
+    def read(self, unit: int, rows: np.ndarray | None = None) -> pa.Table:
+        """The rows (numbers inside the unit, in the order given; None is all) of a unit.
+
+        Raises ShardError that names the file when it is gone, cut short, or its pages do not match their checksums.
+        """
+        where = self.units[unit]
+        path = self.path / where.file
+        try:
+            # No memory map: the pages of a file that another program truncates end the process with SIGBUS.
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                table = file.read_row_group(where.group, columns=self.columns, use_threads=False)
+        except (OSError, pa.ArrowException, IndexError) as error:
+            raise ShardError(f"{path}: row group {where.group} cannot be read ({_short(error)}); {RESTORE}") from None
+        if table.num_rows != where.rows:
+            raise ShardError(
+                f"{path}: row group {where.group} has {table.num_rows} rows, the manifest says {where.rows}; {RESTORE}"
+            )
+        return table if rows is None else table.take(pa.array(rows))
+
+    def name(self, unit: int, row: int) -> str:
+        """How errors and reports name a row: its file, and its number in the file from 0."""
+        return f"{self.units[unit].file} row {self.units[unit].first + row}"
+
+
+def latents(table: pa.Table, size: tuple[int, int, int]) -> np.ndarray:
+    """The `latent` column: (n, C, H, W) in the type that was stored."""
+    column = table.column("latent").combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), *size)
+
+
+def labels(table: pa.Table) -> np.ndarray:
+    """The `label` column, or zeros where there is none: int64 (n,)."""
+    if "label" not in table.column_names:
+        return np.zeros(table.num_rows, np.int64)
+    return table.column("label").to_numpy()
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_shards(path: str | os.PathLike[str], verify: Literal["sha256", "size"] = "sha256") -> Shards:
+    """The set in a folder, compared with its manifest.
+
+    verify: "sha256" reads every byte once and looks at every label; "size" looks at file sizes, footers and columns.
+    Raises ShardError naming the file and the way out.
+    """
+    path = Path(path).absolute()
+    if verify not in ("sha256", "size"):
+        raise ValueError(f"verify: {verify!r}; valid: sha256, size")
+    if not path.is_dir():
+        raise ShardError(f"data.path: no folder {str(path)!r}; {WRITE}")
+    if not (path / MANIFEST).is_file():
+        raise ShardError(f"data.path: no {MANIFEST} in {str(path)!r}; {WRITE}")
+    try:
+        manifest = Manifest.model_validate_json((path / MANIFEST).read_text())
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise ShardError(f"{path / MANIFEST}: not a manifest of format {FORMAT} ({_short(error)}); {RESTORE}") from None
+    shards = Shards(path, manifest)
+    for shard in manifest.shards:
+        _verify(shards, shard, verify == "sha256")
+    total = sum(shard.rows for shard in manifest.shards)
+    if total != manifest.rows or total < 1:
+        raise ShardError(f"{path / MANIFEST}: says {manifest.rows} rows, its shards have {total}; {RESTORE}")
+    return shards
+
+
+def _verify(shards: Shards, shard: Shard, whole: bool) -> None:
+    path = shards.path / shard.file
+    if not path.is_file():
+        raise ShardError(f"{path}: missing; {RESTORE}")
+    if (size := path.stat().st_size) != shard.bytes:
+        raise ShardError(f"{path}: {size} bytes, the manifest says {shard.bytes}; {RESTORE}")
+    if whole and (digest := _sha256(path)) != shard.sha256:
+        raise ShardError(f"{path}: its sha256 {digest[:12]}... is not the manifest's {shard.sha256[:12]}...; {RESTORE}")
+    try:
+        with pq.ParquetFile(path) as file:
+            schema, footer = file.schema_arrow, file.metadata
+            groups = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
+            found = file.read(columns=["label"]).column("label") if whole and "label" in schema.names else None
+    except (OSError, pa.ArrowException) as error:
+        raise ShardError(f"{path}: not a readable Parquet file ({_short(error)}); {RESTORE}") from None
+    expected = _schema(shards.manifest)
+    if not schema.equals(expected):
+        columns = ", ".join(f"{field.name} {field.type}" for field in schema)
+        wanted = ", ".join(f"{field.name} {field.type}" for field in expected)
+        raise ShardError(f"{path}: has the columns ({columns}) where the manifest says ({wanted}); {RESTORE}")
+    if groups != shard.row_groups or sum(groups) != shard.rows:
+        raise ShardError(f"{path}: {sum(groups)} rows in {len(groups)} row groups, the manifest says "
+                         f"{shard.rows} in {len(shard.row_groups)}; {RESTORE}")  # fmt: skip
+    if found is not None:
+        values = found.to_numpy()
+        wrong = np.flatnonzero((values < 0) | (values >= shards.classes))
+        if len(wrong):
+            raise ShardError(f"{path}: row {wrong[0]} has the label {values[wrong[0]]}, "
+                             f"the manifest says 0 <= label < {shards.classes}; {RESTORE}")  # fmt: skip
+    if shards.manifest.kind == "image":
+        _verify_first_image(shards, path)
+
+
+def _verify_first_image(shards: Shards, path: Path) -> None:
+    """The size of a shard's first readable image: cheap, and finds a set that was written at another size."""
+    unit = next(i for i, u in enumerate(shards.units) if u.file == path.name)
+    for data in shards.read(unit, np.arange(min(8, shards.units[unit].rows))).column("image").to_pylist():
+        try:
+            _, height, width = size_of(data or b"")
+        except CorruptImage:
+            continue  # one bad image is the feed's to count
+        if (height, width) != shards.size[1:]:
+            wanted = "x".join(map(str, shards.size[1:]))
+            raise ShardError(f"{path}: images of {height}x{width} pixels where the manifest says {wanted}; {RESTORE}")
+        return
+
+
+def _schema(manifest: Manifest) -> pa.Schema:
+    values = int(np.prod(manifest.size))
+    content = pa.binary() if manifest.kind == "image" else pa.list_(pa.from_numpy_dtype(manifest.encoding), values)
+    fields = [pa.field(manifest.kind, content)]
+    if manifest.classes:
+        fields.append(pa.field("label", pa.int64()))
+    if manifest.captions:
+        fields.append(pa.field("caption", pa.string()))
+    return pa.schema(fields)
+
+
+class ShardWriter:
+    """Writes a set; it appears under its name only when it is complete.
+
+        with ShardWriter(out, size=(1, 28, 28), classes=10) as writer:
+            writer.add(pixels, label=3)
+        writer.manifest
+
+    size: (C, H, W) of every row.
+    encoding: how arrays are stored: png, jpeg or webp for uint8 pixels, float16 or float32 for latents; "source" where
+        only bytes are added. Bytes are kept as they are in every case.
+    classes: labels are 0..classes-1; 0 means rows without labels. captions: rows have a text.
+    seed: of the order. Rows are shuffled when written, so that a row group is a fair sample of the set; where the
+        encoded rows exceed `window_bytes` they are shuffled window by window.
+    group_bytes, group_rows: the size of a row group, whichever comes first; shard_bytes: of a file.
+    Raises ShardError when the folder exists and overwrite is False, and leaves nothing behind when the body raises.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        size: tuple[int, int, int],
+        *,
+        encoding: str = "png",
+        classes: int = 0,
+        class_names: Sequence[str] = (),
+        captions: bool = False,
+        source: dict[str, Any] | None = None,
+        seed: int = 0,
+        overwrite: bool = False,
+        group_rows: int = 1000,
+        group_bytes: int = 8 << 20,
+        shard_bytes: int = 256 << 20,
+        window_bytes: int = 1 << 30,
+    ):
+        self.out = Path(out).absolute()
+        if self.out.exists() and not overwrite:
+            raise ShardError(f"out: {str(self.out)!r} exists; choose another folder or add overwrite=true")
+        if class_names and len(class_names) != classes:
+            raise ValueError(f"class_names: {len(class_names)} names for {classes} classes")
+        self.temp = self.out.with_name(f".{self.out.name}.{os.getpid()}.part")
+        shutil.rmtree(self.temp, ignore_errors=True)
+        self.temp.mkdir(parents=True)
+        self.group_rows, self.group_bytes = group_rows, group_bytes
+        self.shard_bytes, self.window_bytes = shard_bytes, window_bytes
+        self.manifest = Manifest(
+            kind="latent" if encoding.startswith("float") else "image",
+            rows=0, size=size, range=(0, 255), encoding=encoding, classes=classes, class_names=tuple(class_names),
+            captions=captions, seed=seed, shards=(), source=source or {},
+        )  # fmt: skip
+        self._window: list[tuple[Any, ...]] = []
+        self._window_bytes = self._windows = 0
+        self._extremes = (np.inf, -np.inf)
+        self._shards: list[Shard] = []
+        self._skipped: list[str] = []
+        self._file: pq.ParquetWriter | None = None
+        self._groups: list[int] = []
+        self._file_bytes = 0
+
+    def add(self, image: bytes | np.ndarray, label: int | None = None, caption: str | None = None) -> None:
+        """One row: an encoded file, or an array (C, H, W): uint8 for an image, numbers for a latent.
+
+        Raises CorruptImage when bytes cannot be decoded or have another size, ValueError for a wrong shape or label.
+        """
+        m = self.manifest
+        if m.classes and (label is None or not 0 <= label < m.classes):
+            raise ValueError(f"label: {label} where the set has classes 0..{m.classes - 1}")
+        if m.captions and caption is None:
+            raise ValueError("caption: missing; every row of a captioned set needs one")
+        if isinstance(image, bytes):
+            decode(image, m.size)
+            content = image
+        elif image.shape != tuple(m.size):
+            raise ValueError(f"image: shape {image.shape} where the set has {m.size}")
+        elif m.kind == "latent":
+            content = np.asarray(image, m.encoding).ravel()
+            self._extremes = min(self._extremes[0], float(content.min())), max(self._extremes[1], float(content.max()))
+        elif image.dtype != np.uint8:
+            raise ValueError(f"image: dtype {image.dtype}; images are uint8")
+        else:
+            content = encode(image, m.encoding)
+        row = (content,) + ((int(label),) if m.classes else ()) + ((caption,) if m.captions else ())
+        self._window.append(row)
+        self._window_bytes += _bytes(content)
+        if self._window_bytes >= self.window_bytes:
+            self._write_window()
+
+    def skip(self, name: str) -> None:
+        """Names a row of the source that was left out."""
+        self._skipped.append(name)
+
+    def _write_window(self) -> None:
+        order = np.argsort(mix(self.manifest.seed, self._windows, np.arange(len(self._window))), kind="stable")
+        rows, self._window = self._window, []
+        self._windows, self._window_bytes = self._windows + 1, 0
+        group: list[tuple[Any, ...]] = []
+        size = 0
+        for i in order.tolist():
+            group.append(rows[i])
+            size += _bytes(rows[i][0])
+            if len(group) == self.group_rows or size >= self.group_bytes:
+                self._write_group(group, size)
+                group, size = [], 0
+        if group:
+            self._write_group(group, size)
+
+    def _write_group(self, rows: list[tuple[Any, ...]], size: int) -> None:
+        schema = _schema(self.manifest)
+        columns = []
+        for field, values in zip(schema, zip(*rows, strict=True), strict=True):
+            if field.name == "latent":
+                columns.append(pa.FixedSizeListArray.from_arrays(np.concatenate(values), field.type.list_size))
+            else:
+                columns.append(pa.array(values, field.type))
+        if self._file is None:
+            name = f"shard-{len(self._shards):05d}.parquet"
+            # 28x28 PNGs share most of their header: zstd saves 10% of them, and costs JPEG nothing to read.
+            self._file = pq.ParquetWriter(
+                self.temp / name, schema, compression="zstd", use_dictionary=False, write_page_checksum=True
+            )
+        self._file.write_table(pa.table(columns, schema=schema), row_group_size=len(rows))
+        self._groups.append(len(rows))
+        self._file_bytes += size
+        if self._file_bytes >= self.shard_bytes:
+            self._end_file()
+
+    def _end_file(self) -> None:
+        if self._file is None:
+            return
+        self._file.close()
+        path = self.temp / f"shard-{len(self._shards):05d}.parquet"
+        self._shards.append(
+            Shard(file=path.name, rows=sum(self._groups), row_groups=tuple(self._groups),
+                  bytes=path.stat().st_size, sha256=_sha256(path))
+        )  # fmt: skip
+        self._file, self._groups, self._file_bytes = None, [], 0
+
+    def close(self) -> Manifest:
+        """Writes what is left and the manifest, and gives the folder its name. Raises ShardError without a row."""
+        if self._window:
+            self._write_window()
+        self._end_file()
+        if not self._shards:
+            raise ShardError(f"out: no rows were written to {str(self.out)!r}; the source gave none")
+        found = {"range": self._extremes} if self.manifest.kind == "latent" else {}
+        self.manifest = self.manifest.model_copy(
+            update=found | {"rows": sum(s.rows for s in self._shards), "shards": tuple(self._shards),
+                            "skipped": tuple(self._skipped)}
+        )  # fmt: skip
+        (self.temp / MANIFEST).write_text(self.manifest.model_dump_json(indent=1) + "\n")
+        old = self.out.with_name(f".{self.out.name}.{os.getpid()}.old")
+        if self.out.exists():
+            self.out.rename(old)
+        self.temp.rename(self.out)
+        shutil.rmtree(old, ignore_errors=True)
+        return self.manifest
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            if self._file is not None:
+                self._file.close()
+            shutil.rmtree(self.temp, ignore_errors=True)
+
+
+def _bytes(content: bytes | np.ndarray) -> int:
+    return len(content) if isinstance(content, bytes) else content.nbytes
