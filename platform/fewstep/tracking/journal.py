@@ -1,0 +1,213 @@
+"""The journal of a run: everything reported, on disk before it is sent, and a marker of what the server acknowledged.
+
+A run's folder holds `tracking/`:
+
+    journal.jsonl   append-only, one operation a line: {"serial": 1, 2, ..., "time": ms, "op": ..., ...}
+    sent.json       {"serial": last acknowledged, "run_id": ..., "experiment_id": ...}, replaced atomically
+    refused.jsonl   serials that the server answered with "never", and why
+    files/<id>/     copies of the files that unsent operations name
+
+A line is one write(2), so it survives the death of the process (kill -9) at any moment; it is not fsynced, so it does
+not survive the power failing. A line that was cut short is dropped on opening, and counted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("fewstep.tracking")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One journalled operation and the byte at which the next line starts."""
+
+    serial: int
+    op: dict[str, Any]
+    end: int
+
+
+class Journal:
+    """The open journal of one run folder. One process at a time holds it; its methods may be called from any thread.
+
+    folder: the run's folder. create: make the journal when there is none.
+    lock_s: how long to wait for a process that still holds it (a killed one lets go at once).
+    Raises FileNotFoundError when there is no journal and `create` is false, RuntimeError when another process holds it,
+    ValueError when a line other than the last is damaged.
+    """
+
+    def __init__(self, folder: Path, *, create: bool = True, lock_s: float = 10.0):
+        self.run_folder = folder.absolute()
+        self.folder = self.run_folder / "tracking"
+        self.path = self.folder / "journal.jsonl"
+        if not create and not self.path.is_file():
+            raise FileNotFoundError(
+                f"folder: no tracking/journal.jsonl in {str(self.run_folder)!r}; give a run's folder"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock_file = self._lock(lock_s)
+        self._mutex = threading.Lock()
+        self.dropped = 0  # lines cut short by the death of an earlier process
+        self.lost = 0  # operations that could not be written, such as on a full disk
+        self.refused = 0
+        try:
+            self._open()
+        except BaseException:
+            self._lock_file.close()
+            raise
+
+    def _lock(self, lock_s: float):
+        file = open(self.folder / "lock", "a+")
+        deadline = time.monotonic() + lock_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    holder = file.read().strip()
+                    file.close()
+                    raise RuntimeError(
+                        f"{self.run_folder}: process {holder} is already tracking this run; wait for it or end it"
+                    ) from None
+                time.sleep(0.1)
+            else:
+                file.truncate(0)
+                file.write(str(os.getpid()))
+                file.flush()
+                return file
+
+    def _open(self) -> None:
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        marker = self._read_marker()
+        self.run_id: str | None = marker.get("run_id")
+        self.experiment_id: str | None = marker.get("experiment_id")
+        self.sent = int(marker.get("serial", 0))
+        self.last = self._offset = self._size = 0
+        staged = set()
+        for entry in self.entries():
+            self.last, self._size = entry.serial, entry.end
+            if entry.serial <= self.sent:
+                self._offset = entry.end
+            elif "file" in entry.op:
+                staged.add(Path(entry.op["file"]).parts[0])
+        if os.fstat(self._file).st_size > self._size:
+            self.dropped = 1
+            os.ftruncate(self._file, self._size)
+            log.warning("%s: the last line was cut short and is dropped", self.path)
+        self.sent = min(self.sent, self.last)
+        for left in (self.folder / "files").glob("*"):
+            if left.name not in staged:
+                shutil.rmtree(left)
+
+    def _read_marker(self) -> dict[str, Any]:
+        path = self.folder / "sent.json"
+        if not path.exists():
+            return {}
+        try:
+            return json.loads(path.read_text())
+        except ValueError:
+            log.warning("%s: unreadable; everything is sent again, which the server recognises", path)
+            return {}
+
+    def entries(self, start: int = 0) -> Iterator[Entry]:
+        """The whole lines from byte `start` on, oldest first. Raises ValueError naming a damaged line."""
+        with open(self.path, "rb") as file:
+            end = file.seek(start)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                end += len(line)
+                try:
+                    op = json.loads(line)
+                    serial = op["serial"]
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(
+                        f"{self.path}: byte {end - len(line)} starts a damaged line; move the folder "
+                        f"{str(self.folder)!r} away to track the run afresh"
+                    ) from None
+                yield Entry(serial, op, end)
+
+    def append(self, op: dict[str, Any]) -> int:
+        """Writes one operation and returns its serial. A full disk loses the operation, which is counted and logged."""
+        with self._mutex:
+            serial = self.last + 1
+            line = json.dumps({"serial": serial, "time": time.time_ns() // 1_000_000} | op).encode() + b"\n"
+            try:
+                if os.write(self._file, line) != len(line):
+                    raise OSError("short write")
+            except OSError as error:
+                self.lose(error)
+                os.ftruncate(self._file, self._size)
+                return self.last
+            self.last, self._size = serial, self._size + len(line)
+            return serial
+
+    def lose(self, error: OSError) -> None:
+        """Counts an operation that could not be written to disk; says so the first time."""
+        self.lost += 1
+        if self.lost == 1:
+            log.error("%s: cannot write (%s); what is reported from now on is not tracked", self.folder, error)
+
+    def stage(self) -> Path:
+        """A new folder for the files of the next operation; name them in it as `file`, relative to `files/`."""
+        (self.folder / "files").mkdir(exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=self.folder / "files"))
+
+    def file(self, entry: Entry) -> Path:
+        """Where the copied file of an operation lies."""
+        return self.folder / "files" / entry.op["file"]
+
+    @property
+    def unsent(self) -> int:
+        """How many operations the server has not acknowledged."""
+        return max(0, self.last - self.sent)
+
+    def pending(self, limit: int = 1000) -> list[Entry]:
+        """The oldest unacknowledged operations, at most `limit`, oldest first."""
+        found: list[Entry] = []
+        for entry in self.entries(self._offset):
+            found.append(entry)
+            if len(found) == limit:
+                break
+        return found
+
+    def acknowledge(self, entries: list[Entry]) -> None:
+        """Marks the operations up to the last of `entries` as sent and deletes the copies of their files."""
+        self.sent, self._offset = entries[-1].serial, entries[-1].end
+        self.mark()
+        for entry in entries:
+            if "file" in entry.op:
+                shutil.rmtree(self.folder / "files" / Path(entry.op["file"]).parts[0], ignore_errors=True)
+
+    def mark(self) -> None:
+        """Writes the marker atomically."""
+        marker = {"serial": self.sent, "run_id": self.run_id, "experiment_id": self.experiment_id}
+        new = self.folder / "sent.json.new"
+        new.write_text(json.dumps(marker))
+        os.replace(new, self.folder / "sent.json")
+
+    def refuse(self, entry: Entry, what: str, reason: str) -> None:
+        """Records that the server will never take (a part of) an operation. It stays in the journal."""
+        self.refused += 1
+        with open(self.folder / "refused.jsonl", "a") as file:
+            file.write(json.dumps({"serial": entry.serial, "what": what, "reason": reason}) + "\n")
+        log.warning("%s: the server refused %s: %s", self.run_folder, what, reason)
+
+    def close(self) -> None:
+        """Lets go of the journal. Safe to call twice."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+            self._lock_file.close()

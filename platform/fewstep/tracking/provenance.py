@@ -1,0 +1,93 @@
+"""Where a run comes from: the code, the installed packages, the machine, and what it was given."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distributions, version
+from pathlib import Path
+
+import torch
+
+DIFF_CHARS = 2_000_000
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """tags: short facts by name, for `Tracker.open(tags=...)`. files: text by file name, for `Tracker.text`."""
+
+    tags: dict[str, str]
+    files: dict[str, str]
+
+
+def provenance(root: Path, **fingerprints: str) -> Provenance:
+    """What is needed to repeat a run: git commit and differences, packages, hardware, the caller's fingerprints.
+
+    root: a folder of the checkout. Outside one the tag `git.commit` says "not a git checkout". fingerprints: such as
+    data="sha256:...", recorded as the tags `fingerprint.<name>`.
+    Files: `environment.txt`, every installed package; `git.diff` when the checkout differs from its commit.
+    Call it in the process that trains: it asks torch for the devices.
+    """
+    tags, files = _git(Path(root))
+    packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions()}, key=str.lower)
+    files["environment.txt"] = "\n".join([f"# Python {platform.python_version()}", *packages, ""])
+    tags |= {
+        "host.cpu": f"{len(os.sched_getaffinity(0))} of {_cpu()}",
+        "host.gpu": _gpus(),
+        "host.os": platform.platform(),
+        "version.python": platform.python_version(),
+        "version.torch": torch.__version__,
+        "version.cuda": torch.version.cuda or "none",
+    }
+    for package in ("ray", "diffusers", "fewstep"):
+        tags[f"version.{package}"] = _version(package)
+    return Provenance(tags | {f"fingerprint.{k}": str(v) for k, v in fingerprints.items()}, files)
+
+
+def _git(root: Path) -> tuple[dict[str, str], dict[str, str]]:
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
+
+    try:
+        inside = git("rev-parse", "--show-toplevel")
+    except FileNotFoundError:
+        return {"git.commit": "git is not installed"}, {}
+    if inside.returncode:
+        reason = (inside.stderr.strip().splitlines() or ["git failed"])[0]
+        return {"git.commit": "not a git checkout" if "not a git repository" in reason else reason}, {}
+    head = git("rev-parse", "HEAD")
+    commit = head.stdout.strip() if head.returncode == 0 else "no commit yet"
+    changed = git("diff", "--no-color", "--no-ext-diff", *(["HEAD"] if head.returncode == 0 else ["--cached"])).stdout
+    listing = git("ls-files", "--others", "--exclude-standard", "--full-name", inside.stdout.strip())
+    untracked = listing.stdout.splitlines()
+    tags = {"git.commit": commit, "git.dirty": str(bool(changed or untracked)).lower()}
+    if head.returncode == 0:
+        tags["mlflow.source.git.commit"] = commit  # the page's "Version"
+    if not changed and not untracked:
+        return tags, {}
+    if len(changed) > DIFF_CHARS:
+        changed = f"{changed[:DIFF_CHARS]}\n# cut here: {len(changed)} characters in all\n"
+    return tags, {"git.diff": changed + "".join(f"# untracked: {name}\n" for name in untracked)}
+
+
+def _cpu() -> str:
+    """The processor's name, as the kernel or else Python gives it."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.machine()
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,212 @@
+"""From the journal to MLflow, in order.
+
+Every operation may be sent twice without harm, so a crash between the server's answer and the marker costs nothing:
+metrics carry the time at which they were journalled, and an SQL store keeps one row per (name, time, step, value);
+parameters, tags and files land on themselves; the run and its model versions carry a tag by which they are found.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from PIL import Image
+
+from .journal import Entry, Journal, log
+from .store import experiment, page, prepare_store
+
+METRICS, PARAMS = 1000, 100  # entities MLflow takes in one request
+NEVER = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # the same request will be answered the same way tomorrow
+THUMBNAIL = 256  # pixels; what the page loads before the full image
+
+
+class Sender:
+    """Sends a journal's operations to the store at `uri`. Used by one thread."""
+
+    def __init__(self, journal: Journal, uri: str):
+        self.journal, self.uri, self.client = journal, uri, None
+
+    @property
+    def url(self) -> str | None:
+        """The run's page on the server, once it is known."""
+        run_id, experiment_id = self.journal.run_id, self.journal.experiment_id
+        return page(self.uri, experiment_id, run_id) if run_id and experiment_id else None
+
+    def step(self) -> int:
+        """Sends the oldest operations, metrics many at a time; returns how many, 0 when nothing waits.
+
+        Raises whatever MLflow raises when the store cannot be reached: nothing is marked as sent then.
+        """
+        waiting = self.journal.pending()
+        if not waiting:
+            return 0
+        if self.client is None:
+            self.client = prepare_store(self.uri)
+        if self.journal.run_id is None:
+            self._find_or_create_run()
+        batch = waiting[:1]
+        if waiting[0].op["op"] == "metrics":
+            batch = self._metrics(waiting)
+        else:
+            getattr(self, "_" + waiting[0].op["op"])(waiting[0])
+        self.journal.acknowledge(batch)
+        return len(batch)
+
+    # ------------------------------------------------------------------------------------------------ the run
+
+    def _find_or_create_run(self) -> None:
+        opened = next(self.journal.entries()).op
+        experiment_id = experiment(self.client, self.uri, opened["experiment"])
+        if opened["run_id"]:
+            run = self.client.get_run(opened["run_id"])
+        else:
+            found = self.client.search_runs([experiment_id], f"tags.`fewstep.journal` = '{opened['journal']}'")
+            tags = opened["tags"] | {"fewstep.journal": opened["journal"]}
+            run = found[0] if found else self.client.create_run(experiment_id, opened["time"], tags, opened["name"])
+        self.journal.run_id, self.journal.experiment_id = run.info.run_id, run.info.experiment_id
+        self.journal.mark()
+
+    def _open(self, entry: Entry) -> None:
+        # A run made here has these tags since its creation; one that was handed in has not.
+        if entry.op["run_id"]:
+            self._tags(entry)
+
+    def _resume(self, entry: Entry) -> None:
+        self.client.update_run(self.journal.run_id, status="RUNNING")
+        self._tags(entry)
+
+    def _status(self, entry: Entry) -> None:
+        self.client.set_terminated(self.journal.run_id, status=entry.op["status"], end_time=entry.op["time"])
+
+    # --------------------------------------------------------------------------------------------- small things
+
+    def _batches(self, entry: Entry, items: Sequence, size: int, send: Callable[[Sequence], None]) -> None:
+        """Sends `items` by `size`; when one is refused, sends the rest of its batch singly and records it."""
+        for start in range(0, len(items), size):
+            part = items[start : start + size]
+            try:
+                send(part)
+            except MlflowException as error:
+                if error.error_code not in NEVER:
+                    raise
+                if len(part) > 1:
+                    self._batches(entry, part, 1, send)
+                else:
+                    self.journal.refuse(entry, f"{entry.op['op']} {part[0].key}", error.message.strip().splitlines()[0])
+
+    def _metrics(self, waiting: list[Entry]) -> list[Entry]:
+        batch, metrics = [], []
+        for entry in waiting:
+            if entry.op["op"] != "metrics" or len(metrics) >= METRICS:
+                break
+            op = entry.op
+            for name, value in op["values"].items():
+                metrics.append(Metric(name, value, op["time"], op["step"]))
+                metrics.append(Metric(f"by_images/{name}", value, op["time"], op["images"]))
+            batch.append(entry)
+        send = lambda part: self.client.log_batch(self.journal.run_id, metrics=part)
+        self._batches(batch[0], metrics, METRICS, send)
+        return batch
+
+    def _params(self, entry: Entry) -> None:
+        params = [Param(k, v) for k, v in entry.op["params"].items()]
+        self._batches(entry, params, PARAMS, lambda part: self.client.log_batch(self.journal.run_id, params=part))
+
+    def _tags(self, entry: Entry) -> None:
+        tags = [RunTag(k, v) for k, v in entry.op["tags"].items()]
+        self._batches(entry, tags, PARAMS, lambda part: self.client.log_batch(self.journal.run_id, tags=part))
+
+    def _score(self, entry: Entry) -> None:
+        score, time, step = entry.op["score"], entry.op["time"], entry.op["step"]
+        metric = [Metric(f"score/{score['name']}", score["value"], time, step)]
+        self._batches(entry, metric, 1, lambda part: self.client.log_batch(self.journal.run_id, metrics=part))
+        so_far = [e.op["score"] | {"step": e.op["step"]} for e in self._until(entry) if e.op["op"] == "score"]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "scores.json"
+            path.write_text(json.dumps(so_far, indent=1))
+            self._upload(entry, path)
+
+    def _until(self, last: Entry):
+        for entry in self.journal.entries():
+            yield entry
+            if entry.serial == last.serial:
+                return
+
+    # -------------------------------------------------------------------------------------------------- files
+
+    def _upload(self, entry: Entry, path: Path, to: str = "") -> None:
+        if path.exists():
+            send = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
+            send(self.journal.run_id, str(path), to or None)
+        else:
+            self.journal.refuse(entry, f"{entry.op['op']} {path}", "the file is gone")
+
+    def _artifact(self, entry: Entry) -> None:
+        self._upload(entry, self.journal.file(entry), entry.op["to"])
+
+    def _image(self, entry: Entry) -> None:
+        """The PNG under its own path, and once more with a small copy as MLflow's page expects images with a step."""
+        op, path, run_id = entry.op, self.journal.file(entry), self.journal.run_id
+        if not path.exists():
+            return self.journal.refuse(entry, f"image {op['name']}", "its file is gone")
+        image = Image.fromarray(np.load(path))
+        # The names MLflow's own log_image gives, but with an identity that is the same when the image is sent again.
+        identity = uuid.uuid5(uuid.NAMESPACE_URL, f"{run_id}/{entry.serial}")
+        name = f"{op['name'].replace('/', '~')}+step+{op['step']}+timestamp+{op['time']}+{identity}"
+        with tempfile.TemporaryDirectory() as folder:
+            png = Path(folder) / f"step-{op['step']:08d}.png"
+            image.save(png)
+            self._upload(entry, png, f"grids/{op['name']}")
+            png.rename(Path(folder) / f"{name}.png")
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            image.save(Path(folder) / f"{name}+compressed.webp")
+            self.client.log_artifacts(run_id, folder, "images")
+        self.client.set_tag(run_id, "mlflow.loggedImages", "true")
+
+    def _model(self, entry: Entry) -> None:
+        op, run_id, client = entry.op, self.journal.run_id, self.client
+        folder = Path(op["folder"])
+        if not folder.is_dir():
+            return self.journal.refuse(entry, f"model {folder}", "the folder is gone")
+        client.log_artifacts(run_id, str(folder), "model")
+        try:
+            client.create_registered_model(op["name"])
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        serial = str(entry.serial)
+        versions = client.search_model_versions(f"name = '{op['name']}' and run_id = '{run_id}'")
+        version = next((v for v in versions if v.tags.get("fewstep.serial") == serial), None)
+        if version is None:
+            source = f"{client.get_run(run_id).info.artifact_uri}/model"
+            version = client.create_model_version(op["name"], source, run_id, tags={"fewstep.serial": serial})
+        client.set_registered_model_alias(op["name"], op["alias"], version.version)
+
+
+def drain(sender: Sender, give_up: Callable[[], bool], wait: Callable[[float], object]) -> None:
+    """Sends until nothing waits or `give_up()`; after a failure calls `wait(seconds)` with growing intervals.
+
+    The first failure and the recovery are logged, with the reason; the failures between are not.
+    """
+    pause_s, failures = 0.5, 0
+    while not give_up():
+        try:
+            if not sender.step():
+                return
+        except Exception as error:  # the thread must outlive anything a store, a network or a proxy comes up with
+            if failures == 0:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                log.warning("tracking waits, training goes on: %s", reason)
+            failures += 1
+            wait(pause_s)
+            pause_s = min(2 * pause_s, 30.0)
+        else:
+            if failures:
+                log.warning("tracking goes on after %d failed attempts", failures)
+            pause_s, failures = 0.5, 0

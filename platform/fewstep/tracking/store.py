@@ -1,0 +1,111 @@
+"""The tracking store: where it is, and bringing it into being once when many processes want it at the same moment."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote, urlsplit, urlunsplit
+
+# Read by MLflow when it is imported (telemetry) and at each request (the rest). A server that does not answer must hold
+# the sender for seconds; MLflow's own defaults hold it for four minutes.
+for _name, _value in {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+from mlflow import MlflowClient  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+
+SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
+
+
+def tracking_uri(uri: str | None = None, root: Path | None = None) -> str:
+    """Absolute URI of the tracking store.
+
+    uri: None takes MLFLOW_TRACKING_URI, and when that is unset `sqlite:///<root>/mlflow.db`, which `mlflow ui` shows
+    without options when it is started in `root`. root: default the working directory, so call this in the driver: a
+    training worker has another one. Raises ValueError for a store that is neither a server nor an SQL database.
+    """
+    base = (root or Path.cwd()).absolute()
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{base / 'mlflow.db'}"
+    if urlsplit(uri).scheme.partition("+")[0] not in SCHEMES:
+        raise ValueError(
+            f"tracking.uri: {uri!r} is neither a server nor an SQL database; give http://host:port or sqlite:///path/mlflow.db"
+        )
+    if path := database(uri):
+        return f"sqlite:///{base / path}"
+    return uri.rstrip("/")
+
+
+def database(uri: str) -> Path | None:
+    """The file of an SQLite store; None for another kind."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def without_password(uri: str) -> str:
+    """The URI as it may be written to disk: a password becomes ***."""
+    parts = urlsplit(uri)
+    if parts.password is None:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def prepare_store(uri: str) -> MlflowClient:
+    """A client of the store, which exists and has its tables when this returns.
+
+    MLflow creates an SQLite database by some seventy migrations, and of several processes that start them at once all
+    but one fail; a file lock beside the database lets one do it while the others wait.
+    """
+    path = database(uri)
+    with _locked(path.with_name(path.name + ".lock")) if path else contextlib.nullcontext():
+        client = MlflowClient(uri)
+        if path:
+            client.search_experiments(max_results=1)
+            client.search_registered_models(max_results=1)
+        return client
+
+
+def experiment(client: MlflowClient, uri: str, name: str) -> str:
+    """Id of the experiment, created when it is not there, by this process or by one that races it.
+
+    With SQLite its artifacts go to `mlartifacts/` beside the database; a server decides for itself.
+    Raises RuntimeError for a deleted experiment.
+    """
+    path = database(uri)
+    place = (path.parent / "mlartifacts" / re.sub(r"[^\w.-]", "_", name)).as_uri() if path else None
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, artifact_location=place)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        found = client.get_experiment_by_name(name)
+    if found.lifecycle_stage == "deleted":
+        raise RuntimeError(
+            f"experiment {name!r} is deleted; bring it back with: mlflow experiments restore "
+            f"--experiment-id {found.experiment_id}"
+        )
+    return found.experiment_id
+
+
+def page(uri: str, experiment_id: str, run_id: str) -> str | None:
+    """Address of a run's page on a server; None for a database, which has no page until `mlflow ui` runs."""
+    if database(uri) or not uri.startswith("http"):
+        return None
+    return f"{without_password(uri)}/#/experiments/{quote(experiment_id)}/runs/{quote(run_id)}"
