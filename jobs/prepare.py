@@ -1,0 +1,81 @@
+#!/usr/bin/env python
+"""Writes a set of images as the Parquet shards that training reads.
+
+python jobs/prepare.py source=fashion_mnist split=train out=shards/fashion_mnist
+python jobs/prepare.py source=folder path=pictures size=256 out=shards/pictures
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
+
+from fewstep.config import Strict, parse, resolve
+from fewstep.data.decode import CorruptImage
+from fewstep.data.shards import ShardError
+from fewstep.data.sources import SOURCES, SourceError, pack
+
+
+class Prepare(Strict):
+    """Write a set of images as Parquet shards with a manifest."""
+
+    source: Literal["fashion_mnist", "cifar10", "folder", "webdataset"]
+    """Where the images come from."""
+    out: str
+    """The folder to write; `shipped:name` is the package's own."""
+    path: str | None = None
+    """The source's file or folder; fashion_mnist finds or downloads its own."""
+    split: Literal["train", "test"] = "train"
+    """Of fashion_mnist and cifar10."""
+    limit: int | None = Field(None, ge=1)
+    """Keep this many rows, chosen at random by the seed."""
+    seed: int = Field(0, ge=0)
+    """Of the choice and of the order in the shards."""
+    size: int | None = Field(None, ge=1)
+    """Resize the shorter side of files to this and crop the centre; without it files are kept as they are."""
+    channels: Literal[1, 3] = 3
+    """Of files: 1 is grey, 3 is colour."""
+    format: Literal["png", "jpeg", "webp"] = "png"
+    """How pixels are stored; png and webp keep every one."""
+    max_corrupt: float = Field(0.001, ge=0, le=1)
+    """The part of the rows that may be unusable; beyond it the job stops and lists them."""
+    overwrite: bool = False
+    """Replace the folder when it exists."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    job = parse(Prepare, argv)
+    started = time.perf_counter()
+    try:
+        source = SOURCES[job.source](resolve(job.path) if job.path else None, job.split)
+        manifest = pack(
+            source, resolve(job.out), limit=job.limit, seed=job.seed, size=job.size, channels=job.channels,
+            format=job.format, max_corrupt=job.max_corrupt, overwrite=job.overwrite,
+        )  # fmt: skip
+    except (SourceError, ShardError, CorruptImage) as error:
+        raise SystemExit(f"prepare: {error}") from None
+    summary = {
+        "out": str(resolve(job.out)),
+        "rows": manifest.rows,
+        "shards": len(manifest.shards),
+        "mb": round(sum(shard.bytes for shard in manifest.shards) / 1e6, 2),
+        "skipped": len(manifest.skipped),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    size = "x".join(map(str, manifest.size))
+    print(f"{summary['out']}: {manifest.rows} rows of {size} and {manifest.classes} classes in {summary['shards']} "
+          f"shards, {summary['mb']} MB, {summary['skipped']} skipped")  # fmt: skip
+    for name in manifest.skipped:
+        print(f"  skipped {name}")
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
