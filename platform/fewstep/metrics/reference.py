@@ -33,8 +33,8 @@ def class_variances(features: np.ndarray, labels: np.ndarray, classes: int) -> n
 class Reference:
     """Statistics of real images under one extractor.
 
-    mean (D,), covariance (D, D): float64, of all `images`. features (min(images, 10,000), D): float16 of the first ones,
-    a random subset when the images came shuffled. variances (classes,): within each class, empty without labels.
+    mean (D,), covariance (D, D): float64, of all `images`. features (min(images, 10,000), D): float16 of the first, a
+    random subset when the images came shuffled. variances (classes,): within each class, empty without labels.
     extractor: hash of the network. hash: digest of this file.
     """
 

@@ -1,0 +1,110 @@
+#!/usr/bin/env python
+"""Trains the small feature network and writes the statistics of real images that scores are measured against."""
+
+import json
+import sys
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
+
+import torch
+
+from fewstep.config import Strict, parse, resolve
+from fewstep.data.feed import Feed, open_feed
+from fewstep.diffusion.samplers import to_uint8
+from fewstep.metrics.features import Info, SmallNetwork, accuracy, open_features, save_features, train_features
+from fewstep.metrics.frechet import frechet_distance
+from fewstep.metrics.inception import open_inception
+from fewstep.metrics.reference import moments, save_reference
+
+BATCH = 128
+
+
+class Features(Strict):
+    """Trains the small feature network on labelled images, or takes an extractor, and writes reference statistics."""
+
+    data: str
+    """folder of shards: the real images, to train on and to describe"""
+    test: str | None = None
+    """folder of shards held out: gives the accuracy and the distance that a perfect generator would have"""
+    out: str
+    """folder for features.safetensors and statistics.npz"""
+    extractor: str | None = None
+    """an existing network to describe the images with: features.safetensors, or Inception as TorchScript (.pt)"""
+    name: str = "fashion"
+    """of the network: its Frechet distance is called fd_<name>"""
+    images: int | None = None
+    """how many images to describe; all of them unless given"""
+    epochs: int = 4
+    """passes over the images in training"""
+    seed: int = 0
+    """of the first weights and of the order"""
+    device: str = "cpu"
+    """cpu or cuda"""
+
+
+def describe(feed: Feed, images: int) -> str:
+    """What a score says of its reference: how many images, of which set."""
+    source = feed.shards.manifest.source
+    name = " ".join(str(source[key]) for key in ("source", "split") if source.get(key)) or feed.shards.path.name
+    return f"{images} images of {name}"
+
+
+def read(feed: Feed, images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first images of the feed's order as uint8 (N, C, H, W), and their labels."""
+    parts = islice(feed.batches(0, BATCH), -(-images // BATCH))
+    pixels, labels = zip(*((to_uint8(x), y) for x, y in parts), strict=True)
+    return torch.cat(pixels)[:images], torch.cat(labels)[:images]
+
+
+def train(job: Features, feed: Feed, test: tuple[torch.Tensor, torch.Tensor] | None, path: Path) -> SmallNetwork:
+    """Trains the network, writes it, and opens what was written."""
+    channels, size, _ = feed.shape
+    info = Info(job.name, feed.classes, channels, size, trained_on=describe(feed, feed.rows))
+    steps = job.epochs * feed.rows // BATCH
+    batches = feed.batches(0, BATCH)
+    net = train_features(batches, steps, classes=feed.classes, channels=channels, seed=job.seed, device=job.device)
+    if test:
+        outputs = SmallNetwork(net, info, hash="", device=job.device)(test[0])
+        info = replace(info, test_accuracy=accuracy(outputs, test[1].numpy()))
+        print(f"accuracy on {len(test[0])} test images: {info.test_accuracy:.4f}", flush=True)
+    save_features(path, net, info)
+    return open_features(path, job.device)
+
+
+def main() -> None:
+    job = parse(Features)
+    out = resolve(job.out)
+    feed = open_feed(resolve(job.data), seed=job.seed)
+    test = None
+    if job.test:
+        held_out = open_feed(resolve(job.test))
+        test = read(held_out, held_out.rows)
+    if job.extractor is None:
+        extractor = train(job, feed, test, out / "features.safetensors")
+    elif job.extractor.endswith(".safetensors"):
+        extractor = open_features(resolve(job.extractor), job.device)
+    else:
+        extractor = open_inception(resolve(job.extractor), job.device)
+    images, labels = read(feed, job.images or feed.rows)
+    reference = save_reference(
+        out / "statistics.npz",
+        describe(feed, len(images)),
+        extractor(images),
+        extractor,
+        labels.numpy() if feed.classes else None,
+    )
+    report = {"extractor": extractor.hash, "reference": reference.hash, "images": reference.images, "out": str(out)}
+    if test:
+        floor = frechet_distance(*moments(extractor(test[0]).features), reference.mean, reference.covariance)
+        print(f"Frechet distance of {len(test[0])} test images: {floor:.4f}")
+        report |= {"floor": floor, "test_images": len(test[0])}
+    if isinstance(extractor, SmallNetwork):
+        report["accuracy"] = extractor.info.test_accuracy
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""clean-fid's Inception, the only network whose scores are called `fid` and `kid`.
+
+Parmar et al. 2022, arXiv:2104.11222.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.metrics.base import Outputs, digest
+
+FILE = "inception-2015-12-05.pt"
+SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+INSTEAD = "Metrics that need no Inception: fd_<features>, precision, recall, density, coverage"
+
+
+def _folders() -> tuple[Path, ...]:
+    """Where the weights are looked for: the user's cache, then the folder that clean-fid itself uses."""
+    return Path.home() / ".cache" / "clean-fid", Path(tempfile.gettempdir())
+
+
+def find_inception() -> Path:
+    """The official weights in one of the usual folders, downloaded by clean-fid when they are in none.
+
+    Raises FileNotFoundError that says which file to put where when there is no network, ValueError for another file.
+    """
+    from cleanfid import downloads_helper
+
+    for folder in _folders():
+        if (folder / FILE).is_file():
+            return folder / FILE
+    cache = _folders()[0]
+    cache.mkdir(parents=True, exist_ok=True)
+    # Under another name until it is whole: a file cut short would be found, and refused, for ever after.
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        try:
+            path = Path(downloads_helper.check_download_inception(folder))
+        except OSError as error:
+            raise FileNotFoundError(
+                f"inception: no {FILE} in {' or '.join(map(repr, map(str, _folders())))}, and {error}; download "
+                f"{downloads_helper.inception_url} to {str(cache / FILE)!r} or name the file with inception=<path>. "
+                f"{INSTEAD}"
+            ) from None
+        if digest(path) != SHA256:
+            raise ValueError(
+                f"inception: the file from {downloads_helper.inception_url} is not the one known as {FILE}"
+            )
+        return path.rename(cache / FILE)
+
+
+class Inception:
+    """A TorchScript network in the form of clean-fid's Inception: uint8 images, resized by clean-fid, to 2048 features.
+
+    Only the official weights are named "inception"; any other file takes its hash into its name, and so do its scores.
+    """
+
+    def __init__(self, path: Path, device: str | torch.device = "cpu", batch: int = 50):
+        from cleanfid.inception_torchscript import InceptionV3W
+
+        self.hash = digest(path)
+        self.name = "inception" if self.hash == SHA256 else f"inception-{self.hash[:8]}"
+        self.device, self.batch = torch.device(device), batch
+        # clean-fid takes a folder and looks in it for its own file name.
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / FILE).symlink_to(path.absolute())
+            try:
+                self.net = InceptionV3W(folder, download=False, resize_inside=False).to(self.device).eval()
+            except (RuntimeError, AttributeError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(f"inception: {str(path)!r} is not a TorchScript Inception ({reason})") from None
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Outputs:
+        """Features (N, 2048) of uint8 images (N, 1 or 3, H, W); a grey image becomes three equal channels."""
+        from cleanfid.resize import build_resizer
+
+        if images.shape[1] not in (1, 3):
+            raise ValueError(f"images: {images.shape[1]} channels; Inception takes 1 or 3")
+        resize = build_resizer("clean")
+        features = []
+        for part in images.split(self.batch):
+            pixels = part.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+            x = torch.from_numpy(np.stack([resize(image) for image in pixels])).permute(0, 3, 1, 2)
+            features.append(self.net(x.to(self.device)).float().cpu())
+        return Outputs(torch.cat(features).numpy())
+
+
+def open_inception(path: str | Path | None = None, device: str | torch.device = "cpu") -> Inception:
+    """The network in a TorchScript file; without a path, the official weights wherever `find_inception` finds them."""
+    path = find_inception() if path is None else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"inception: no file {str(path)!r}; the official one is {FILE}. {INSTEAD}")
+    return Inception(path, device)
