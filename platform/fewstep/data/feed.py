@@ -264,8 +264,11 @@ def assemble(
         yield np.concatenate(epochs)[order], np.concatenate(rows)[order], pa.concat_tables(parts).take(pa.array(order))
 
 
-def ahead(source: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
-    """The items of a generator, made by a thread that keeps up to `depth` of them ready; its errors are raised here."""
+def ahead(source: Generator[T, None, None], depth: int, patience_s: float | None = None) -> Generator[T, None, None]:
+    """The items of a generator, made by a thread that keeps up to `depth` of them ready; its errors are raised here.
+
+    patience_s: raise TimeoutError when an item takes longer than that; None waits for ever.
+    """
     ready: Queue[tuple[T | None, BaseException | None]] = Queue(depth)
     stop = threading.Event()
 
@@ -293,7 +296,10 @@ def ahead(source: Generator[T, None, None], depth: int) -> Generator[T, None, No
     thread.start()
     try:
         while True:
-            item, error = ready.get()
+            try:
+                item, error = ready.get(timeout=patience_s)
+            except Empty:
+                raise TimeoutError(f"nothing came for {patience_s:g} s") from None
             if isinstance(error, StopIteration):
                 return
             if error is not None:

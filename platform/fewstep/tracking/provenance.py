@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
-import torch
-
 DIFF_CHARS = 2_000_000
 
 
@@ -33,13 +31,10 @@ def provenance(root: Path, **fingerprints: str) -> Provenance:
     tags, files = _git(Path(root))
     packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions()}, key=str.lower)
     files["environment.txt"] = "\n".join([f"# Python {platform.python_version()}", *packages, ""])
-    tags |= {
+    tags |= _torch() | {
         "host.cpu": f"{len(os.sched_getaffinity(0))} of {_cpu()}",
-        "host.gpu": _gpus(),
         "host.os": platform.platform(),
         "version.python": platform.python_version(),
-        "version.torch": torch.__version__,
-        "version.cuda": torch.version.cuda or "none",
     }
     for package in ("ray", "diffusers", "fewstep"):
         tags[f"version.{package}"] = _version(package)
@@ -80,10 +75,15 @@ def _cpu() -> str:
     return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
-def _gpus() -> str:
-    if not torch.cuda.is_available():
-        return "none"
-    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+def _torch() -> dict[str, str]:
+    import torch  # here, because the other users of this package have no need to wait for it
+
+    devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return {
+        "host.gpu": ", ".join(map(torch.cuda.get_device_name, devices)) or "none",
+        "version.torch": torch.__version__,
+        "version.cuda": torch.version.cuda or "none",
+    }
 
 
 def _version(package: str) -> str:

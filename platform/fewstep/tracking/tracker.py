@@ -244,6 +244,21 @@ class Tracker:
         """Operations the server has not acknowledged yet."""
         return self._journal.unsent
 
+    @property
+    def refused(self) -> int:
+        """Parts of operations that the server will never take; `tracking/refused.jsonl` lists them with the reason."""
+        return self._journal.refused
+
+    @property
+    def dropped(self) -> int:
+        """Journal lines found cut short when the run was opened: 1 when an earlier process died while writing."""
+        return self._journal.dropped
+
+    @property
+    def lost(self) -> int:
+        """Reports that could not be written to disk."""
+        return self._journal.lost
+
     def _send(self) -> None:
         try:
             while not self._closing:

@@ -1,0 +1,178 @@
+"""Recipe -> engine, samplers and metrics. Nothing here starts anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .config import resolve
+from .data.feed import Feed, open_feed
+from .diffusion.draws import Draws, fold
+from .diffusion.samplers import heun, to_uint8
+from .engine import state
+from .engine.train import Engine
+from .engine.world import World
+from .metrics.base import Metric, Samples
+from .metrics.build import build_metrics
+from .networks.denoiser import Denoiser, Guided
+from .networks.pretrained import new_denoiser, new_head, open_teacher
+from .recipe import Data, Recipe
+
+
+def make_teacher(recipe: Recipe) -> Denoiser:
+    """The recipe's teacher, or its new network with weights drawn from the recipe's seed."""
+    torch.manual_seed(fold(recipe.seed, "weights"))
+    if recipe.network is not None:
+        return new_denoiser(recipe.network, recipe.precision)
+    return open_teacher(resolve(recipe.teacher), recipe.precision)
+
+
+def make_nets(recipe: Recipe) -> dict[str, nn.Module]:
+    """Every role's network, the frozen teacher among them; the same on all ranks."""
+    teacher = make_teacher(recipe)
+    nets = recipe.method.nets(teacher, lambda: new_head(teacher))
+    for role, folder in recipe.start.items():
+        path = latest(resolve(folder))
+        if path is None:
+            raise ValueError(f"start.{role}: no checkpoint below {folder!r}; give the folder of a run")
+        tensors, _ = state.read(path)
+        state.load_net(nets[role], state.part(tensors, f"net.{role}"), str(path))
+    if recipe.network is None:
+        guidance = getattr(recipe.method, "guidance", 1.0)
+        nets["teacher"] = Guided(teacher, guidance) if guidance > 1 else teacher
+    return nets
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint of a run's folder, or None."""
+    found = state.checkpoints(folder / "checkpoints")
+    return found[-1] if found else None
+
+
+def make_feed(data: Data, seed: int) -> Feed:
+    """The recipe's data, read in this process without Ray. Raises ShardError naming the file at fault."""
+    return open_feed(
+        resolve(data.path), memory_bytes=data.memory_mib << 20, seed=seed, flip=data.flip, max_corrupt=data.max_corrupt
+    )
+
+
+def check_data(feed: Feed, student: Denoiser) -> None:
+    """Raises ValueError where the images do not fit the network."""
+    if tuple(feed.shape) != tuple(student.shape):
+        raise ValueError(
+            f"data.path: images of shape {tuple(feed.shape)} (C, H, W), but the network takes {tuple(student.shape)}; "
+            "prepare them with size= of the network, or choose another teacher"
+        )
+    if student.classes is not None and feed.classes not in (0, student.classes):
+        raise ValueError(f"data.path: {feed.classes} classes, but the network has {student.classes}")
+
+
+def make_engine(recipe: Recipe, feed: Feed, world: World | None = None, folder: Path | None = None) -> Engine:
+    """The engine of a recipe on this rank; `folder` is where its checkpoints go."""
+    nets = make_nets(recipe)
+    check_data(feed, nets["student"])
+    return Engine(
+        recipe.method,
+        nets,
+        recipe.optim,
+        feed,
+        recipe.train,
+        seed=recipe.seed,
+        world=world,
+        folder=folder,
+        fingerprint=recipe.fingerprint,
+    )
+
+
+# Sampling
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A way to make images from unit noise: its name, its network calls an image, and sample(z, cond, draws) -> x0."""
+
+    name: str
+    calls: int
+    sample: Callable[[Tensor, Any, Draws], Tensor]
+    shape: tuple[int, int, int]
+    classes: int | None
+
+
+def student_sampler(method: Any, net: nn.Module) -> Sampler:
+    """The trained network, as its method samples it."""
+    name, calls = method.describe_sampler()
+    return Sampler(name, calls, lambda z, cond, draws: method.sample(net, z, cond, draws), net.shape, net.classes)
+
+
+def heun_sampler(net: nn.Module, steps: int, guidance: float = 1.0) -> Sampler:
+    """A teacher by Heun's solver: 2 steps - 1 calls an image, twice that with guidance."""
+    guided = Guided(net, guidance) if guidance > 1 else net
+    name = f"heun-{steps}" + (f"-guided-{guidance:g}" if guidance > 1 else "")
+    calls = (2 * steps - 1) * (2 if guidance > 1 else 1)
+    return Sampler(name, calls, lambda z, cond, draws: heun(guided, z, cond, steps), net.shape, net.classes)
+
+
+@torch.no_grad()
+def make_samples(
+    sampler: Sampler, images: int, seed: int = 0, batch: int = 250, world: World | None = None, checkpoint: str = "last"
+) -> Samples | None:
+    """`images` samples with labels 0, 1, 2, ... in turn, the same for any world size; each rank makes its share.
+
+    Returns Samples on rank 0 and None on the others. `seconds` is the time of the sampling alone, on all ranks together.
+    """
+    world = world or World()
+    batch = max(batch // world.size, 1) * world.size
+    mine = []
+    start = time.perf_counter()
+    for first in range(0, images, batch):
+        draws = Draws(fold(seed, "samples"), first, world.rank, world.size, world.device)
+        z = draws.normal("z", (batch // world.size, *sampler.shape))
+        labels = torch.arange(first, first + batch, device=world.device)[world.rank :: world.size]
+        cond = labels % sampler.classes if sampler.classes else None
+        mine.append(to_uint8(sampler.sample(z, cond, draws)).cpu())
+    seconds = time.perf_counter() - start
+    whole = _interleave(torch.cat(mine), batch, world)
+    if whole is None:
+        return None
+    labels = torch.arange(images) % sampler.classes if sampler.classes else None
+    return Samples(whole[:images], labels, sampler.name, sampler.calls, seconds, seed, checkpoint)
+
+
+def _interleave(mine: Tensor, batch: int, world: World) -> Tensor | None:
+    """All ranks' images in the order of their labels, on rank 0."""
+    if world.size == 1:
+        return mine
+    gathered: list[Any] | None = [None] * world.size if world.rank == 0 else None
+    dist.gather_object(mine, gathered)
+    if gathered is None:
+        return None
+    return torch.stack(gathered, 1).flatten(0, 1)
+
+
+def make_metrics(recipe: Recipe, device: torch.device | str = "cpu") -> list[Metric]:
+    """The recipe's metrics. Raises ValueError for an unknown name or a missing file."""
+    e = recipe.evaluate
+    return build_metrics(
+        e.metrics,
+        features=e.features,
+        reference=e.reference,
+        inception=e.inception,
+        inception_reference=e.inception_reference,
+        device=device,
+    )
+
+
+def grid(images: Tensor, columns: int) -> Tensor:
+    """uint8 (N, C, H, W) as one picture (rows H, columns W, C), for a person to look at."""
+    n, c, h, w = images.shape
+    rows = -(-n // columns)
+    canvas = torch.zeros(rows * columns, c, h, w, dtype=torch.uint8)
+    canvas[:n] = images
+    return canvas.view(rows, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)

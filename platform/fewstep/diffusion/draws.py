@@ -1,0 +1,96 @@
+"""Randomness as a function: of a seed, a step and the name of the draw; never a state to save.
+
+A draw is made for the whole global batch and each rank takes its rows, so two workers see exactly the noise that one
+would have seen, and accumulating gradients over micro-batches (ranks in time) changes nothing either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .level import Level
+from .schedules import Schedule
+
+
+def fold(*parts: int | str) -> int:
+    """A 63-bit seed from integers and names, the same on every machine."""
+    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one step.
+
+    part, parts: which slice of the global batch is ours; ranks times micro-batches. Shapes below are those of the slice.
+    """
+
+    seed: int
+    step: int
+    part: int = 0
+    parts: int = 1
+    device: torch.device = torch.device("cpu")
+
+    def _generator(self, name: str) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(fold(self.seed, self.step, name))
+
+    def _mine(self, x: Tensor) -> Tensor:
+        return x.chunk(self.parts)[self.part] if self.parts > 1 else x
+
+    def normal(self, name: str, shape: tuple[int, ...] | torch.Size) -> Tensor:
+        """N(0, I) of `shape` (B, ...), float32."""
+        whole = (shape[0] * self.parts, *shape[1:])
+        return self._mine(torch.randn(whole, generator=self._generator(name), device=self.device))
+
+    def uniform(self, name: str, count: int, stratified: bool = False) -> Tensor:
+        """(count,) float64 in [0, 1). Stratified: one draw from each of the global batch's equal intervals.
+
+        Stratifying leaves each draw's marginal alone over a shuffled batch and lowers the variance of the batch's mean.
+        """
+        n = count * self.parts
+        u = torch.rand(n, generator=self._generator(name), device=self.device, dtype=torch.float64)
+        if stratified:
+            order = torch.randperm(n, generator=self._generator(name + "/order"), device=self.device)
+            u = (order + u) / n
+        return self._mine(u)
+
+    def integers(self, name: str, low: int, high: int, count: int) -> Tensor:
+        """(count,) int64, uniform in [low, high], both ends included."""
+        whole = torch.randint(
+            low, high + 1, (count * self.parts,), generator=self._generator(name), device=self.device
+        )
+        return self._mine(whole)
+
+    def choice(self, name: str, options: int) -> int:
+        """One integer in [0, options), the same on every rank and without asking the device."""
+        return fold(self.seed, self.step, name) % options
+
+
+INDICES = 1000  # the published methods count noise levels in thousandths of the schedule's ramp
+
+
+def index_level(draws: Draws, name: str, schedule: Schedule, low: int, high: int, like: Tensor) -> Level:
+    """Levels at a uniform integer index of the schedule's thousand, in [low, high] both included (DMD2's draw).
+
+    For DDPM the index is the timestep; for EDM it is the ascending Karras ramp from sigma 0.002 to 80.
+    """
+    index = draws.integers(name, low, high, like.shape[0])
+    return schedule.level(schedule.ramp(index.double() / (INDICES - 1)), like.ndim)
+
+
+def lognormal_level(draws: Draws, name: str, mean: float, std: float, ramp_share: float, schedule: Schedule, like):
+    """ln(sigma / alpha) ~ N(mean, std^2) (Karras et al. 2022, table 1), a share of the draws from the schedule's ramp.
+
+    ramp_share: in [0, 1]. The log-normal alone never visits the highest levels, where a one-step generator starts.
+    """
+    u = draws.uniform(name, like.shape[0], stratified=True)
+    lognormal = torch.exp(mean + std * draws.normal(name + "/normal", (like.shape[0],)).double())
+    angle = torch.atan(lognormal)
+    ramp = schedule.level(schedule.ramp(draws.uniform(name + "/ramp", like.shape[0], stratified=True)), 1).angle
+    angle = torch.where(u < ramp_share, ramp, angle)
+    t = schedule.time(angle).clamp(schedule.t_min, schedule.t_max)
+    return schedule.level(t, like.ndim)

@@ -1,0 +1,309 @@
+"""The loop: phases, one optimiser a role, the average, checkpoints, and a report every so many steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..config import Strict
+from ..diffusion.draws import Draws
+from ..diffusion.losses import finite
+from ..methods.base import Batch, Method
+from ..networks.average import Exponential, Power, Profile, average
+from . import state
+from .optim import Optim, grad_norm
+from .world import World
+
+
+class Train(Strict):
+    """Length, batch, and what is saved when. A step is one critic update."""
+
+    steps: Annotated[int, Field(ge=1)]
+    """Steps of the run."""
+    batch: Annotated[int, Field(ge=1)] = 32
+    """Global batch: images a step, over all workers."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Micro-batches a worker's share is cut into; the numbers stay those of one batch."""
+    clip: Annotated[float, Field(gt=0)] = 10.0
+    """Gradients of a phase are clipped to this global L2 norm."""
+    average_decay: Annotated[float, Field(ge=0, lt=1)] | None = 0.98
+    """Exponential average of the student, the network that is scored and exported; null averages nothing."""
+    average_std: Annotated[float, Field(gt=0, lt=0.28)] | None = None
+    """Instead of average_decay: EDM2's power-function average of this relative width."""
+    report_every: Annotated[int, Field(ge=1)] = 50
+    """Steps between reports."""
+    save_every: Annotated[int, Field(ge=1)] = 500
+    """Steps between checkpoints; a multiple of report_every. The last step is always saved."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Checkpoints kept."""
+
+    @property
+    def profile(self) -> Profile | None:
+        if self.average_std is not None:
+            return Power(self.average_std)
+        return None if self.average_decay is None else Exponential(self.average_decay)
+
+
+class Feed(Protocol):
+    """Batches of data from a position on; see data/feed.py."""
+
+    def batches(self, position: int, batch: int, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened since the last report. images: generated and real images seen; checkpoint: saved at this step or None."""
+
+    step: int
+    images: int
+    metrics: dict[str, float]
+    checkpoint: Path | None = None
+
+
+class NonFinite(FloatingPointError):
+    """A loss or a gradient was not finite; no optimiser stepped from that phase on, on any rank."""
+
+
+@dataclass
+class Meter:
+    """Sums of named 0-d tensors, kept on the device and read once a report."""
+
+    device: torch.device
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            value = value.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def read(self, world: World) -> dict[str, float]:
+        """Means over steps and ranks; the one place where the host waits for the device. Starts anew."""
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        means = torch.stack([self.sums[n] / self.counts[n] for n in names]).to(self.device)
+        means = world.mean(means).tolist()
+        self.sums, self.counts = {}, {}
+        return dict(zip(names, means, strict=True))
+
+
+class Clock:
+    """Seconds by name: device events on CUDA, read once a report; the wall clock elsewhere."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple[str, Any, Any]] = []
+
+    def now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self, name: str, since: Any) -> Any:
+        now = self.now()
+        self.marks.append((name, since, now))
+        return now
+
+    def read(self) -> dict[str, float]:
+        if self.cuda and self.marks:
+            self.marks[-1][2].synchronize()
+        out: dict[str, float] = {}
+        for name, a, b in self.marks:
+            out[name] = out.get(name, 0.0) + (a.elapsed_time(b) / 1000 if self.cuda else b - a)
+        self.marks = []
+        return out
+
+
+class Engine:
+    """Trains a method's networks.
+
+    nets: every role's network, the frozen teacher among them, as made (the engine places them on the world's devices).
+    optims: settings for each role that trains. feed: batches of data. seed: of all randomness, with the step.
+    folder: where checkpoints go; None saves none. fingerprint: of the recipe, kept with each checkpoint and asked on resume.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        nets: Mapping[str, nn.Module],
+        optims: Mapping[str, Optim],
+        feed: Feed,
+        train: Train,
+        *,
+        seed: int = 0,
+        world: World | None = None,
+        folder: Path | None = None,
+        fingerprint: str = "",
+    ):
+        self.method, self.settings, self.feed, self.train = method, dict(optims), feed, train
+        self.world = world = world or World()
+        self.seed, self.folder, self.fingerprint, self.step = seed, folder, fingerprint, 0
+        if train.batch % (world.size * train.accumulate):
+            raise ValueError(
+                f"train.batch: {train.batch} is not a multiple of workers x accumulate = {world.size} x {train.accumulate}"
+            )
+        # the averaged copy is made before placement: a sharded module cannot be copied
+        self.average = None if train.profile is None else deepcopy(nets["student"]).eval().requires_grad_(False)
+        self.nets = {role: world.place(net) for role, net in nets.items()}
+        if self.average is not None:
+            self.average = world.place(self.average)
+        for role, net in self.nets.items():
+            net.eval()  # dropout stays off for all, as published
+            net.requires_grad_(False)
+            if role not in method.roles and role != "teacher":
+                raise ValueError(f"{role}: no such role; {method.tag} trains {', '.join(method.roles)}")
+        self.optims = {role: self.settings[role].build(self.nets[role]) for role in method.roles}
+        self.meter, self.clock = Meter(world.device), Clock(world.device)
+        self.bad = torch.zeros((), device=world.device)  # 1 from the first phase that was not finite
+        self.bad_at = torch.zeros((), device=world.device, dtype=torch.int64)
+        self.updates = dict.fromkeys((p.name for p in method.phases()), 0)
+
+    @property
+    def images(self) -> int:
+        """Images seen so far, by all ranks; also the position in the data."""
+        return self.step * self.train.batch
+
+    @property
+    def student(self) -> nn.Module:
+        """The network to score and export: the average where there is one."""
+        return self.nets["student"] if self.average is None else self.average
+
+    def run(self) -> Iterator[Report]:
+        """Trains to the last step, yielding a report every `report_every` steps and at the end. Raises NonFinite."""
+        train, world = self.train, self.world
+        stream = self.feed.batches(self.images, train.batch, world.rank, world.size)
+        since = wall = self.clock.now() if not self.clock.cuda else time.perf_counter()
+        waited_s, seen = 0.0, 0
+        while self.step < train.steps:
+            start = time.perf_counter()
+            real, labels = next(stream)
+            waited_s += time.perf_counter() - start
+            self.update(real, labels)
+            seen += train.batch
+            last = self.step == train.steps
+            if self.step % train.report_every and not last:
+                continue
+            metrics = self.read()
+            now = time.perf_counter()
+            metrics |= {"images_per_s": seen / (now - wall), "data_wait": waited_s / (now - wall)}
+            saves = last or self.step % train.save_every == 0
+            yield Report(self.step, self.images, metrics, self.save() if saves and self.folder else None)
+            wall, waited_s, seen = time.perf_counter(), 0.0, 0
+        del since
+
+    def update(self, real: Tensor, labels: Tensor | None) -> None:
+        """One step on this rank's share of a batch: real (B, C, H, W) in codec range, labels (B,) or None."""
+        micro = self._micro(real, labels)
+        for index, phase in enumerate(self.method.phases()):
+            if self.step % phase.every:
+                continue
+            mark = self.clock.now()
+            for role, net in self.nets.items():
+                wanted = role in phase.trains
+                if next(net.parameters()).requires_grad != wanted:
+                    net.requires_grad_(wanted)
+            losses = []
+            for i, batch in enumerate(micro):
+                if batch.x is None:
+                    batch = self.method.prepare(self.nets, batch, phase.trains)
+                terms, health = phase.loss(self.nets, batch)
+                loss = sum(terms.values())
+                (loss / len(micro)).backward()
+                losses.append(loss.detach())
+                micro[i] = batch.detached()
+                self.meter.add({f"{phase.name}/{k}": v for k, v in (terms | health).items()})
+            self._optimise(index, phase, losses)
+            self.clock.lap(f"{phase.name}_s", mark)
+            self.updates[phase.name] += 1
+        if self.average is not None:
+            average(self.average, self.nets["student"], self.train.profile.at(self.step))
+        self.step += 1
+
+    def _micro(self, real: Tensor, labels: Tensor | None) -> list[Batch]:
+        """The step's micro-batches. Sample k of the global batch gets the same draws whoever holds it: part p of n has the
+        samples k = p modulo n, of the data and of the noise alike."""
+        world, n = self.world, self.train.accumulate
+        real = real.to(world.device, non_blocking=True)
+        classes = self.nets["student"].classes
+        if labels is not None:
+            labels = labels.to(world.device, non_blocking=True)
+        out = []
+        for i in range(n):
+            draws = Draws(self.seed, self.step, i * world.size + world.rank, n * world.size, world.device)
+            images = real[i::n]
+            cond = draws.integers("cond", 0, classes - 1, len(images)) if classes else None
+            out.append(Batch(images, None if classes is None else labels[i::n], draws.normal("z", images.shape), cond, draws))
+        return out
+
+    def _optimise(self, index: int, phase: Any, losses: list[Tensor]) -> None:
+        """Clips and steps the phase's optimisers, unless something is not finite; then, and ever after, none steps.
+
+        The decision stays on the device (`found_inf` cancels a fused AdamW's update), so the host need not wait for it.
+        """
+        norm = grad_norm((self.nets[r] for r in phase.trains), self.world.device)
+        bad = self.world.any((~finite(norm, *losses)).float())
+        first = (bad > 0) & (self.bad == 0)
+        self.bad_at = torch.where(first, self.step * len(self.updates) + index, self.bad_at)
+        self.bad = torch.maximum(self.bad, bad)
+        scale = (self.train.clip / (norm + 1e-6)).clamp(max=1.0)
+        for role in phase.trains:
+            net, optim = self.nets[role], self.optims[role]
+            grads = [p.grad for p in net.parameters() if p.grad is not None]
+            torch._foreach_mul_(grads, scale)
+            for group in optim.param_groups:
+                group["lr"] = self.settings[role].at(self.step, self.train.steps)
+            optim.found_inf = self.bad
+            optim.step()
+            optim.zero_grad(set_to_none=True)
+        self.meter.add({f"{phase.name}/grad_norm": norm})
+
+    def read(self) -> dict[str, float]:
+        """Metrics since the last report. Raises NonFinite, on all ranks together, naming step, phase and term."""
+        metrics = self.meter.read(self.world)
+        if self.bad.item():
+            step, index = divmod(int(self.bad_at), len(self.updates))
+            phase = self.method.phases()[index].name
+            terms = [k for k, v in metrics.items() if k.startswith(phase + "/") and not torch.isfinite(torch.tensor(v))]
+            raise NonFinite(
+                f"step {step}, phase {phase}: {', '.join(terms) or 'the loss'} not finite; the weights are those before it. "
+                f"Lower optim.{self.method.phases()[index].trains[0]}.lr, or train in fp32"
+            )
+        metrics |= self.clock.read()
+        return metrics | {f"updates/{name}": float(n) for name, n in self.updates.items()}
+
+    # State
+
+    def _parts(self) -> dict[str, nn.Module]:
+        trained = {role: self.nets[role] for role in self.method.roles}
+        return trained if self.average is None else trained | {"average": self.average}
+
+    def save(self) -> Path:
+        """Saves everything this run needs to go on; a collective. Returns the checkpoint's folder."""
+        tensors = state.tensors_of(self._parts(), self.optims)
+        manifest = {"step": self.step, "images": self.images, "updates": self.updates, "fingerprint": self.fingerprint}
+        path = self.folder / f"step-{self.step:08d}"
+        if self.world.rank == 0:
+            state.save(self.folder, tensors, manifest, self.train.keep)
+        self.world.barrier()
+        return path
+
+    def resume(self, path: Path) -> None:
+        """Goes on from a checkpoint of the same recipe, exactly. Raises CheckpointError."""
+        tensors, manifest = state.read(path, self.fingerprint)
+        for name, net in self._parts().items():
+            state.load_net(net, state.part(tensors, f"net.{name}"), str(path))
+        for role, optim in self.optims.items():
+            state.load_optim(optim, self.nets[role], state.part(tensors, f"optim.{role}"))
+        self.step, self.updates = manifest["step"], dict(manifest["updates"])

@@ -1,0 +1,116 @@
+"""Denoiser: any network, on any schedule, with any prediction, seen as E[x0 | x_t]."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.level import PREDICTIONS, Level
+from ..diffusion.schedules import Schedule
+
+Mode = Literal["x0", "features", "both"]
+
+
+class Denoiser(nn.Module):
+    """D(x_t, level, cond) -> x0, where `level` may come from another schedule than the network's own.
+
+    backbone: called as backbone(x, time, cond, mode) in the network's own scale; see networks/backbones.py.
+    prediction: a row of the prediction table. data_std: EDM's sigma_data. time_scale: what the network's noise
+    conditioning (its own time, or ln(sigma) / 4 for EDM) is multiplied by.
+    precision: "fp32" or "bf16" for the backbone's arithmetic; what leaves is always float32, so that the x0 algebra and the
+    losses are. `forward` is the only entry point, as a sharded module needs.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        schedule: Schedule,
+        prediction: str,
+        data_std: float = 0.5,
+        time_scale: float = 1.0,
+        precision: str = "fp32",
+    ):
+        super().__init__()
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction: {prediction!r} is not one of {', '.join(PREDICTIONS)}")
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision: {precision!r} is not one of fp32, bf16 (fp16 diverges: DMD2, appendix)")
+        self.backbone, self.schedule, self.prediction = backbone, schedule, prediction
+        self.data_std, self.time_scale, self.precision = data_std, time_scale, precision
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one sample."""
+        return self.backbone.shape
+
+    @property
+    def classes(self) -> int | None:
+        """Number of class labels, the null class not counted; None for a network without labels."""
+        return self.backbone.classes
+
+    def own(self, level: Level, ndim: int) -> tuple[Level, Tensor]:
+        """The level of the same angle on the network's own schedule, and its time (B,) float64."""
+        t = self.schedule.time(level.angle.flatten()).clamp(self.schedule.t_min, self.schedule.t_max)
+        return self.schedule.level(t, ndim), t
+
+    def weight(self, level: Level) -> Tensor:
+        """1 / c_out^2: the x0 weight (B, 1, ..., 1) that equals the mean squared error of what the network predicts."""
+        own, _ = self.own(level, level.alpha.ndim)
+        return 1 / PREDICTIONS[self.prediction](own.alpha, own.sigma, self.data_std)[1] ** 2
+
+    def forward(self, x_t: Tensor, level: Level, cond: Any = None, mode: Mode = "x0"):
+        """x0 (B, ...), or the bottleneck's features (B, F, h, w) for a head, or (x0, features); float32.
+
+        mode "features" leaves after the bottleneck: no decoder is run.
+        """
+        own, t = self.own(level, x_t.ndim)
+        x_own = x_t * (own.norm / level.norm)
+        scale, time = 1.0, t
+        if self.prediction == "edm":
+            scale = torch.rsqrt((own.alpha * self.data_std) ** 2 + own.sigma**2)
+            time = t.log() / 4
+        # autocast opens and closes with the pass: its cache of cast weights must not cross from no-grad to grad passes
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            out = self.backbone(x_own * scale, (time * self.time_scale).float(), cond, mode)
+        if mode == "features":
+            return out.float()
+        f, features = out if mode == "both" else (out, None)
+        c_skip, c_out = PREDICTIONS[self.prediction](own.alpha, own.sigma, self.data_std)
+        x0 = c_skip * x_own + c_out * f.float()
+        return (x0, features.float()) if mode == "both" else x0
+
+
+class Guided(nn.Module):
+    """Classifier-free guidance by composition: x0 = uncond + scale (cond - uncond), both in one batch of 2B.
+
+    scale: 1 is the conditional denoiser. null: what stands for "no condition", by default the denoiser's null class.
+    Linear in x0, hence equal to guidance on eps, v or F (Ho & Salimans 2022).
+    """
+
+    def __init__(self, denoiser: Denoiser, scale: float, null: Any = None):
+        super().__init__()
+        if null is None and denoiser.classes is None:
+            raise ValueError("guidance: this network has no class labels, so give the null condition")
+        self.denoiser, self.scale, self.null = denoiser, scale, null
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("denoiser"), name)
+
+    def forward(self, x_t: Tensor, level: Level, cond: Any, mode: Mode = "x0") -> Tensor:
+        if mode != "x0":
+            return self.denoiser(x_t, level, cond, mode)
+        twice = Level(level.alpha.repeat(2, *[1] * (x_t.ndim - 1)), level.sigma.repeat(2, *[1] * (x_t.ndim - 1)))
+        null = self.null if self.null is not None else torch.full_like(cond, self.denoiser.classes)
+        x0, x0_null = self.denoiser(torch.cat([x_t, x_t]), twice, _cat(cond, null)).chunk(2)
+        return x0_null + self.scale * (x0 - x0_null)
+
+
+def _cat(a: Any, b: Any) -> Any:
+    if isinstance(a, dict):
+        return {key: _cat(a[key], b[key]) for key in a}
+    return torch.cat([a, b.expand(a.shape) if b.shape[0] == 1 else b])

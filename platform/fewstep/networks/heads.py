@@ -1,0 +1,29 @@
+"""GAN heads: a bottleneck's features in, one logit a sample out."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def _groups(channels: int) -> int:
+    return next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0)
+
+
+class Head(nn.Module):
+    """DMD2's head: [conv 4x4 stride 2, GroupNorm, SiLU] until the map is 4 wide or less, a conv that closes it, 1x1 to a logit.
+
+    channels, size: of the (square) feature map; the width stays `channels` throughout. Features and head are float32.
+    """
+
+    def __init__(self, channels: int, size: int):
+        super().__init__()
+        layers: list[nn.Module] = []
+        while size > 4:
+            layers += [nn.Conv2d(channels, channels, 4, 2, 1), nn.GroupNorm(_groups(channels), channels), nn.SiLU()]
+            size //= 2
+        layers += [nn.Conv2d(channels, channels, size, size), nn.GroupNorm(_groups(channels), channels), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (B, channels, size, size) float32 -> logits (B,)."""
+        return self.layers(features).flatten()

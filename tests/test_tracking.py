@@ -1,0 +1,584 @@
+"""Tracking against a real MLflow: what was reported is there once, whatever died in between."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+import yaml
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from PIL import Image
+
+from fewstep.tracking import Tracker, find_run, provenance, send, tracking_uri
+from fewstep.tracking.journal import Journal
+from fewstep.tracking.store import without_password
+from fewstep.tracking.tracker import flatten
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = {"method": {"name": "dmd2", "ttur": 5, "t_range": [0.02, 0.98]}, "optim": {"lr": 1e-4}, "teacher": None}
+ENV = os.environ | {"PYTHONPATH": str(ROOT / "platform")}
+
+
+def python(code: str, *args: object) -> subprocess.Popen[str]:
+    """A Python process that can import fewstep."""
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def loss(step: int) -> float:
+    return math.sin(step) / 3
+
+
+def history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float]]:
+    return sorted((m.step, m.value) for m in client.get_metric_history(run_id, name))
+
+
+RACER = """
+import sys
+from pathlib import Path
+from fewstep.tracking import Tracker
+uri, folder, number = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+with Tracker.open(folder, uri=uri, experiment="race", name=f"racer-{number}", recipe={"n": number}, tags={}) as tracker:
+    tracker.log({"loss": number / 7}, step=number, images=64 * number)
+print(tracker.run_id, tracker.unsent)
+"""
+
+
+@pytest.fixture(scope="session")
+def race(tmp_path_factory):
+    """Four processes open one database that does not exist. -> (uri, run ids)"""
+    root = tmp_path_factory.mktemp("store")
+    uri = f"sqlite:///{root}/mlflow.db"
+    racers = [python(RACER, uri, root / f"run-{n}", n) for n in range(4)]
+    answers = [(*racer.communicate(timeout=120), racer.returncode) for racer in racers]
+    assert [code for *_, code in answers] == [0] * 4, answers
+    ids, unsent = zip(*(out.split() for out, *_ in answers), strict=True)
+    assert unsent == ("0",) * 4, answers
+    return uri, ids
+
+
+@pytest.fixture
+def uri(race):
+    return race[0]
+
+
+@pytest.fixture
+def client(uri):
+    return MlflowClient(uri)
+
+
+@pytest.fixture
+def start(uri, tmp_path):
+    """Opens a tracker in this test's run folder."""
+
+    def start(folder="run", **changes):
+        settings = {"uri": uri, "experiment": "tests", "name": "one", "recipe": RECIPE, "tags": {"who": "me"}}
+        return Tracker.open(tmp_path / folder, **settings | changes)
+
+    return start
+
+
+def test_a_database_that_four_processes_want_at_once_is_made_once(race, client):
+    runs = [client.get_run(run_id) for run_id in race[1]]
+    assert len({run.info.experiment_id for run in runs}) == 1
+    for n, run in enumerate(runs):
+        assert (run.info.run_name, run.data.params) == (f"racer-{n}", {"n": str(n)})
+        assert history(client, run.info.run_id, "loss") == [(n, n / 7)]
+        assert history(client, run.info.run_id, "by_images/loss") == [(64 * n, n / 7)]
+
+
+def test_what_is_reported_can_be_read_back(start, client, tmp_path):
+    grid = np.arange(60 * 90 * 3).reshape(60, 90, 3).astype(np.uint8)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("first")
+    with start() as tracker:
+        for step in range(1, 201):
+            tracker.log({"fake/loss": loss(step), "lr": np.float32(0.5)}, step=step, images=32 * step)
+        tracker.log({"odd": float("nan")}, 1, 1)
+        tracker.log({"odd": -float("inf")}, 2, 2)
+        tracker.image("student", grid, step=1200)
+        tracker.image("teacher/grey", grid[:, :, :1], step=1200)
+        tracker.artifact(tmp_path / "notes", to="docs")
+        (tmp_path / "notes" / "a.txt").write_text("changed after it was reported")
+        tracker.text("deep/er/hello.txt", "grüße\n")
+        tracker.score({"name": "fd_small", "value": np.float64(12.5), "images": 5000, "sampler": "1 call"}, step=100)
+        tracker.score({"name": "fd_small", "value": 11.25, "images": 5000, "sampler": "1 call"}, step=200)
+        tracker.tags({"who": "you"})
+    assert (tracker.unsent, tracker.refused, tracker.lost, tracker.dropped) == (0, 0, 0, 0)
+
+    run = client.get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {
+        "method.name": "dmd2",
+        "method.ttur": "5",
+        "method.t_range": "[0.02, 0.98]",
+        "optim.lr": "0.0001",
+        "teacher": "null",
+    }
+    assert run.data.tags["who"] == "you"
+    assert run.data.tags["fewstep.folder"] == str(tmp_path / "run")
+    assert history(client, tracker.run_id, "fake/loss") == [(s, loss(s)) for s in range(1, 201)]
+    assert history(client, tracker.run_id, "by_images/fake/loss") == [(32 * s, loss(s)) for s in range(1, 201)]
+    assert history(client, tracker.run_id, "lr") == [(s, 0.5) for s in range(1, 201)]
+    odd = dict(history(client, tracker.run_id, "odd"))
+    assert math.isnan(odd[1]) and odd[2] == -sys.float_info.max
+    assert history(client, tracker.run_id, "score/fd_small") == [(100, 12.5), (200, 11.25)]
+
+    read = lambda path: Path(client.download_artifacts(tracker.run_id, path))
+    np.testing.assert_array_equal(np.asarray(Image.open(read("grids/student/step-00001200.png"))), grid)
+    np.testing.assert_array_equal(np.asarray(Image.open(read("grids/teacher/grey/step-00001200.png"))), grid[:, :, 0])
+    assert read("docs/notes/a.txt").read_text() == "first"
+    assert read("deep/er/hello.txt").read_text() == "grüße\n"
+    assert yaml.safe_load(read("recipe.yaml").read_text()) == RECIPE
+    scores = json.loads(read("scores.json").read_text())
+    assert [(s["step"], s["value"], s["sampler"]) for s in scores] == [(100, 12.5, "1 call"), (200, 11.25, "1 call")]
+    assert not list((tmp_path / "run" / "tracking" / "files").iterdir())
+
+
+def test_images_lie_where_the_page_of_mlflow_looks_for_them(start, client):
+    """The names are those of MLflow's own log_image, up to time and identity."""
+    grid = np.zeros((16, 16, 3), np.uint8)
+    with start() as tracker:
+        tracker.image("a/b c", grid, step=7)
+    shape = lambda path: re.sub(r"timestamp\+\d+\+[0-9a-f-]{36}", "timestamp+T+ID", path)
+    ours = sorted(shape(f.path) for f in client.list_artifacts(tracker.run_id, "images"))
+    client.log_image(tracker.run_id, grid, key="a/b c", step=7)
+    theirs = sorted(shape(f.path) for f in client.list_artifacts(tracker.run_id, "images"))
+    assert len(ours) == 2 and theirs == sorted(ours * 2)
+    assert client.get_run(tracker.run_id).data.tags["mlflow.loggedImages"].lower() == "true"
+
+
+def test_a_model_is_registered_and_its_alias_downloads_it(start, client, uri, tmp_path, monkeypatch):
+    export = tmp_path / "export"
+    (export / "unet").mkdir(parents=True)
+    (export / "unet" / "weights.bin").write_bytes(bytes(range(256)))
+    with start() as tracker:
+        tracker.model(export, "fashion", "champion")
+        tracker.model(export, "fashion", "champion")
+    versions = client.search_model_versions("name = 'fashion'")
+    assert sorted(int(v.version) for v in versions) == [1, 2]
+    assert {v.run_id for v in versions} == {tracker.run_id}
+    assert int(client.get_model_version_by_alias("fashion", "champion").version) == 2
+    folder = Path(download_artifacts("models:/fashion@champion", tracking_uri=uri, dst_path=str(tmp_path / "got")))
+    assert (folder / "unet" / "weights.bin").read_bytes() == bytes(range(256))
+
+    again = send(resend(tmp_path / "run"))
+    assert again.unsent == 0 and len(client.search_model_versions("name = 'fashion'")) == 2
+
+
+def resend(folder: Path) -> Path:
+    """Forgets what was acknowledged, as if the process had died after sending and before it could write so."""
+    (folder / "tracking" / "sent.json").unlink()
+    return folder
+
+
+def test_what_was_sent_but_not_marked_is_not_recorded_twice(start, client, tmp_path):
+    with start() as tracker:
+        for step in range(20):
+            tracker.log({"loss": loss(step)}, step, 8 * step)
+        tracker.log({"loss": float("nan")}, 20, 160)
+        tracker.score({"name": "s", "value": 1}, step=20)
+        tracker.text("t.txt", "t")
+    before = {name: len(history(client, tracker.run_id, name)) for name in ("loss", "by_images/loss", "score/s")}
+    assert before == {"loss": 21, "by_images/loss": 21, "score/s": 1}
+    done = send(resend(tmp_path / "run"))
+    assert done.unsent == 0 and done.sent == len((tmp_path / "run/tracking/journal.jsonl").read_text().splitlines())
+    assert {name: len(history(client, tracker.run_id, name)) for name in before} == before
+    marker = json.loads((tmp_path / "run/tracking/sent.json").read_text())
+    assert marker["run_id"] == tracker.run_id
+
+
+def test_a_resumed_run_goes_on_and_repeats_nothing(start, client):
+    def train(tracker, steps):
+        for step in steps:
+            tracker.log({"loss": loss(step)}, step, 4 * step)
+            if step % 50 == 0:
+                tracker.image("grid", np.full((4, 4), step, np.uint8), step)
+                tracker.score({"name": "s", "value": loss(step)}, step)
+
+    first = start()
+    train(first, range(10, 101, 10))
+    assert first.finish("FAILED") == 0
+    assert client.get_run(first.run_id).info.status == "FAILED"
+
+    recipe = RECIPE | {"optim": {"lr": 2e-4}, "new": True}
+    second = start(recipe=recipe)
+    second.rewind(60)
+    train(second, range(70, 151, 10))
+    second.log({"other": 1.0}, 70, 280)
+    assert second.finish() == 0
+    assert second.run_id == first.run_id
+
+    steps = range(10, 151, 10)
+    assert history(client, first.run_id, "loss") == [(s, loss(s)) for s in steps]
+    assert history(client, first.run_id, "by_images/loss") == [(4 * s, loss(s)) for s in steps]
+    assert history(client, first.run_id, "score/s") == [(s, loss(s)) for s in (50, 100, 150)]
+    assert history(client, first.run_id, "other") == [(70, 1.0)]
+    assert len(client.list_artifacts(first.run_id, "images")) == 6
+    scores = json.loads(Path(client.download_artifacts(first.run_id, "scores.json")).read_text())
+    assert [s["step"] for s in scores] == [50, 100, 150]
+    run = client.get_run(first.run_id)
+    assert run.info.status == "FINISHED" and run.data.tags["fewstep.opened"] == "2"
+    assert run.data.params["optim.lr"] == "0.0001" and run.data.tags["changed.optim.lr"] == "0.0002"
+    assert run.data.params["new"] == "true"
+    assert yaml.safe_load(Path(client.download_artifacts(first.run_id, "recipe.yaml")).read_text()) == recipe
+
+
+TRAINING = """
+import math, sys, time
+from pathlib import Path
+from fewstep.tracking import Tracker
+tracker = Tracker.open(Path(sys.argv[2]), uri=sys.argv[1], experiment="tests", name="killed", recipe={}, tags={})
+for step in range(100_000):
+    tracker.log({"loss": math.sin(step) / 3}, step, 4 * step)
+    if step == 200:
+        tracker.flush(60)
+    if step % 100 == 0:
+        print(step, flush=True)
+    time.sleep(0.0005)
+"""
+
+
+def test_a_killed_training_loses_nothing(uri, client, tmp_path):
+    folder = tmp_path / "run"
+    training = python(TRAINING, uri, folder)
+    for line in training.stdout:
+        if int(line) == 600:
+            break
+    os.kill(training.pid, signal.SIGKILL)
+    training.communicate()
+    with open(folder / "tracking/journal.jsonl", "ab") as file:
+        file.write(b'{"serial": 100000, "time": 1, "op": "metr')  # killed in the middle of a line
+
+    job = subprocess.run(
+        [sys.executable, ROOT / "jobs/track.py", f"folder={folder}"],
+        capture_output=True,
+        text=True,
+        env=ENV,
+        timeout=60,
+    )
+    assert job.returncode == 0, job.stderr
+    assert "the last line was cut short and is dropped" in job.stderr
+    sent = int(re.search(r"(\d+) operations sent, 0 unsent, 0 refused", job.stdout)[1])
+    ops = [json.loads(line) for line in (folder / "tracking/journal.jsonl").read_text().splitlines()]
+    count = sum(op["op"] == "metrics" for op in ops)
+    assert count > 600 and 0 < sent <= len(ops) - 200
+    run = find_run(uri, "killed")
+    assert history(client, run.run_id, "loss") == [(s, loss(s)) for s in range(count)]
+    assert history(client, run.run_id, "by_images/loss") == [(4 * s, loss(s)) for s in range(count)]
+
+    nowhere = subprocess.run(
+        [sys.executable, ROOT / "jobs/track.py", f"folder={tmp_path}"],
+        capture_output=True,
+        text=True,
+        env=ENV,
+        timeout=60,
+    )
+    assert nowhere.returncode == 2 and str(tmp_path) in nowhere.stderr and "journal.jsonl" in nowhere.stderr
+
+
+def test_a_line_cut_short_is_dropped_and_counted(start, client, tmp_path):
+    with start() as tracker:
+        tracker.log({"loss": 1.0}, 1, 1)
+    with open(tmp_path / "run/tracking/journal.jsonl", "ab") as file:
+        file.write(b'{"serial": 7, "op"')
+    with start() as tracker:
+        assert tracker.dropped == 1
+        tracker.log({"loss": 2.0}, 2, 2)
+    assert history(client, tracker.run_id, "loss") == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_damaged_line_is_named(start, tmp_path):
+    start().finish()
+    path = tmp_path / "run/tracking/journal.jsonl"
+    first, rest = path.read_bytes().split(b"\n", 1)
+    path.write_bytes(first + b"\n#" + rest)
+    with pytest.raises(ValueError, match=rf"journal.jsonl: byte {len(first) + 1} starts a damaged line"):
+        start()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_without_a_server_training_goes_on_and_the_job_sends_later(start, client, uri, tmp_path, monkeypatch, caplog):
+    dead = f"http://127.0.0.1:{free_port()}"
+    tracker = start(uri=dead, name="alone")
+    tracker.log({"loss": 0.25}, 1, 64)
+    begun = time.monotonic()
+    unsent = tracker.finish(timeout_s=1.0)
+    assert time.monotonic() - begun < 5
+    assert unsent == 5 and tracker.run_id is None and tracker.url is None
+    assert caplog.messages[-1] == (
+        f"5 tracked operations are not sent; send them later with: python jobs/track.py folder={tmp_path / 'run'}"
+    )
+    assert sum("tracking waits, training goes on" in m for m in caplog.messages) == 1
+    with pytest.raises(RuntimeError, match="after finish"):
+        tracker.log({"loss": 0.5}, 2, 128)
+    tracker._thread.join(20)
+    assert send(tmp_path / "run", uri=dead, timeout_s=0.5) == (0, 5, 0)
+    assert send(tmp_path / "run", uri=uri) == (5, 0, 0)
+    assert send(tmp_path / "run", uri=uri) == (0, 0, 0)
+    run = find_run(uri, "alone", experiment="tests")
+    assert (run.status, run.folder, run.params["optim.lr"]) == ("FINISHED", tmp_path / "run", "0.0001")
+    assert history(client, run.run_id, "loss") == [(1, 0.25)]
+
+
+@pytest.fixture
+def server(uri, tmp_path):
+    """-> start(), which starts a server on a copy of the database, waits for it, and returns it; killed at the end."""
+    shutil.copy(uri.removeprefix("sqlite:///"), tmp_path / "server.db")
+    port, started = free_port(), []
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/server.db",
+        "--artifacts-destination",
+        f"{tmp_path}/served",
+    ]
+    env = ENV | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+
+    def start():
+        with open(tmp_path / "server.log", "a") as log:
+            process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        started.append(process)
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+                return process, f"http://127.0.0.1:{port}"
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "server.log").read_text()
+                time.sleep(0.1)
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_server_that_hangs_and_dies_delays_and_loses_nothing(start, server, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    process, address = server()
+    tracker = start(uri=address, name="tough")
+    took = []
+
+    def train(steps):
+        for step in steps:
+            begun = time.perf_counter()
+            tracker.log({"loss": loss(step), "gan": -step}, step, 16 * step)
+            took.append(time.perf_counter() - begun)
+            time.sleep(0.002)
+
+    train(range(100))
+    assert tracker.flush(60) == 0
+    assert tracker.url.startswith(f"{address}/#/experiments/") and tracker.url.endswith(tracker.run_id)
+
+    os.killpg(process.pid, signal.SIGSTOP)
+    train(range(100, 200))
+    tracker.image("student", np.full((8, 8), 200, np.uint8), 200)
+    deadline = time.monotonic() + 30
+    while not any("tracking waits" in m for m in caplog.messages) and time.monotonic() < deadline:
+        train([len(took)])
+    hung = len(took)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    train(range(hung, hung + 100))
+    assert tracker.unsent > 200
+
+    server()
+    train(range(hung + 100, hung + 200))
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "weights.bin").write_bytes(b"weights")
+    tracker.model(tmp_path / "export", "tough", "champion")
+    assert tracker.finish(timeout_s=60) == 0
+
+    # A blocked call would have taken the two seconds of a request; the bounds leave room for a busy machine.
+    assert statistics.quantiles(took, n=100)[98] < 0.05 and max(took) < 1.0
+    client, count = MlflowClient(address), hung + 200
+    assert history(client, tracker.run_id, "loss") == [(s, loss(s)) for s in range(count)]
+    assert history(client, tracker.run_id, "by_images/loss") == [(16 * s, loss(s)) for s in range(count)]
+    assert history(client, tracker.run_id, "gan") == [(s, float(-s)) for s in range(count)]
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+    grid = client.download_artifacts(tracker.run_id, "grids/student/step-00000200.png", str(tmp_path))
+    assert np.asarray(Image.open(grid)).tolist() == [[200] * 8] * 8
+    assert len(client.list_artifacts(tracker.run_id, "images")) == 2
+    got = download_artifacts("models:/tough@champion", tracking_uri=address, dst_path=str(tmp_path / "got"))
+    assert (Path(got) / "weights.bin").read_bytes() == b"weights"
+    assert sum("tracking goes on after" in m for m in caplog.messages) == 1
+
+
+def test_what_the_server_refuses_is_recorded_and_the_rest_arrives(start, client, tmp_path):
+    with start("first") as first:
+        pass
+    with start("second", recipe=RECIPE | {"optim": {"lr": 9.0}, "extra": 1}, run_id=first.run_id) as second:
+        second.log({"loss": 0.5}, 1, 1)
+    assert second.run_id == first.run_id and second.unsent == 0 and second.refused == 1
+    line = json.loads((tmp_path / "second/tracking/refused.jsonl").read_text())
+    assert line["what"] == "params optim.lr"
+    run = client.get_run(first.run_id)
+    assert run.data.params["optim.lr"] == "0.0001" and run.data.params["extra"] == "1"
+    assert run.data.tags["fewstep.folder"] == str(tmp_path / "second")
+    assert history(client, first.run_id, "loss") == [(1, 0.5)]
+
+
+def test_a_mistake_of_the_caller_is_an_error_and_reports_nothing(start, tmp_path):
+    tracker = start()
+    lines = (tmp_path / "run/tracking/journal.jsonl").read_text()
+    mistakes = {
+        (TypeError, r"metrics.loss: expected a number, got torch.Tensor.*\.item\(\)"): lambda: tracker.log(
+            {"loss": torch.ones(())}, 1, 1
+        ),
+        (ValueError, r"metrics: 'a\?b'"): lambda: tracker.log({"a?b": 1.0}, 1, 1),
+        (ValueError, "step: -1 is not a count"): lambda: tracker.log({"a": 1.0}, -1, 1),
+        (ValueError, "images: 1.5 is not a count"): lambda: tracker.log({"a": 1.0}, 1, 1.5),
+        (TypeError, "uint8 array, got numpy.ndarray of float32"): lambda: tracker.image(
+            "x", np.zeros((4, 4), np.float32), 1
+        ),
+        (ValueError, r"shape \(4, 4, 2\)"): lambda: tracker.image("x", np.zeros((4, 4, 2), np.uint8), 1),
+        (ValueError, "'../x' is not a name"): lambda: tracker.image("../x", np.zeros((4, 4), np.uint8), 1),
+        (ValueError, r"score: \['value'\] missing"): lambda: tracker.score({"name": "fid"}),
+        (ValueError, "'latest' is not an alias"): lambda: tracker.model(tmp_path, "m", "latest"),
+        (FileNotFoundError, "'nowhere' does not exist"): lambda: tracker.artifact("nowhere"),
+        (ValueError, "'DONE' is not one of FINISHED, FAILED, KILLED"): lambda: tracker.finish("DONE"),
+    }
+    for (kind, text), mistake in mistakes.items():
+        with pytest.raises(kind, match=text):
+            mistake()
+    assert (tmp_path / "run/tracking/journal.jsonl").read_text() == lines
+    tracker.finish()
+
+
+def test_a_full_disk_loses_reports_but_not_the_training(start, client, monkeypatch, tmp_path):
+    tracker = start()
+    tracker.log({"loss": 1.0}, 1, 1)
+    write = os.write
+    with monkeypatch.context() as full:
+        # The disk takes half a line, then none.
+        full.setattr(os, "write", lambda file, data: write(file, data[: len(data) // 2]))
+        tracker.log({"loss": 2.0}, 2, 2)
+    tracker.log({"loss": 3.0}, 3, 3)
+    assert tracker.finish() == 0 and tracker.lost == 1
+    assert history(client, tracker.run_id, "loss") == [(1, 1.0), (3, 3.0)]
+
+
+def test_a_run_folder_has_one_tracker_at_a_time(start, tmp_path):
+    tracker = start()
+    with pytest.raises(RuntimeError, match=f"process {os.getpid()} is already tracking this run"):
+        Journal(tmp_path / "run", lock_s=0.1)
+    tracker.finish()
+    Journal(tmp_path / "run", lock_s=0.1).close()
+    with pytest.raises(ValueError, match="belongs to run"):
+        start(run_id="0" * 32)
+    start().finish()
+
+
+def test_runs_are_found_by_id_by_name_and_as_the_last(start, uri, tmp_path):
+    ids = []
+    for folder, name in (("a", "twin"), ("b", "twin"), ("c", "it's last")):
+        with start(folder, name=name, experiment="finding") as tracker:
+            tracker.log({"loss": 1.5}, 1, 1)
+        ids.append(tracker.run_id)
+    for ref in ("last", "it's last", ids[2]):
+        found = find_run(uri, ref, experiment="finding")
+        assert (found.run_id, found.folder, found.metrics["loss"]) == (ids[2], tmp_path / "c", 1.5)
+    assert find_run(uri, "last").run_id == ids[2]
+    with pytest.raises(ValueError, match="several runs; give an id: " + ", ".join([ids[1], ids[0]])):
+        find_run(uri, "twin", experiment="finding")
+    with pytest.raises(ValueError, match="'nobody'.*the latest are: it's last, twin, twin"):
+        find_run(uri, "nobody", experiment="finding")
+    with pytest.raises(ValueError, match="experiment: no 'nothing'"):
+        find_run(uri, "last", experiment="nothing")
+    with pytest.raises(ValueError, match="does not exist; set MLFLOW_TRACKING_URI"):
+        find_run(f"sqlite:///{tmp_path}/none.db", "last")
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_the_default_store_is_the_one_mlflow_shows_without_options(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    shown = mlflow.get_tracking_uri().removeprefix("sqlite:///")
+    assert tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db" == f"sqlite:///{Path(shown).absolute()}"
+    assert tracking_uri("sqlite:///x/y.db", root=Path("/data")) == "sqlite:////data/x/y.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000/")
+    assert tracking_uri() == "http://host:5000"
+    with pytest.raises(ValueError, match="tracking.uri: 'mlruns'"):
+        tracking_uri("mlruns")
+
+
+def test_a_password_is_not_written_to_disk(start, tmp_path):
+    secret = f"http://ann:s3cret@127.0.0.1:{free_port()}"
+    start(uri=secret).finish(timeout_s=0.0)
+    assert without_password(secret) == secret.replace("s3cret", "***")
+    for path in (tmp_path / "run" / "tracking").rglob("*"):
+        assert path.is_dir() or b"s3cret" not in path.read_bytes()
+
+
+def test_a_recipe_becomes_dotted_parameters():
+    recipe = {
+        "a": {"b": {"c": 1e-4}, "d": [1, "x"]},
+        "e": True,
+        "f": "text",
+        "g": np.int64(3),
+        "h": Path("/x"),
+        "i": {},
+    }
+    assert flatten(recipe) == {"a.b.c": "0.0001", "a.d": '[1, "x"]', "e": "true", "f": "text", "g": "3", "h": "/x"}
+    long = flatten({"long": "x" * 7000})["long"]
+    assert len(long) == 6000 and long.endswith("x ... (cut; whole in recipe.yaml)")
+    with pytest.raises(TypeError, match="torch.Tensor of torch.float32 cannot be tracked"):
+        flatten({"a": torch.zeros(1)})
+
+
+def test_provenance_names_commit_and_differences(tmp_path):
+    assert provenance(tmp_path).tags["git.commit"] == "not a git checkout"
+    assert "git.diff" not in provenance(tmp_path).files
+    git = lambda *words: (
+        subprocess.run(
+            ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *words],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    )
+    git("init", "-q")
+    (tmp_path / "code.py").write_text("x = 1\n")
+    git("add", "code.py")
+    git("commit", "-q", "-m", "first")
+    clean = provenance(tmp_path, data="sha256:1234")
+    assert clean.tags["git.commit"] == clean.tags["mlflow.source.git.commit"] == git("rev-parse", "HEAD").strip()
+    assert clean.tags["git.dirty"] == "false" and "git.diff" not in clean.files
+    assert clean.tags["fingerprint.data"] == "sha256:1234"
+    assert clean.tags["version.torch"] == torch.__version__
+    assert f"numpy=={np.__version__}" in clean.files["environment.txt"].splitlines()
+    (tmp_path / "code.py").write_text("x = 2\n")
+    (tmp_path / "new.py").write_text("")
+    dirty = provenance(tmp_path)
+    assert dirty.tags["git.dirty"] == "true" and dirty.tags["git.commit"] == clean.tags["git.commit"]
+    lines = dirty.files["git.diff"].splitlines()
+    assert "-x = 1" in lines and "+x = 2" in lines and lines[-1] == "# untracked: new.py"
+
+
+def test_fewstep_itself_does_not_load_mlflow():
+    process = python("import fewstep, sys; print('mlflow' in sys.modules)")
+    assert process.communicate(timeout=60)[0] == "False\n"
