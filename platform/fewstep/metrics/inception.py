@@ -46,9 +46,10 @@ def find_inception() -> Path:
                 f"{downloads_helper.inception_url} to {str(cache / FILE)!r} or name the file with inception=<path>. "
                 f"{INSTEAD}"
             ) from None
-        if digest(path) != SHA256:
+        if (found := digest(path)) != SHA256:
             raise ValueError(
-                f"inception: the file from {downloads_helper.inception_url} is not the one known as {FILE}"
+                f"inception: what {downloads_helper.inception_url} gave has sha256 {found}, {FILE} has {SHA256}; "
+                "name the right file with inception=<path>"
             )
         return path.rename(cache / FILE)
 
