@@ -5,10 +5,10 @@
     feed = published.open(seed=0)             # in each worker: the interface of fewstep.data.feed
 
 A small set is materialised: its encoded rows lie in the object store, each worker decodes them once, and a batch is an
-index. A large set is streamed: a worker gives Ray Data the pieces of its own rank's plan, tasks read the row groups, and
-the worker decodes ahead of its step. One execution covers thousands of row groups, so Ray Data's start-up time (1-3 s) is
-paid once and not every epoch. Each rank runs its own pipeline: none waits for another, and a restarted worker starts where
-it stands. The folder of shards must be visible from every node under the same path.
+index. A large set is streamed: a worker gives Ray Data the pieces of its own rank's plan, tasks read the row groups,
+and the worker decodes ahead of its step. One execution covers thousands of row groups, so Ray Data's start-up time
+(1-3 s) is paid once and not every epoch. Each rank runs its own pipeline: none waits for another, and a restarted
+worker starts where it stands. The folder of shards must be visible from every node under the same path.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,11 @@ from ray.exceptions import RayError
 
 from fewstep.data.feed import MEMORY_BYTES, Feed, MemoryFeed, StreamFeed, ahead
 from fewstep.data.plan import Piece
-from fewstep.data.shards import ShardError, Shards, open_shards
+from fewstep.data.shards import ShardError, Shards, open_shards, read_units
 
 DATA_CPUS = 1  # what a streaming pipeline needs beside the workers
-TASK_BYTES = (
-    16 << 20
-)  # below Ray Data's block size: a task's answer is one block, so no task waits while it holds a CPU
+# Far below Ray Data's block size: a task's answer is one block, so no task waits for its reader while it holds a CPU.
+TASK_BYTES = 16 << 20
 TASK_PIECES = 16
 EXECUTION_TASKS = 512
 
@@ -51,7 +50,7 @@ def check_cpus(workers: int, cpus_per_worker: float, streaming: bool) -> None:
     if needed > total + 1e-9:
         pipeline = f" and {DATA_CPUS} for Ray Data, which streams the images" if streaming else ""
         raise NotEnoughCPUs(
-            f"cluster: {workers} workers of {cpus_per_worker:g} CPUs{pipeline} need {needed:g} logical CPUs, the cluster "
+            f"cluster: {workers} workers of {cpus_per_worker:g} CPUs{pipeline} need {needed:g} logical CPUs and it "
             f"has {total:g}; use fewer workers, a smaller cpus_per_worker, or declare more logical CPUs: "
             f"ray start --head --num-cpus={int(np.ceil(needed))}"
         )
@@ -72,7 +71,7 @@ class Published:
         """The set's feed, in the process that calls. options: seed, flip, captions, max_corrupt."""
         if self.dataset is None:
             return RayFeed(self.shards, **options)
-        return MemoryFeed(self.shards, **options, tables=_blocks(self.dataset, self.shards))
+        return MemoryFeed(self.shards, **options, tables=_blocks(self.dataset))
 
 
 def publish(path: str | os.PathLike[str], memory_bytes: int = MEMORY_BYTES, verify: str = "sha256") -> Published:
@@ -136,9 +135,10 @@ class RayFeed(StreamFeed):
         tasks = _tasks(self.shards, ((p.unit, p.rows) for p in self.plan.pieces(position, rank, world)))
         while True:
             dataset = _pipeline(self.shards, list(islice(tasks, EXECUTION_TASKS)), self.readers)
-            limits = ExecutionResources.for_limits(cpu=self.readers, object_store_memory=self.store_bytes)
+            store = min(self.store_bytes, ray.cluster_resources()["object_store_memory"] / (4 * world))
+            limits = ExecutionResources.for_limits(cpu=self.readers, object_store_memory=store)
             dataset.context.execution_options.resource_limits = limits
-            yield from _blocks(dataset, self.shards)
+            yield from _blocks(dataset)
 
 
 def _tasks(shards: Shards, wanted: Iterator[tuple[int, np.ndarray | None]]) -> Iterator[pa.Table]:
@@ -166,7 +166,7 @@ def _task(units: list[int], rows: list[np.ndarray | None]) -> pa.Table:
 def _pipeline(shards: Shards, tasks: list[pa.Table], readers: int | None = None) -> Dataset:
     """Ray Data's execution of some tasks, in their order: one block each, rows still encoded."""
     dataset = ray.data.from_arrow(tasks).map_batches(
-        _read, batch_size=None, batch_format="pyarrow", fn_kwargs={"shards": shards}, num_cpus=DATA_CPUS,
+        read_units, batch_size=None, batch_format="pyarrow", fn_kwargs={"shards": shards}, num_cpus=DATA_CPUS,
         compute=TaskPoolStrategy(size=readers),
     )  # fmt: skip
     dataset.context.execution_options.preserve_order = True
@@ -174,22 +174,10 @@ def _pipeline(shards: Shards, tasks: list[pa.Table], readers: int | None = None)
     return dataset
 
 
-def _read(task: pa.Table, shards: Shards) -> pa.Table:
-    """In a task: the rows it names, with the unit each came from."""
-    parts = []
-    for unit, rows in zip(task.column("unit").to_pylist(), task.column("rows"), strict=True):
-        table = shards.read(unit, rows.values.to_numpy() if rows.is_valid else None)
-        parts.append(table.append_column("unit", pa.array(np.full(table.num_rows, unit, np.int32))))
-    return pa.concat_tables(parts)
-
-
-def _blocks(dataset: Dataset, shards: Shards) -> Generator[pa.Table, None, None]:
+def _blocks(dataset: Dataset) -> Generator[pa.Table, None, None]:
     """A dataset's blocks in order. Raises the ShardError that a task raised."""
-    batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
     try:
-        first = next(batches)
-        for table in chain([first], batches):
-            yield table
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
     except RayError as error:
         raise _named(error) from None
 

@@ -150,6 +150,18 @@ class Shards:
         return f"{self.units[unit].file} row {self.units[unit].first + row}"
 
 
+def read_units(task: pa.Table, shards: Shards) -> pa.Table:
+    """Rows of several units, with the unit each came from: what a task does for a training worker, without torch.
+
+    task: `unit`, and `rows`, the row numbers inside it in the order wanted; null is all of them.
+    """
+    parts = []
+    for unit, rows in zip(task.column("unit").to_pylist(), task.column("rows"), strict=True):
+        table = shards.read(unit, rows.values.to_numpy() if rows.is_valid else None)
+        parts.append(table.append_column("unit", pa.array(np.full(table.num_rows, unit, np.int32))))
+    return pa.concat_tables(parts)
+
+
 def latents(table: pa.Table, size: tuple[int, int, int]) -> np.ndarray:
     """The `latent` column: (n, C, H, W) in the type that was stored."""
     column = table.column("latent").combine_chunks()
