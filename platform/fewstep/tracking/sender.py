@@ -185,7 +185,9 @@ class Sender:
         version = next((v for v in versions if v.tags.get("fewstep.serial") == serial), None)
         if version is None:
             source = f"{client.get_run(run_id).info.artifact_uri}/model"
-            version = client.create_model_version(op["name"], source, run_id, tags={"fewstep.serial": serial})
+            version = client.create_model_version(
+                op["name"], source, run_id, tags={"fewstep.serial": serial}, await_creation_for=None
+            )
         client.set_registered_model_alias(op["name"], op["alias"], version.version)
 
 
