@@ -13,6 +13,7 @@ worker starts where it stands. The folder of shards must be visible from every n
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import pyarrow as pa
 import ray
 from ray.data import Dataset, ExecutionResources, TaskPoolStrategy
 from ray.exceptions import RayError
+from ray.util import log_once
 
 from fewstep.data.feed import MEMORY_BYTES, Feed, MemoryFeed, StreamFeed, ahead
 from fewstep.data.plan import Piece
@@ -165,6 +167,7 @@ def _task(units: list[int], rows: list[np.ndarray | None]) -> pa.Table:
 
 def _pipeline(shards: Shards, tasks: list[pa.Table], readers: int | None = None) -> Dataset:
     """Ray Data's execution of some tasks, in their order: one block each, rows still encoded."""
+    _quiet()
     dataset = ray.data.from_arrow(tasks).map_batches(
         read_units, batch_size=None, batch_format="pyarrow", fn_kwargs={"shards": shards}, num_cpus=DATA_CPUS,
         compute=TaskPoolStrategy(size=readers),
@@ -172,6 +175,14 @@ def _pipeline(shards: Shards, tasks: list[pa.Table], readers: int | None = None)
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False
     return dataset
+
+
+def _quiet() -> None:
+    """Ray Data's account of each execution goes to its log file, not to the terminal of every worker."""
+    log_once("ray_data_progress_manager_disabled")  # taken here, so that Ray Data's own notice does not appear
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.WARNING)
 
 
 def _blocks(dataset: Dataset) -> Generator[pa.Table, None, None]:

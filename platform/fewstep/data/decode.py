@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MODES = {1: "L", 3: "RGB"}
@@ -17,6 +17,19 @@ _THREAD_PIXELS = 64 * 64
 
 class CorruptImage(ValueError):
     """Bytes that are no image, or an image of another size than the set's."""
+
+
+# What Pillow raises over bad bytes, by codec and by how they are bad.
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+def corrupt(error: BaseException) -> CorruptImage:
+    """One of PILLOW_ERRORS as the reason why a row cannot be used: the same text each time."""
+    if isinstance(error, CorruptImage):
+        return error
+    if isinstance(error, UnidentifiedImageError):
+        return CorruptImage(f"no {', '.join(FORMATS)} file")
+    return CorruptImage(" ".join(str(error).split()) or type(error).__name__)
 
 
 def decode(data: bytes, size: tuple[int, int, int]) -> np.ndarray:
@@ -34,10 +47,8 @@ def decode(data: bytes, size: tuple[int, int, int]) -> np.ndarray:
             if image.mode != MODES[channels]:
                 image = image.convert(MODES[channels])
             pixels = np.frombuffer(image.tobytes(), np.uint8)
-    except CorruptImage:
-        raise
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise CorruptImage(" ".join(str(error).split()) or type(error).__name__) from None
+    except PILLOW_ERRORS as error:
+        raise corrupt(error) from None
     return pixels.reshape(height, width, channels).transpose(2, 0, 1)
 
 
@@ -46,8 +57,8 @@ def size_of(data: bytes) -> tuple[int, int, int]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return (1 if image.mode in ("1", "L") else 3, image.size[1], image.size[0])
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise CorruptImage(" ".join(str(error).split()) or type(error).__name__) from None
+    except PILLOW_ERRORS as error:
+        raise corrupt(error) from None
 
 
 def decode_all(

@@ -385,8 +385,9 @@ class ShardWriter:
             name = f"shard-{len(self._shards):05d}.parquet"
             # 28x28 PNGs share most of their header: zstd saves 10% of them, and costs JPEG nothing to read.
             self._file = pq.ParquetWriter(
-                self.temp / name, schema, compression="zstd", use_dictionary=False, write_page_checksum=True
-            )
+                self.temp / name, schema, compression="zstd", use_dictionary=False, write_statistics=False,
+                write_page_checksum=True,
+            )  # fmt: skip
         self._file.write_table(pa.table(columns, schema=schema), row_group_size=len(rows))
         self._groups.append(len(rows))
         self._file_bytes += size

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from fewstep.data.decode import FORMATS, MODES, CorruptImage, size_of
+from fewstep.data.decode import FORMATS, MODES, PILLOW_ERRORS, CorruptImage, corrupt, size_of
 from fewstep.data.plan import mix
 from fewstep.data.shards import Manifest, ShardWriter, refuse
 
@@ -129,8 +129,8 @@ def _resized(data: bytes, size: int, channels: int) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.draft(MODES[channels], (2 * size, 2 * size))  # a JPEG may be unpacked at a half, a quarter, ...
             picture = ImageOps.exif_transpose(image).convert(MODES[channels])
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise CorruptImage(" ".join(str(error).split()) or type(error).__name__) from None
+    except PILLOW_ERRORS as error:
+        raise corrupt(error) from None
     pixels = np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS))
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 

@@ -1,0 +1,449 @@
+"""The order is a pure function of (seed, position), shards are what their manifest says, and feeds agree with both."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import struct
+import threading
+import time
+import tracemalloc
+import zlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from fewstep.config import resolve
+from fewstep.data import shards as shards_module
+from fewstep.data.decode import CorruptImage, decode, decode_all, encode
+from fewstep.data.feed import MemoryFeed, StreamFeed, ahead, open_feed
+from fewstep.data.plan import LANES, Plan, mix
+from fewstep.data.shards import CorruptRows, ShardError, ShardWriter, latents, open_shards
+
+GOLDEN = [5, 3, 6, 4, 10, 9, 7, 11, 8, 0, 1, 2, 6, 3, 4, 5, 11, 7, 8, 9, 10, 0, 1, 2]
+UNITS = [7, 60, 1, 33, 60, 60, 12, 60, 5, 60, 41]
+
+
+def write(out, rows=200, size=(1, 12, 12), classes=10, bad=(), monkeypatch=None, **options):
+    """A set whose image number i has all pixels i mod 256 and label i mod classes; `bad` ones are bytes, no image."""
+    if bad:
+        monkeypatch.setattr(shards_module, "decode", lambda data, size: None)
+    with ShardWriter(out, size, classes=classes, **({"group_rows": 16, "shard_bytes": 4000} | options)) as writer:
+        for i in range(rows):
+            image = b"\x89PNG broken" if i in bad else np.full(size, i % 256, np.uint8)
+            writer.add(image, i % classes if classes else None)
+    if bad:
+        monkeypatch.undo()
+    return open_shards(out)
+
+
+def take(feed, batches, position=0, batch=24, rank=0, world=1):
+    return list(itertools.islice(feed.batches(position, batch, rank, world), batches))
+
+
+def same(a, b):
+    return all(torch.equal(x[0], y[0]) and torch.equal(x[1], y[1]) for x, y in zip(a, b, strict=True))
+
+
+# the order
+
+
+def test_the_hash_is_splitmix64():
+    # The first output of the published generator seeded with 0.
+    assert int(mix(0)[0]) == 0xE220A8397B1DCDAF
+
+
+def test_the_order_never_changes():
+    """A checkpoint's position means the same images in every later version."""
+    assert Plan([3, 4, 5], seed=0).rows(0, 24).tolist() == GOLDEN
+
+
+def test_every_epoch_is_a_permutation_and_no_two_are_equal():
+    plan = Plan(UNITS, seed=3)
+    orders = [plan.rows(epoch * plan.rows_total, plan.rows_total) for epoch in range(4)]
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(sum(UNITS)))
+    other = Plan(UNITS, seed=4).rows(0, plan.rows_total)
+    assert all(not np.array_equal(a, b) for a, b in itertools.combinations([*orders, other], 2))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_ranks_share_the_same_global_batches(world):
+    plan, batch = Plan(UNITS, seed=1), 24
+    for position in range(0, 2 * plan.rows_total, batch):  # over the seam of two epochs
+        parts = [plan.rows(position, batch, rank, world) for rank in range(world)]
+        assert np.stack(parts, 1).ravel().tolist() == plan.rows(position, batch).tolist()
+
+
+def test_a_batch_mixes_units():
+    plan = Plan([1000] * 64, seed=0)
+    units = {plan.unit(row)[0] for row in plan.rows(0, 64).tolist()}
+    assert len(units) == LANES
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 8, 32])
+@pytest.mark.parametrize("position", [0, 1, 17, 398, 399, 1000])
+def test_pieces_give_each_rank_its_rows_where_it_needs_them(world, position):
+    plan, mine = Plan(UNITS, seed=2), 90
+    expected = plan.rows(position, mine * world)
+    for rank in range(world):
+        got, first = np.full(mine, -1), -1
+        for piece in plan.pieces(position, rank, world):
+            assert piece.places[0] >= first and np.all(np.diff(piece.places) > 0)
+            first = piece.places[0]
+            if first >= mine:
+                break
+            near = piece.places < mine
+            assert np.all(got[piece.places[near]] == -1)
+            got[piece.places[near]] = plan.first[piece.unit] + piece.rows[near]
+        assert np.array_equal(got, expected[rank::world])
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8, 16])
+def test_a_unit_is_read_by_one_rank_unless_a_lane_ends_in_it(world):
+    plan = Plan([50] * 64)
+    readers: dict[int, set[int]] = {}
+    for rank in range(world):
+        for piece in itertools.takewhile(lambda p: p.epoch == 0, plan.pieces(0, rank, world)):
+            readers.setdefault(piece.unit, set()).add(rank)
+    assert sum(len(ranks) for ranks in readers.values()) <= 64 + LANES - 1
+    assert sum(len(ranks) > 1 for ranks in readers.values()) < LANES
+
+
+def test_flips_are_a_fair_coin_per_epoch_and_row():
+    plan, rows = Plan(UNITS, seed=0), np.arange(20000)
+    first, second = (plan.flips(np.full(20000, epoch), rows) for epoch in (0, 1))
+    for coin in (first, second, first == second):
+        assert abs(coin.mean() - 0.5) < 4 * 0.5 / np.sqrt(20000)
+    assert np.array_equal(plan.flips(np.zeros(10, int), rows[:10]), first[:10])
+
+
+def test_stand_ins_are_the_rest_of_the_unit_in_its_order():
+    plan = Plan([4, 6], seed=5)
+    for row in range(10):
+        unit, _ = plan.unit(row)
+        others = list(plan.stand_ins(7, row))
+        assert sorted([*others, row]) == list(range(int(plan.first[unit]), int(plan.first[unit + 1])))
+
+
+@pytest.mark.parametrize("batch, rank, world", [(10, 0, 3), (8, 2, 2), (0, 0, 1), (4, 0, 0)])
+def test_a_batch_that_cannot_be_shared_is_refused(batch, rank, world):
+    with pytest.raises(ValueError, match="batch|rank"):
+        Plan([5]).rows(0, batch, rank, world)
+
+
+# pixels
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("format", ["png", "webp"])
+def test_lossless_formats_return_every_pixel(channels, format):
+    pixels = np.random.default_rng(0).integers(0, 256, (channels, 9, 14), dtype=np.uint8)
+    if channels == 1 and format == "webp":  # webp knows colour only: grey comes back through its luma
+        assert np.abs(decode(encode(pixels, format), pixels.shape).astype(int) - pixels).max() <= 1
+    else:
+        assert np.array_equal(decode(encode(pixels, format), pixels.shape), pixels)
+
+
+def test_jpeg_is_near():
+    ramp = np.broadcast_to(np.arange(0, 256, 4, dtype=np.uint8), (3, 64, 64))
+    assert np.abs(decode(encode(ramp, "jpeg"), (3, 64, 64)).astype(int) - ramp).max() <= 6
+
+
+def test_bad_bytes_are_named_and_the_rest_is_decoded():
+    good = encode(np.full((1, 8, 8), 7, np.uint8))
+    other = encode(np.zeros((1, 8, 9), np.uint8))
+    pixels, bad = decode_all([good, b"", good[:40], other, good], (1, 8, 8))
+    assert [i for i, _ in bad] == [1, 2, 3] and "8x9" in bad[2][1]
+    assert [int(p.max()) for p in pixels] == [7, 0, 0, 0, 7]
+
+
+def test_a_forged_size_is_refused_before_it_is_unpacked():
+    data = bytearray(encode(np.zeros((1, 28, 28), np.uint8)))
+    data[16:24] = struct.pack(">II", 9000, 9000)  # width and height in a PNG's header, and its checksum
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    tracemalloc.start()
+    with pytest.raises(CorruptImage, match="9000x9000 pixels where the set has 28x28"):
+        decode(bytes(data), (1, 28, 28))
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+
+
+# shards
+
+
+def test_what_is_written_is_read(tmp_path):
+    shards = write(tmp_path / "set", rows=200)
+    assert len(shards.manifest.shards) > 1 and shards.rows == 200 and shards.classes == 10
+    table = pa.concat_tables(shards.read(unit) for unit in range(len(shards.units)))
+    values = np.array([decode(data, shards.size)[0, 0, 0] for data in table.column("image").to_pylist()])
+    assert sorted(values.tolist()) == list(range(200))
+    assert np.array_equal(table.column("label").to_numpy(), values % 10)
+    assert values.tolist() != list(range(200))  # shuffled, so that a row group is a sample of all
+    assert sum(unit.rows for unit in shards.units) == 200
+
+
+def test_a_set_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError, match="half way"):
+        with ShardWriter(tmp_path / "set", (1, 4, 4)) as writer:
+            writer.add(np.zeros((1, 4, 4), np.uint8))
+            raise RuntimeError("half way")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_set_is_replaced_only_when_asked(tmp_path):
+    write(tmp_path / "set", rows=20)
+    with pytest.raises(ShardError, match="overwrite=true"):
+        write(tmp_path / "set", rows=30)
+    assert write(tmp_path / "set", rows=30, overwrite=True).rows == 30
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_rows_that_do_not_fit_are_refused(tmp_path):
+    with ShardWriter(tmp_path / "set", (1, 4, 4), classes=3) as writer:
+        with pytest.raises(ValueError, match="label: 3"):
+            writer.add(np.zeros((1, 4, 4), np.uint8), 3)
+        with pytest.raises(ValueError, match="shape"):
+            writer.add(np.zeros((3, 4, 4), np.uint8), 1)
+        with pytest.raises(CorruptImage, match="5x5"):
+            writer.add(encode(np.zeros((1, 5, 5), np.uint8)), 1)
+        writer.add(np.zeros((1, 4, 4), np.uint8), 1)
+
+
+def _edit_manifest(path, change):
+    data = json.loads((path / "manifest.json").read_text())
+    change(data)
+    (path / "manifest.json").write_text(json.dumps(data))
+
+
+def _rewrite(path, change):
+    """The first shard with other rows, and a manifest that vouches for its bytes."""
+    file = path / "shard-00000.parquet"
+    groups = [change(pq.ParquetFile(file).read_row_group(i)) for i in range(pq.ParquetFile(file).num_row_groups)]
+    with pq.ParquetWriter(file, groups[0].schema) as writer:
+        for group in groups:
+            writer.write_table(group)
+
+    def vouch(data):
+        data["shards"][0] |= {"bytes": file.stat().st_size, "sha256": shards_module._sha256(file)}
+
+    _edit_manifest(path, vouch)
+
+
+def _flip_byte(path):
+    file = path / "shard-00001.parquet"
+    column = pq.ParquetFile(file).metadata.row_group(1).column(0)
+    data = bytearray(file.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size - 9] ^= 1
+    file.write_bytes(data)
+
+
+def _cut(path):
+    (path / "shard-00001.parquet").write_bytes((path / "shard-00001.parquet").read_bytes()[:-100])
+
+
+def _cut_and_vouch(path):
+    _cut(path)
+    file = path / "shard-00001.parquet"
+    _edit_manifest(
+        path,
+        lambda data: data["shards"][1].update(bytes=file.stat().st_size, sha256=shards_module._sha256(file)),
+    )
+
+
+def _set(table, column, values):
+    return table.set_column(table.column_names.index(column), column, values)
+
+
+DAMAGE = {
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), r"no manifest.json in .*prepare.py"),
+    "bad manifest": (lambda p: (p / "manifest.json").write_text("{}"), r"manifest.json: not a manifest"),
+    "missing shard": (lambda p: (p / "shard-00001.parquet").unlink(), r"shard-00001.parquet: missing.*prepare.py"),
+    "cut short": (_cut, r"shard-00001.parquet: \d+ bytes, the manifest says \d+"),
+    "cut short, vouched for": (_cut_and_vouch, r"shard-00001.parquet: not a readable Parquet file"),
+    "one bit changed": (_flip_byte, r"shard-00001.parquet: its sha256"),
+    "other columns": (lambda p: _rewrite(p, lambda t: t.rename_columns(["pixels", "label"])), r"columns \(pixels"),
+    "fewer rows": (lambda p: _rewrite(p, lambda t: t.slice(1)), r"shard-00000.parquet: \d+ rows in"),
+    "label out of range": (
+        lambda p: _rewrite(p, lambda t: _set(t, "label", pa.array([10] * t.num_rows, pa.int64()))),
+        r"row 0 has the label 10, the manifest says 0 <= label < 10",
+    ),
+    "other size": (
+        lambda p: _edit_manifest(p, lambda data: data.update(size=[1, 16, 16])),
+        r"shard-00000.parquet: images of 12x12 pixels",
+    ),
+    "wrong total": (lambda p: _edit_manifest(p, lambda data: data.update(rows=7)), r"says 7 rows, its shards have"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_found_at_opening_and_named(tmp_path, what):
+    write(tmp_path / "set")
+    damage, text = DAMAGE[what]
+    damage(tmp_path / "set")
+    with pytest.raises(ShardError, match=text):
+        open_shards(tmp_path / "set")
+
+
+def test_a_missing_folder_says_how_to_make_one(tmp_path):
+    with pytest.raises(ShardError, match=r"data.path: no folder .*python jobs/prepare.py"):
+        open_shards(tmp_path / "nowhere")
+
+
+def test_the_quick_look_leaves_changed_bytes_to_the_page_checksums(tmp_path):
+    write(tmp_path / "set")
+    _flip_byte(tmp_path / "set")
+    shards = open_shards(tmp_path / "set", verify="size")
+    with pytest.raises(ShardError, match="shard-00001.parquet: row group 1 cannot be read"):
+        for unit in range(len(shards.units)):
+            shards.read(unit)
+
+
+def test_the_shipped_images_are_whole():
+    shards = open_shards(resolve("shipped:fashion_mnist/shards"))
+    assert (shards.rows, shards.size, shards.classes) == (10000, (1, 28, 28), 10)
+    assert sum(shard.bytes for shard in shards.manifest.shards) < 6e6
+    labels = np.concatenate([shards_module.labels(shards.read(unit)) for unit in range(len(shards.units))])
+    assert np.all(np.abs(np.bincount(labels, minlength=10) - 1000) < 4 * np.sqrt(900))
+
+
+# feeds
+
+
+def test_pixels_arrive_in_minus_one_to_one_with_their_labels(tmp_path):
+    shards = write(tmp_path / "set", rows=256)
+    images, labels = take(MemoryFeed(shards), 1, batch=256)[0]
+    assert images.shape == (256, 1, 12, 12) and images.dtype == torch.float32 and labels.dtype == torch.int64
+    values = ((images[:, 0, 0, 0] + 1) * 127.5).round().long()
+    assert sorted(values.tolist()) == list(range(256)) and torch.equal(labels, values % 10)
+    assert float(images.min()) == -1 and float(images.max()) == 1
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_streaming_equals_memory_for_every_rank(tmp_path, world):
+    shards = write(tmp_path / "set")
+    memory, stream = MemoryFeed(shards, seed=4, flip=True), StreamFeed(shards, seed=4, flip=True)
+    whole = take(memory, 20, position=120)
+    for rank in range(world):
+        ours = take(stream, 20, position=120, rank=rank, world=world)
+        assert all(torch.equal(a[0], b[0][rank::world]) for a, b in zip(ours, whole, strict=True))
+        assert same(ours, take(memory, 20, position=120, rank=rank, world=world))
+
+
+@pytest.mark.parametrize("kind", [MemoryFeed, StreamFeed])
+def test_a_resumed_stream_continues_where_it_was(tmp_path, kind):
+    shards = write(tmp_path / "set")
+    whole = take(kind(shards, seed=1), 20)
+    for done in (1, 7, 19):
+        assert same(take(kind(shards, seed=1), 20 - done, position=24 * done), whole[done:])
+
+
+def test_flipped_images_are_mirrored(tmp_path):
+    ramp = np.broadcast_to(np.arange(12, dtype=np.uint8), (1, 12, 12))
+    with ShardWriter(tmp_path / "set", (1, 12, 12)) as writer:
+        for _ in range(50):
+            writer.add(ramp)
+    plain, mirrored = (take(open_feed(tmp_path / "set", flip=flip), 1, batch=50)[0][0] for flip in (False, True))
+    kept = (mirrored == plain).flatten(1).all(1)
+    turned = (mirrored == plain.flip(-1)).flatten(1).all(1)
+    assert torch.all(kept ^ turned) and 10 < int(turned.sum()) < 40
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_latents_arrive_as_stored(tmp_path, dtype):
+    numbers = np.random.default_rng(0).normal(size=(40, 4, 3, 2)).astype(dtype)
+    with ShardWriter(tmp_path / "set", (4, 3, 2), encoding=dtype, classes=40, group_rows=9) as writer:
+        for i, latent in enumerate(numbers):
+            writer.add(latent, i)
+    shards = open_shards(tmp_path / "set")
+    assert shards.manifest.range == (float(numbers.min()), float(numbers.max()))
+    assert latents(shards.read(0), shards.size).dtype == dtype
+    for feed in (MemoryFeed(shards), StreamFeed(shards)):
+        images, labels = take(feed, 1, batch=40)[0]
+        assert torch.equal(images, torch.from_numpy(numbers[labels.numpy()]).float())
+    with pytest.raises(ValueError, match="data.flip"):
+        MemoryFeed(shards, flip=True)
+
+
+def test_captions_follow_their_images_and_labels_may_be_missing(tmp_path):
+    with ShardWriter(tmp_path / "set", (1, 4, 4), captions=True, group_rows=7) as writer:
+        for i in range(30):
+            writer.add(np.full((1, 4, 4), i, np.uint8), caption=f"number {i}")
+    shards = open_shards(tmp_path / "set")
+    assert shards.classes == 0
+    for feed in (MemoryFeed(shards, captions=True), StreamFeed(shards, captions=True)):
+        images, labels, captions = take(feed, 1, batch=30)[0]
+        numbers = ((images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+        assert captions == [f"number {i}" for i in numbers] and int(labels.abs().sum()) == 0
+
+
+def test_open_feed_streams_what_does_not_fit(tmp_path):
+    write(tmp_path / "set")
+    size = 200 * 12 * 12
+    assert type(open_feed(tmp_path / "set", memory_bytes=size)) is MemoryFeed
+    assert type(open_feed(tmp_path / "set", memory_bytes=size - 1)) is StreamFeed
+
+
+# what goes wrong in the middle
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_corrupt_rows_are_named_and_replaced_alike_everywhere(tmp_path, monkeypatch, world):
+    shards = write(tmp_path / "set", rows=250, bad=(3, 50, 51, 249), monkeypatch=monkeypatch)
+    memory, stream = (kind(shards, seed=2, max_corrupt=0.02) for kind in (MemoryFeed, StreamFeed))
+    assert len(memory.corrupt) == 4 and all("shard-0000" in name and " row " in name for name in memory.corrupt)
+    whole = take(memory, 25)
+    values = torch.cat([((images[:, 0, 0, 0] + 1) * 127.5).round().long() for images, _ in whole])
+    assert not set(values.tolist()) & {3, 50, 51, 249}
+    assert torch.equal(torch.cat([labels for _, labels in whole]), values % 10)
+    for rank in range(world):
+        assert same(take(stream, 25, rank=rank, world=world), take(memory, 25, rank=rank, world=world))
+    assert stream.corrupt == memory.corrupt
+
+
+@pytest.mark.parametrize("kind", [MemoryFeed, StreamFeed])
+def test_too_many_corrupt_rows_stop_and_are_listed(tmp_path, monkeypatch, kind):
+    shards = write(tmp_path / "set", rows=250, bad=(3, 50, 51, 249), monkeypatch=monkeypatch)
+    with pytest.raises(CorruptRows, match=r"4 corrupt rows, 3 allowed(.|\n)*shard-0000\d.parquet row \d+"):
+        take(kind(shards, max_corrupt=0.015), 25)
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut short"])
+def test_a_shard_lost_in_mid_run_is_an_error_that_names_it(tmp_path, damage):
+    shards = write(tmp_path / "set", rows=2000)
+    batches = StreamFeed(shards).batches(0, 24)
+    next(batches)
+    for file in (tmp_path / "set").glob("*.parquet"):
+        file.unlink() if damage == "removed" else file.write_bytes(file.read_bytes()[:50])
+    started = time.perf_counter()
+    with pytest.raises(ShardError, match=r"shard-000\d\d.parquet: row group \d+ cannot be read"):
+        for _ in batches:
+            pass
+    assert time.perf_counter() - started < 5
+
+
+def test_closing_a_feed_ends_its_threads(tmp_path):
+    feed = StreamFeed(write(tmp_path / "set"))
+    before = threading.active_count()
+    streams = [feed.batches(0, 24), feed.batches(48, 24)]
+    for stream in streams:
+        next(stream)
+    assert threading.active_count() > before
+    feed.close()
+    assert threading.active_count() == before and list(streams[0]) == []
+
+
+def test_a_source_that_gives_nothing_is_given_up():
+    def silent():
+        time.sleep(0.5)
+        yield 1
+
+    with pytest.raises(TimeoutError, match="nothing came for 0.05 s"):
+        next(ahead(silent(), 2, patience_s=0.05))
+
+
+def test_a_finite_source_ends():
+    assert list(ahead((i for i in range(100)), 3)) == list(range(100))
