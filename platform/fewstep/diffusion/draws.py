@@ -39,7 +39,7 @@ class Draws:
         return torch.Generator(self.device).manual_seed(fold(self.seed, self.step, name))
 
     def _mine(self, x: Tensor) -> Tensor:
-        return x.chunk(self.parts)[self.part] if self.parts > 1 else x
+        return x[self.part :: self.parts]
 
     def normal(self, name: str, shape: tuple[int, ...] | torch.Size) -> Tensor:
         """N(0, I) of `shape` (B, ...), float32."""
