@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
 import torch
+from pydantic import Field
 
 from fewstep.config import Strict, parse, resolve
 from fewstep.data.feed import Feed, open_feed
@@ -26,23 +27,31 @@ class Features(Strict):
     """Trains the small feature network on labelled images, or takes an extractor, and writes reference statistics."""
 
     data: str
-    """folder of shards: the real images, to train on and to describe"""
+    """Folder of shards: the real images, to train on and to describe."""
     test: str | None = None
-    """folder of shards held out: gives the accuracy and the distance that a perfect generator would have"""
+    """Folder of shards held out: gives the accuracy, and the distance that a perfect generator would have."""
     out: str
-    """folder for features.safetensors and statistics.npz"""
+    """Folder for features.safetensors and statistics.npz."""
     extractor: str | None = None
-    """an existing network to describe the images with: features.safetensors, or Inception as TorchScript (.pt)"""
+    """Describe the images with this network: a features.safetensors, Inception's .pt, or `inception` to look for it."""
     name: str = "fashion"
-    """of the network: its Frechet distance is called fd_<name>"""
-    images: int | None = None
-    """how many images to describe; all of them unless given"""
-    epochs: int = 4
-    """passes over the images in training"""
-    seed: int = 0
-    """of the first weights and of the order"""
+    """Of the network: its Frechet distance is called fd_<name>."""
+    images: int | None = Field(None, ge=2)
+    """How many images to describe; without it, all."""
+    epochs: int = Field(5, ge=1)
+    """Passes over the images in training."""
+    seed: int = Field(0, ge=0)
+    """Of the first weights and of the order."""
     device: str = "cpu"
-    """cpu or cuda"""
+    """cpu or cuda."""
+
+
+def open_images(path: str, seed: int = 0) -> Feed:
+    """A feed of square images. Raises ValueError naming the folder for anything else."""
+    feed = open_feed(resolve(path), seed=seed)
+    if feed.shards.manifest.kind != "image" or feed.shape[1] != feed.shape[2]:
+        raise ValueError(f"{path}: {feed.shards.manifest.kind}s of shape {feed.shape}; features need square images")
+    return feed
 
 
 def describe(feed: Feed, images: int) -> str:
@@ -74,20 +83,22 @@ def train(job: Features, feed: Feed, test: tuple[torch.Tensor, torch.Tensor] | N
     return open_features(path, job.device)
 
 
-def main() -> None:
-    job = parse(Features)
+def run(job: Features) -> dict:
+    """Trains or opens the extractor, writes the statistics, and returns what the job reports."""
     out = resolve(job.out)
-    feed = open_feed(resolve(job.data), seed=job.seed)
+    feed = open_images(job.data, job.seed)
+    if job.images and job.images > feed.rows:
+        raise ValueError(f"images: {job.images}; {job.data} has {feed.rows}")
     test = None
     if job.test:
-        held_out = open_feed(resolve(job.test))
+        held_out = open_images(job.test)
         test = read(held_out, held_out.rows)
     if job.extractor is None:
         extractor = train(job, feed, test, out / "features.safetensors")
     elif job.extractor.endswith(".safetensors"):
         extractor = open_features(resolve(job.extractor), job.device)
     else:
-        extractor = open_inception(resolve(job.extractor), job.device)
+        extractor = open_inception(None if job.extractor == "inception" else resolve(job.extractor), job.device)
     images, labels = read(feed, job.images or feed.rows)
     reference = save_reference(
         out / "statistics.npz",
@@ -103,6 +114,15 @@ def main() -> None:
         report |= {"floor": floor, "test_images": len(test[0])}
     if isinstance(extractor, SmallNetwork):
         report["accuracy"] = extractor.info.test_accuracy
+    return report
+
+
+def main(argv: list[str] | None = None) -> None:
+    job = parse(Features, argv)
+    try:
+        report = run(job)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"features: {error}") from None
     print(json.dumps(report))
 
 

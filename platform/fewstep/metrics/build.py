@@ -73,7 +73,7 @@ def _refuse_unknown(names: Sequence[str], valid: Sequence[str]) -> None:
 def _given(path: str | Path | None, argument: str, metric: str) -> Path:
     if path is None:
         raise ValueError(
-            f"{argument}: {metric} needs this file and none is given; make it with: python jobs/features.py, or use "
-            f"{argument}=shipped:<folder>/<file>"
+            f"{argument}: {metric} needs this file and none is given; python jobs/features.py makes it (--help), and "
+            "shipped:fashion_mnist/ has features.safetensors and statistics.npz for Fashion-MNIST"
         )
     return resolve(path)

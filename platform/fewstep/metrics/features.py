@@ -118,7 +118,10 @@ def save_features(path: str | Path, net: FeatureNet, info: Info) -> None:
 
 
 class SmallNetwork:
-    """A trained FeatureNet as an extractor: float32, eval mode, `batch` images at a time on `device`."""
+    """A trained FeatureNet as an extractor: float32, eval mode, `batch` images at a time on `device`.
+
+    On CUDA, PyTorch's own setting decides whether convolutions may round to TF32.
+    """
 
     def __init__(self, net: FeatureNet, info: Info, hash: str, device: str | torch.device = "cpu", batch: int = 500):
         self.net = net.float().eval().requires_grad_(False).to(device)

@@ -11,7 +11,7 @@ import numpy as np
 from fewstep.metrics.base import Extractor, Outputs, digest
 
 KEPT = 10_000  # features kept for the metrics that compare neighbours; their cost grows with the square
-REMAKE = "make one with: python jobs/features.py extractor=<file> data=<shards> out=<folder>"
+REMAKE = "make one with: python jobs/features.py extractor=<file or inception> data=<shards> out=<folder>"
 
 
 def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
