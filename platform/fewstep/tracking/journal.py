@@ -42,12 +42,13 @@ class Journal:
     """The open journal of one run folder. One process at a time holds it; its methods may be called from any thread.
 
     folder: the run's folder. create: make the journal when there is none.
-    lock_s: how long to wait for a process that still holds it (a killed one lets go at once).
+    lock_s: how long to wait for a holder: a killed process lets go at once, one whose last request hangs after that
+    request's time limit.
     Raises FileNotFoundError when there is no journal and `create` is false, RuntimeError when another process holds it,
     ValueError when a line other than the last is damaged.
     """
 
-    def __init__(self, folder: Path, *, create: bool = True, lock_s: float = 10.0):
+    def __init__(self, folder: Path, *, create: bool = True, lock_s: float = 30.0):
         self.run_folder = folder.absolute()
         self.folder = self.run_folder / "tracking"
         self.path = self.folder / "journal.jsonl"

@@ -68,9 +68,9 @@ class Tracker:
         Raises ValueError for an unusable name, uri or run_id, RuntimeError when another process tracks this folder.
         """
         uri = tracking_uri(uri)
-        params, tags = flatten(recipe), {k: str(v)[:TAG_CHARS] for k, v in tags.items()}
-        for key in [*params, *tags]:
-            _check_name("name", key)
+        params, tags = flatten(recipe), _tags(tags)
+        for key in params:
+            _check_name("recipe", key)
         if not experiment or not name:
             raise ValueError(f"tracking: experiment {experiment!r} and name {name!r} must not be empty")
         journal = Journal(folder)
@@ -83,7 +83,16 @@ class Tracker:
         tracker._thread.start()
         return tracker
 
-    def _begin(self, uri, experiment, name, params, recipe, tags, run_id) -> None:
+    def _begin(
+        self,
+        uri: str,
+        experiment: str,
+        name: str,
+        params: dict[str, str],
+        recipe: Mapping[str, Any],
+        tags: dict[str, str],
+        run_id: str | None,
+    ) -> None:
         journal = self._journal
         known: dict[str, str] = {}
         opens = 0
@@ -196,7 +205,7 @@ class Tracker:
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Sets tags of the run; a tag set before is replaced."""
-        self._append({"op": "tags", "tags": {_check_name("tags", k): str(v)[:TAG_CHARS] for k, v in tags.items()}})
+        self._append({"op": "tags", "tags": _tags(tags)})
 
     def model(self, folder: Path, name: str, alias: str) -> None:
         """Uploads an exported folder as `model/` and registers it as a version of `name`, to which `alias` then points.
@@ -364,9 +373,16 @@ def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             continue
         value = _plain(value)
         text = value if isinstance(value, str) else json.dumps(value)
-        note = " ... (cut; whole in recipe.yaml)"
-        out[f"{prefix}{key}"] = text if len(text) <= PARAM_CHARS else text[: PARAM_CHARS - len(note)] + note
+        out[f"{prefix}{key}"] = _cut(text, PARAM_CHARS, " ... (cut; whole in recipe.yaml)")
     return out
+
+
+def _cut(text: str, chars: int, note: str) -> str:
+    return text if len(text) <= chars else text[: chars - len(note)] + note
+
+
+def _tags(tags: Mapping[str, Any]) -> dict[str, str]:
+    return {_check_name("tags", key): _cut(str(value), TAG_CHARS, " ... (cut)") for key, value in tags.items()}
 
 
 def _plain(value: Any) -> Any:
