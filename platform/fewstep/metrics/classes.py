@@ -38,8 +38,8 @@ class ClassConsistency:
 class Diversity:
     """Feature variance within the classes asked for, over that of the real images of these classes.
 
-    1 is as diverse as the data, 0 one image a class. It does not see quality (real images with pixel noise of deviation 0.1
-    have 0.99): read it beside a Frechet distance.
+    1 is as diverse as the data, 0 one image a class. It does not see quality (real images with pixel noise of
+    deviation 0.1 have 0.99): read it beside a Frechet distance.
     """
 
     name = "diversity"
