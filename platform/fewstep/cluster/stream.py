@@ -24,7 +24,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import Dataset, ExecutionResources, TaskPoolStrategy
-from ray.exceptions import RayError
 from ray.util import log_once
 
 from fewstep.data.feed import MEMORY_BYTES, Feed, MemoryFeed, StreamFeed, ahead
@@ -87,10 +86,7 @@ def publish(path: str | os.PathLike[str], memory_bytes: int = MEMORY_BYTES, veri
         return Published(shards, None)
     check_cpus(0, 0, streaming=True)
     units = ((unit, None) for unit in range(len(shards.units)))
-    try:
-        return Published(shards, _pipeline(shards, list(_tasks(shards, units))).materialize())
-    except RayError as error:
-        raise _named(error) from None
+    return Published(shards, _pipeline(shards, list(_tasks(shards, units))).materialize())
 
 
 class RayFeed(StreamFeed):
@@ -186,18 +182,8 @@ def _quiet() -> None:
 
 
 def _blocks(dataset: Dataset) -> Generator[pa.Table, None, None]:
-    """A dataset's blocks in order. Raises the ShardError that a task raised."""
-    try:
-        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
-    except RayError as error:
-        raise _named(error) from None
-
-
-def _named(error: RayError) -> Exception:
-    """The ShardError in a chain of Ray's errors, or the error itself."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ShardError):
-            return type(cause)(str(getattr(cause, "cause", None) or cause))
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return error
+    """A dataset's blocks in order. Raises the ShardError that a task met."""
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        if "error" in table.column_names:
+            raise ShardError(table.column("error")[0].as_py())
+        yield table

@@ -154,10 +154,14 @@ def read_units(task: pa.Table, shards: Shards) -> pa.Table:
     """Rows of several units, with the unit each came from: what a task does for a training worker, without torch.
 
     task: `unit`, and `rows`, the row numbers inside it in the order wanted; null is all of them.
+    A ShardError comes back as the one row of a column `error`, so that its text reaches the worker whole.
     """
     parts = []
     for unit, rows in zip(task.column("unit").to_pylist(), task.column("rows"), strict=True):
-        table = shards.read(unit, rows.values.to_numpy() if rows.is_valid else None)
+        try:
+            table = shards.read(unit, rows.values.to_numpy() if rows.is_valid else None)
+        except ShardError as error:
+            return pa.table({"error": [str(error)]})
         parts.append(table.append_column("unit", pa.array(np.full(table.num_rows, unit, np.int32))))
     return pa.concat_tables(parts)
 

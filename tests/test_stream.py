@@ -1,0 +1,98 @@
+"""Ray Data gives the images of the plan in the plan's order, and says what is wrong instead of waiting."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from fewstep.cluster.stream import NotEnoughCPUs, Published, RayFeed, check_cpus, publish
+from fewstep.data.feed import MemoryFeed
+from fewstep.data.shards import ShardError, ShardWriter, open_shards
+
+
+def write(path, rows):
+    with ShardWriter(path, (1, 8, 8), classes=10, group_rows=16, shard_bytes=3000) as writer:
+        for i in range(rows):
+            writer.add(np.full((1, 8, 8), i % 256, np.uint8), i % 10)
+    return open_shards(path)
+
+
+def take(feed, batches, position=0, rank=0, world=1):
+    found = list(itertools.islice(feed.batches(position, 24, rank, world), batches))
+    feed.close()
+    return found
+
+
+def same(a, b):
+    return all(torch.equal(x[0], y[0]) and torch.equal(x[1], y[1]) for x, y in zip(a, b, strict=True))
+
+
+def test_published_sets_give_the_order_of_the_plan(ray_cluster, tmp_path, monkeypatch):
+    shards = write(tmp_path / "set", 200)
+    reference = MemoryFeed(shards, seed=5, flip=True)
+    expected = take(reference, 40, position=120)
+    small = publish(shards.path)
+    assert not small.streaming and same(take(small.open(seed=5, flip=True), 40, position=120), expected)
+    large = publish(shards.path, memory_bytes=0)
+    assert large.streaming
+    # executions of four tasks, so that the seam between two of them is crossed, and five epochs
+    monkeypatch.setattr("fewstep.cluster.stream.EXECUTION_TASKS", 4)
+    assert same(take(large.open(seed=5, flip=True), 40, position=120), expected)
+    for rank in range(3):
+        ours = take(large.open(seed=5, flip=True), 12, position=120, rank=rank, world=3)
+        assert same(ours, take(reference, 12, position=120, rank=rank, world=3))
+
+
+def test_a_set_is_opened_in_another_process(ray_cluster, tmp_path):
+    published = publish(write(tmp_path / "set", 100).path)
+
+    @ray_cluster.remote(num_cpus=1)
+    def first(published: Published) -> torch.Tensor:
+        return next(published.open(seed=1).batches(0, 24))[0]
+
+    expected = take(MemoryFeed(published.shards, seed=1), 1)[0][0]
+    assert torch.equal(ray_cluster.get(first.remote(published)), expected)
+
+
+def test_a_shard_lost_in_mid_run_is_named_in_seconds(ray_cluster, tmp_path, monkeypatch):
+    shards = write(tmp_path / "set", 3000)
+    monkeypatch.setattr("fewstep.cluster.stream.EXECUTION_TASKS", 2)
+    batches = RayFeed(shards).batches(0, 24)
+    next(batches)
+    for file in shards.path.glob("*.parquet"):
+        file.unlink()
+    started = time.perf_counter()
+    with pytest.raises(ShardError, match=r"shard-000\d\d.parquet: row group \d+ cannot be read.*prepare.py"):
+        for _ in batches:
+            pass
+    assert time.perf_counter() - started < 20
+
+
+def test_workers_that_leave_no_cpu_are_refused(ray_cluster):
+    check_cpus(workers=3, cpus_per_worker=1, streaming=True)
+    check_cpus(workers=4, cpus_per_worker=1, streaming=False)
+    with pytest.raises(NotEnoughCPUs, match=r"need 5 logical CPUs and it has 4; use fewer workers.*--num-cpus=5"):
+        check_cpus(workers=4, cpus_per_worker=1, streaming=True)
+    with pytest.raises(NotEnoughCPUs, match="need 4.5"):
+        check_cpus(workers=3, cpus_per_worker=1.5, streaming=False)
+
+
+def test_a_feed_without_a_cpu_gives_up(ray_cluster, tmp_path):
+    shards = write(tmp_path / "set", 100)
+
+    @ray_cluster.remote(num_cpus=4)
+    class Hog:
+        def ready(self) -> bool:
+            return True
+
+    hog = Hog.remote()
+    assert ray_cluster.get(hog.ready.remote(), timeout=60)
+    try:
+        with pytest.raises(TimeoutError, match="nothing came for 2 s from Ray Data; free CPUs now: 0 of 4"):
+            take(RayFeed(shards, patience_s=2), 1)
+    finally:
+        ray_cluster.kill(hog)
