@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -108,7 +109,7 @@ class Feed:
     """Batches drawn from a mixture: a function of the position, whoever reads it."""
 
     def __init__(self, mixture: Mixture):
-        self.mixture = mixture
+        self.mixture = deepcopy(mixture)  # an engine may shard the parameters of the one it is given
 
     def batches(self, position: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
@@ -142,6 +143,7 @@ def make_engine(
     folder: Path | None = None,
     seed: int = 0,
     data: Mixture | None = None,
+    optim: dict | None = None,
     **train,
 ) -> Engine:
     """An engine on the toy; the student and the critic start as `start`, by default random weights."""
@@ -149,7 +151,7 @@ def make_engine(
     teacher = teacher or Mixture()
     nets = method.nets(start or denoiser(), head) | {"teacher": teacher}
     rates = {"student": 1e-3, "fake": 1e-3, "disc": 1e-3} | (lr or {})
-    optims = {role: Optim(lr=rates[role]) for role in method.roles}
+    optims = {role: Optim(lr=rates[role], **(optim or {})) for role in method.roles}
     settings = Train(**{"steps": 10, "batch": 16, "report_every": 5, "save_every": 10} | train)
     feed = Feed(data or teacher)
     return Engine(method, nets, optims, feed, settings, seed=seed, world=world, folder=folder, fingerprint="toy")

@@ -1,8 +1,8 @@
 """State: a run at one step, saved atomically and restored exactly.
 
 A checkpoint is a folder `step-00001234` with `state.safetensors` (every tensor by name: `net.student.<parameter>`,
-`average.<parameter>`, `optim.student.<parameter>.exp_avg`) and `manifest.json` (step, images, recipe fingerprint, sha256). It is
-written under another name and renamed when whole, so what is visible is complete.
+`net.average.<parameter>`, `optim.student.<parameter>.exp_avg`) and `manifest.json` (step, images, updates, the recipe's
+fingerprint, sha256). It is written under another name and renamed when whole, so what is visible is complete.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .world import World, full
 
 FORMAT = 1
+MANIFEST = ("format", "step", "images", "updates", "fingerprint", "sha256")
 
 
 class CheckpointError(ValueError):
@@ -49,7 +50,10 @@ def _sha256(path: Path) -> str:
 
 
 def save(folder: Path, tensors: dict[str, Tensor], manifest: dict[str, Any], keep: int) -> Path:
-    """Writes `folder`/step-N and removes all but the newest `keep` checkpoints. Returns its path; rank 0 calls it."""
+    """Writes `folder`/step-N and removes all but the newest `keep` checkpoints. Returns its path; rank 0 calls it.
+
+    manifest: step, images, updates and fingerprint of the run.
+    """
     target = folder / f"step-{manifest['step']:08d}"
     tmp = folder / f".{target.name}.{os.getpid()}"
     shutil.rmtree(tmp, ignore_errors=True)
@@ -75,15 +79,20 @@ def read(path: Path, fingerprint: str | None = None) -> tuple[dict[str, Tensor],
     fingerprint: of the recipe that means to go on from it; None takes any. Raises CheckpointError.
     """
     again = "remove that folder to resume from the one before it, or start anew with resume=never"
+    file = path / "manifest.json"
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        if manifest["format"] != FORMAT:
+        manifest = json.loads(file.read_text())
+        if not isinstance(manifest, dict):
+            raise CheckpointError(f"{file}: damaged (not a JSON object); {again}")
+        if manifest.get("format", FORMAT) != FORMAT:
             raise CheckpointError(f"{path}: checkpoint format {manifest['format']}, this version reads {FORMAT}")
+        if missing := [key for key in MANIFEST if key not in manifest]:
+            raise CheckpointError(f"{file}: damaged ({missing[0]!r} is missing); {again}")
         found = _sha256(path / "state.safetensors")
     except FileNotFoundError as error:
         raise CheckpointError(f"{error.filename}: no such file, so {path} is no complete checkpoint; {again}") from None
-    except (json.JSONDecodeError, KeyError) as error:
-        raise CheckpointError(f"{path / 'manifest.json'}: damaged ({error}); {again}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: damaged ({error}); {again}") from None
     if found != manifest["sha256"]:
         raise CheckpointError(f"{path / 'state.safetensors'}: truncated or changed since it was written; {again}")
     if fingerprint is not None and manifest["fingerprint"] != fingerprint:

@@ -164,6 +164,9 @@ class Engine:
             net.requires_grad_(False)
             if role not in method.roles and role != "teacher":
                 raise ValueError(f"{role}: no such role; {method.tag} trains {', '.join(method.roles)}")
+        for role in method.roles:
+            if role not in self.settings:
+                raise ValueError(f"optim.{role}: missing; {method.tag} trains {', '.join(method.roles)}")
         self.optims = {role: self.settings[role].build(self.nets[role]) for role in method.roles}
         self.meter, self.clock = Meter(world.device), Clock(world.device)
         self.bad = torch.zeros((), device=world.device)  # 1 from the first phase that was not finite
@@ -184,8 +187,7 @@ class Engine:
         """Trains to the last step, yielding a report every `report_every` steps and at the end. Raises NonFinite."""
         train, world = self.train, self.world
         stream = self.feed.batches(self.images, train.batch, world.rank, world.size)
-        since = wall = self.clock.now() if not self.clock.cuda else time.perf_counter()
-        waited_s, seen = 0.0, 0
+        wall, waited_s, seen = time.perf_counter(), 0.0, 0
         while self.step < train.steps:
             start = time.perf_counter()
             real, labels = next(stream)
@@ -201,10 +203,10 @@ class Engine:
             saves = last or self.step % train.save_every == 0
             yield Report(self.step, self.images, metrics, self.save() if saves and self.folder else None)
             wall, waited_s, seen = time.perf_counter(), 0.0, 0
-        del since
 
     def update(self, real: Tensor, labels: Tensor | None) -> None:
         """One step on this rank's share of a batch: real (B, C, H, W) in codec range, labels (B,) or None."""
+        self._rest()
         micro = self._micro(real, labels)
         for index, phase in enumerate(self.method.phases()):
             if self.step % phase.every:
@@ -224,12 +226,18 @@ class Engine:
                 losses.append(loss.detach())
                 micro[i] = batch.detached()
                 self.meter.add({f"{phase.name}/{k}": v for k, v in (terms | health).items()})
+            self._rest()
             self._optimise(index, phase, losses)
             self.clock.lap(f"{phase.name}_s", mark)
             self.updates[phase.name] += 1
         if self.average is not None:
             average(self.average, self.nets["student"], self.train.profile.at(self.step))
         self.step += 1
+
+    def _rest(self) -> None:
+        """All networks as `World.place` laid them out, whoever called them last."""
+        for net in (*self.nets.values(), *([] if self.average is None else [self.average])):
+            self.world.reshard(net)
 
     def _micro(self, real: Tensor, labels: Tensor | None) -> list[Batch]:
         """The step's micro-batches. Sample k of the global batch gets the same draws whoever holds it: part p of n has the
@@ -291,6 +299,7 @@ class Engine:
 
     def save(self) -> Path:
         """Saves everything this run needs to go on; a collective. Returns the checkpoint's folder."""
+        self._rest()
         tensors = state.tensors_of(self._parts(), self.optims)
         manifest = {"step": self.step, "images": self.images, "updates": self.updates, "fingerprint": self.fingerprint}
         path = self.folder / f"step-{self.step:08d}"

@@ -44,6 +44,14 @@ class World:
         mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
         return fully_shard(net, mesh=mesh)
 
+    def reshard(self, net: nn.Module) -> None:
+        """Leaves a network's parameters as laid out by `place`: a pass without gradients leaves them whole on each rank,
+        where an optimiser, an average or a change of requires_grad would miss the ones that last."""
+        if self.size > 1:
+            for module in net.modules():
+                if hasattr(module, "reshard"):
+                    module.reshard()
+
     def any(self, flag: Tensor) -> Tensor:
         """0-d float, 1 where any rank's flag is not 0: ranks must agree before an optimiser steps."""
         if self.size > 1:
