@@ -81,7 +81,7 @@ def test_workers_that_leave_no_cpu_are_refused(ray_cluster):
         check_cpus(workers=3, cpus_per_worker=1.5, streaming=False)
 
 
-def test_a_feed_without_a_cpu_gives_up(ray_cluster, tmp_path):
+def test_without_a_free_cpu_a_small_set_is_fed_and_a_stream_gives_up(ray_cluster, tmp_path):
     shards = write(tmp_path / "set", 100)
 
     @ray_cluster.remote(num_cpus=4)
@@ -92,6 +92,7 @@ def test_a_feed_without_a_cpu_gives_up(ray_cluster, tmp_path):
     hog = Hog.remote()
     assert ray_cluster.get(hog.ready.remote(), timeout=60)
     try:
+        assert same(take(publish(shards.path).open(seed=2), 5), take(MemoryFeed(shards, seed=2), 5))
         with pytest.raises(TimeoutError, match="nothing came for 2 s from Ray Data; free CPUs now: 0 of 4"):
             take(RayFeed(shards, patience_s=2), 1)
     finally:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 
 from .config import resolve
 from .data.feed import Feed, open_feed
+from .data.shards import Shards
 from .diffusion.draws import Draws, fold
 from .diffusion.samplers import heun, to_uint8
 from .engine import state
 from .engine.train import Engine
 from .engine.world import World
-from .metrics.base import Metric, Samples
+from .metrics.base import Metric, Samples, digest
 from .metrics.build import build_metrics
 from .networks.denoiser import Denoiser, Guided
 from .networks.pretrained import new_denoiser, new_head, open_teacher
@@ -54,6 +56,15 @@ def latest(folder: Path) -> Path | None:
     """The newest checkpoint of a run's folder, or None."""
     found = state.checkpoints(folder / "checkpoints")
     return found[-1] if found else None
+
+
+def fingerprints(recipe: Recipe, shards: Shards) -> dict[str, str]:
+    """Of recipe, data and teacher: the hashes that tell two runs' ingredients apart."""
+    marks = {"recipe": recipe.fingerprint, "data": f"{fold(*[s.sha256 for s in shards.manifest.shards]):016x}"}
+    if recipe.teacher is not None:
+        weights = sorted(resolve(recipe.teacher).rglob("*.safetensors"))
+        marks["teacher"] = f"{fold(*[digest(path) for path in weights]):016x}"
+    return marks
 
 
 def make_feed(data: Data, seed: int) -> Feed:
@@ -129,15 +140,16 @@ def make_samples(
     """
     world = world or World()
     batch = max(batch // world.size, 1) * world.size
-    mine = []
-    start = time.perf_counter()
+    mine, laps = [], []
     for first in range(0, images, batch):
+        start = time.perf_counter()
         draws = Draws(fold(seed, "samples"), first, world.rank, world.size, world.device)
         z = draws.normal("z", (batch // world.size, *sampler.shape))
         labels = torch.arange(first, first + batch, device=world.device)[world.rank :: world.size]
         cond = labels % sampler.classes if sampler.classes else None
-        mine.append(to_uint8(sampler.sample(z, cond, draws)).cpu())
-    seconds = time.perf_counter() - start
+        mine.append(to_uint8(sampler.sample(z, cond, draws)).cpu())  # waits for the device
+        laps.append(time.perf_counter() - start)
+    seconds = median(laps) * images / batch
     whole = _interleave(torch.cat(mine), batch, world)
     if whole is None:
         return None

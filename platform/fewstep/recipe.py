@@ -72,6 +72,8 @@ class Evaluate(Strict):
     """clean-fid's Inception weights, for fid and kid; null looks where clean-fid keeps them."""
     inception_reference: str | None = None
     """Statistics of the real images under Inception."""
+    teacher_steps: list[Annotated[int, Field(ge=1)]] = []
+    """Heun steps at which the teacher is scored beside the student at the end (2 steps - 1 calls an image)."""
     grid_every_steps: Annotated[int, Field(ge=1)] | None = None
     """Steps between sample grids in the tracker; null draws them at the start and at the end."""
 
@@ -129,7 +131,8 @@ class Recipe(Strict):
         roles = self.method.roles
         for role in self.optim:
             if role not in roles:
-                wrong.append(f"optim.{role}: no such role; {self.method.tag} trains {', '.join(roles)}; {nearest(role, roles)}")
+                trains = f"{self.method.tag} trains {', '.join(roles)}"
+                wrong.append(f"optim.{role}: no such role; {trains}; {nearest(role, roles)}")
         wrong += [f"optim.{role}: missing; {self.method.tag} trains it" for role in roles if role not in self.optim]
         for role in self.start:
             if role not in roles:
@@ -159,9 +162,6 @@ class Recipe(Strict):
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
-RECIPES = "recipe: give a recipe's name or its file"
-
-
 def find_recipe(ref: str, folder: Path) -> Path:
     """The file of a recipe named by its stem in `folder` or by a path. Raises ConfigError with the names there are."""
     path = Path(ref)
@@ -172,7 +172,8 @@ def find_recipe(ref: str, folder: Path) -> Path:
     if (folder / f"{ref}.yaml").is_file():
         return folder / f"{ref}.yaml"
     names = sorted(p.stem for p in folder.glob("*.yaml"))
-    raise ConfigError(f"recipe: no recipe {ref!r}; {nearest(ref, names)} (there are {', '.join(names)}, or give a .yaml file)")
+    known = f"there are {', '.join(names)}, or give a .yaml file"
+    raise ConfigError(f"recipe: no recipe {ref!r}; {nearest(ref, names)} ({known})")
 
 
 def load_recipe(argv: list[str], folder: Path, default: str) -> Recipe:

@@ -76,17 +76,20 @@ class Published:
 
 
 def publish(path: str | os.PathLike[str], memory_bytes: int = MEMORY_BYTES, verify: str = "sha256") -> Published:
-    """Verifies a set and, where it fits decoded in `memory_bytes`, reads it into the object store.
+    """Verifies a set and, where it fits decoded in `memory_bytes`, puts its encoded rows in the object store.
 
-    Called in the driver, before workers take the CPUs; what it returns is valid while the driver lives.
-    Raises ShardError as open_shards does, NotEnoughCPUs on a cluster without a CPU.
+    Called in the driver, which reads a small set itself: a set that is materialised so never waits for a free CPU. What
+    it returns is valid while the driver lives. Raises ShardError as open_shards does.
     """
     shards = open_shards(path, verify)
     if shards.decoded_bytes > memory_bytes:
         return Published(shards, None)
-    check_cpus(0, 0, streaming=True)
+    _quiet()
     units = ((unit, None) for unit in range(len(shards.units)))
-    return Published(shards, _pipeline(shards, list(_tasks(shards, units))).materialize())
+    dataset = ray.data.from_arrow([read_units(task, shards) for task in _tasks(shards, units)])
+    dataset.context.execution_options.preserve_order = True
+    dataset.context.enable_progress_bars = False
+    return Published(shards, dataset.materialize())
 
 
 class RayFeed(StreamFeed):
@@ -161,7 +164,7 @@ def _task(units: list[int], rows: list[np.ndarray | None]) -> pa.Table:
     return pa.table({"unit": pa.array(units, pa.int32()), "rows": pa.array(rows, pa.list_(pa.int32()))})
 
 
-def _pipeline(shards: Shards, tasks: list[pa.Table], readers: int | None = None) -> Dataset:
+def _pipeline(shards: Shards, tasks: list[pa.Table], readers: int) -> Dataset:
     """Ray Data's execution of some tasks, in their order: one block each, rows still encoded."""
     _quiet()
     dataset = ray.data.from_arrow(tasks).map_batches(

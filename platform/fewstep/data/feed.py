@@ -312,7 +312,7 @@ def ahead(source: Generator[T, None, None], depth: int, patience_s: float | None
                 ready.get_nowait()
             except Empty:
                 break
-        thread.join(timeout=5)
+        thread.join(timeout=2)
 
 
 def _threads() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Exponential:
-    """decay^updates, ramped up by min(decay, (1 + n) / (10 + n)) so that early weights are forgotten."""
+    """decay^updates, ramped up by min(decay, (1 + n) / (10 + n)) so that early weights are forgotten.
+
+    decay: in [0, 1). n counts updates from 0.
+    """
 
     decay: float
 
@@ -21,16 +25,18 @@ class Exponential:
 
 @dataclass(frozen=True)
 class Power:
-    """The power-function profile of EDM2 (Karras et al. 2024, eq. 121): its length grows with training.
+    """The power-function profile of EDM2 (Karras et al. 2024, section 3.1): weights at time t count as t^gamma.
 
-    std: relative width of the profile, in (0, 0.28); 0.05 and 0.1 are usual.
+    Its length grows with training: after T updates, update t has the weight (t^(gamma + 1) - (t - 1)^(gamma + 1)) /
+    T^(gamma + 1) exactly, and the first replaces the initial weights.
+    std: standard deviation of the profile over training time, in (0, 12^-0.5); 0.05 and 0.1 are usual.
     """
 
     std: float
 
-    @property
+    @cached_property
     def gamma(self) -> float:
-        """The positive root of (g + 1) / ((g + 2)^2 (g + 3)) = std^2, by bisection: decreasing in g."""
+        """The root of (g + 1) / ((g + 2)^2 (g + 3)) = std^2 in g > 0, where the left side decreases; by bisection."""
         low, high = 0.0, 1e6
         for _ in range(200):
             g = (low + high) / 2
@@ -45,7 +51,7 @@ Profile = Exponential | Power
 
 
 @torch.no_grad()
-def average(into: nn.Module, net: nn.Module, decay: float | Tensor) -> None:
+def average(into: nn.Module, net: nn.Module, decay: float) -> None:
     """into <- decay into + (1 - decay) net, parameters and floating buffers; in one fused call, sharded or not."""
     pairs = list(zip(_state(into), _state(net), strict=True))
     torch._foreach_lerp_([p for p, _ in pairs], [q for _, q in pairs], 1 - decay)

@@ -20,15 +20,28 @@ class Backbone(nn.Module):
     """A model and the module whose output is its bottleneck.
 
     model: a diffusers model. at: the dotted name of the bottleneck module inside it. shape: (C, H, W) of one sample.
-    classes: number of labels without the null class, None for none. Subclasses say how the model is called.
+    classes: number of labels without the null class, None for none. null: the null class's index, None for none.
+    Subclasses say how the model is called. Raises ValueError for a model without that module.
     """
 
-    def __init__(self, model: nn.Module, at: str, shape: tuple[int, int, int], classes: int | None):
+    def __init__(
+        self,
+        model: nn.Module,
+        at: str,
+        shape: tuple[int, int, int],
+        classes: int | None = None,
+        null: int | None = None,
+    ):
         super().__init__()
-        self.model, self.at, self.shape, self.classes = model, at, tuple(shape), classes
+        self.model, self.at, self.shape = model, at, tuple(shape)
+        self.classes, self.null = classes, null
         self._tapped: Tensor | None = None
         self._leave = False
-        model.get_submodule(at).register_forward_hook(self._tap)
+        try:
+            bottleneck = model.get_submodule(at)
+        except AttributeError:
+            raise ValueError(f"{type(model).__name__} has no {at}, whose output would be its bottleneck") from None
+        bottleneck.register_forward_hook(self._tap)
 
     def _tap(self, module: nn.Module, args: Any, out: Any) -> None:
         features = self.as_map(out[0] if isinstance(out, tuple) else out)
@@ -43,6 +56,16 @@ class Backbone(nn.Module):
     def call(self, x: Tensor, time: Tensor, cond: Any) -> Tensor:
         """The model's prediction (B, C, H, W)."""
         raise TypeError(f"{type(self).__name__} does not say how its model is called")
+
+    def labels(self, cond: Tensor | None, x: Tensor) -> Tensor | None:
+        """Class labels (B,) for the model; no condition is the null class for every sample."""
+        if self.classes is None:
+            return None
+        if cond is not None:
+            return cond
+        if self.null is None:
+            raise ValueError(f"cond: this network has {self.classes} classes and no null class; give every sample a label")
+        return torch.full((len(x),), self.null, device=x.device)
 
     def forward(self, x: Tensor, time: Tensor, cond: Any, mode: str) -> Any:
         if mode == "features":
@@ -59,32 +82,40 @@ class Backbone(nn.Module):
         return (out, features) if mode == "both" else out
 
 
-def labels_of(cond: Tensor | None, batch: Tensor, classes: int | None) -> Tensor | None:
-    """Labels for a class-conditional model: None is the null class for each sample."""
-    if classes is None:
-        return None
-    if cond is None:
-        return torch.full((batch.shape[0],), classes, device=batch.device)
-    return cond
+def _size(config: Any) -> tuple[int, int]:
+    size = config.sample_size
+    if size is None:
+        raise ValueError("sample_size is missing in the model's config.json; set it to the size it was trained at")
+    return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
 
 
 class UNet(Backbone):
     """diffusers UNet2DModel, class labels or none.
 
+    classes: labels without the null class; the model has an embedding more when it has a null class (index `classes`).
     patch: p x p pixels are folded into channels before the model and unfolded behind it, which on CPUs buys more quality a
     second than full resolution does (1.2 times at 28 x 28 for the same parameters).
     """
 
     def __init__(self, model: nn.Module, classes: int | None = None, patch: int = 1):
         config = model.config
-        size = config.sample_size if isinstance(config.sample_size, (tuple, list)) else [config.sample_size] * 2
-        shape = (config.out_channels // patch**2, size[0] * patch, size[1] * patch)
-        super().__init__(model, "mid_block", shape, classes)
+        embeds = config.num_class_embeds
+        if config.class_embed_type is not None or config.time_embedding_type != "positional":
+            raise ValueError(
+                f"time_embedding_type {config.time_embedding_type!r} with class_embed_type {config.class_embed_type!r}: "
+                "networks here are told a real-valued time and an integer label (positional, null)"
+            )
+        if embeds not in ((None,) if classes is None else (classes, classes + 1)):
+            raise ValueError(f"classes: {classes}, but num_class_embeds is {embeds}; it counts the null class too, if any")
+        height, width = _size(config)
+        shape = (config.in_channels // patch**2, height * patch, width * patch)
+        super().__init__(model, "mid_block", shape, classes, classes if embeds != classes else None)
         self.patch = patch
 
     def call(self, x: Tensor, time: Tensor, cond: Any) -> Tensor:
+        labels = self.labels(cond, x)
         x = F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x
-        out = self.model(x, time, class_labels=labels_of(cond, x, self.classes), return_dict=False)[0]
+        out = _mean(self.model(x, time, class_labels=labels, return_dict=False)[0], x)
         return F.pixel_shuffle(out, self.patch) if self.patch > 1 else out
 
 
@@ -93,8 +124,9 @@ class TextUNet(Backbone):
 
     def __init__(self, model: nn.Module):
         config = model.config
-        size = config.sample_size if isinstance(config.sample_size, (tuple, list)) else [config.sample_size] * 2
-        super().__init__(model, "mid_block", (config.in_channels, *size), None)
+        if config.in_channels != config.out_channels:
+            raise ValueError(f"in_channels {config.in_channels} and out_channels {config.out_channels} of a text UNet differ")
+        super().__init__(model, "mid_block", (config.in_channels, *_size(config)))
 
     def call(self, x: Tensor, time: Tensor, cond: dict[str, Tensor]) -> Tensor:
         added = None
@@ -104,21 +136,40 @@ class TextUNet(Backbone):
             x, time, encoder_hidden_states=cond["text"], added_cond_kwargs=added, return_dict=False
         )[0]
 
+    def zeros(self, count: int, device: torch.device) -> dict[str, Tensor]:
+        """A condition of zeros for `count` samples, one token long: SDXL's unconditional, and enough to measure shapes."""
+        config = self.model.config
+        cond = {"text": torch.zeros(count, 1, config.cross_attention_dim, device=device)}
+        if config.addition_embed_type == "text_time":
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            cond |= {"pooled": torch.zeros(count, pooled, device=device), "time_ids": torch.zeros(count, 6, device=device)}
+        return cond
+
 
 class Transformer(Backbone):
-    """diffusers DiTTransformer2DModel, class labels; the bottleneck is its middle block, tokens laid out as a map."""
+    """diffusers DiTTransformer2DModel, class labels; the bottleneck is its middle block, tokens laid out as a map.
+
+    Every block embeds the label anew and would drop it at random in training mode; which samples train without a label is
+    the method's to decide, so that is switched off.
+    """
 
     def __init__(self, model: nn.Module):
         config = model.config
-        blocks = len(model.transformer_blocks)
-        self_shape = (config.in_channels, config.sample_size, config.sample_size)
-        super().__init__(model, f"transformer_blocks.{blocks // 2}", self_shape, config.num_embeds_ada_norm)
+        classes = config.num_embeds_ada_norm
+        for block in model.transformer_blocks:
+            block.norm1.emb.class_embedder.dropout_prob = 0.0
+        shape = (config.in_channels, *_size(config))
+        at = f"transformer_blocks.{len(model.transformer_blocks) // 2}"
+        super().__init__(model, at, shape, classes, null=classes)
 
     def as_map(self, features: Tensor) -> Tensor:
         side = self.shape[1] // self.model.config.patch_size
         return features.transpose(1, 2).unflatten(2, (side, side))
 
     def call(self, x: Tensor, time: Tensor, cond: Any) -> Tensor:
-        labels = labels_of(cond, x, self.classes)
-        out = self.model(x, timestep=time, class_labels=labels, return_dict=False)[0]
-        return out[:, : x.shape[1]]  # a model that also predicts the variance puts it behind
+        return _mean(self.model(x, timestep=time, class_labels=self.labels(cond, x), return_dict=False)[0], x)
+
+
+def _mean(out: Tensor, x: Tensor) -> Tensor:
+    """The prediction alone: a model that also predicts the variance puts it behind."""
+    return out if out.shape[1] == x.shape[1] else out[:, : x.shape[1]]

@@ -50,10 +50,22 @@ class Denoiser(nn.Module):
         """Number of class labels, the null class not counted; None for a network without labels."""
         return self.backbone.classes
 
+    @property
+    def null(self) -> int | None:
+        """Index of the null class, `classes` by convention; None for a network that has none."""
+        return getattr(self.backbone, "null", self.classes)
+
     def own(self, level: Level, ndim: int) -> tuple[Level, Tensor]:
         """The level of the same angle on the network's own schedule, and its time (B,) float64."""
         t = self.schedule.time(level.angle.flatten()).clamp(self.schedule.t_min, self.schedule.t_max)
         return self.schedule.level(t, ndim), t
+
+    def conditioning(self, own: Level, t: Tensor) -> tuple[Tensor | float, Tensor]:
+        """(factor on what enters the network, its noise conditioning (B,) float32) at its own level and time."""
+        if self.prediction == "edm":
+            scale = torch.rsqrt((own.alpha * self.data_std) ** 2 + own.sigma**2)
+            return scale, (t.log() / 4 * self.time_scale).float()
+        return 1.0, (t * self.time_scale).float()
 
     def weight(self, level: Level) -> Tensor:
         """1 / c_out^2: the x0 weight (B, 1, ..., 1) that equals the mean squared error of what the network predicts."""
@@ -67,13 +79,10 @@ class Denoiser(nn.Module):
         """
         own, t = self.own(level, x_t.ndim)
         x_own = x_t * (own.norm / level.norm)
-        scale, time = 1.0, t
-        if self.prediction == "edm":
-            scale = torch.rsqrt((own.alpha * self.data_std) ** 2 + own.sigma**2)
-            time = t.log() / 4
+        scale, time = self.conditioning(own, t)
         # autocast opens and closes with the pass: its cache of cast weights must not cross from no-grad to grad passes
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            out = self.backbone(x_own * scale, (time * self.time_scale).float(), cond, mode)
+            out = self.backbone(x_own * scale, time, cond, mode)
         if mode == "features":
             return out.float()
         f, features = out if mode == "both" else (out, None)
@@ -85,14 +94,14 @@ class Denoiser(nn.Module):
 class Guided(nn.Module):
     """Classifier-free guidance by composition: x0 = uncond + scale (cond - uncond), both in one batch of 2B.
 
-    scale: 1 is the conditional denoiser. null: what stands for "no condition", by default the denoiser's null class.
-    Linear in x0, hence equal to guidance on eps, v or F (Ho & Salimans 2022).
+    scale: 1 is the conditional denoiser, and costs no second half. null: what stands for "no condition", by default the
+    denoiser's null class. Linear in x0, hence equal to guidance on eps, v or F (Ho & Salimans 2022).
     """
 
     def __init__(self, denoiser: Denoiser, scale: float, null: Any = None):
         super().__init__()
-        if null is None and denoiser.classes is None:
-            raise ValueError("guidance: this network has no class labels, so give the null condition")
+        if null is None and getattr(denoiser, "null", denoiser.classes) is None:
+            raise ValueError(f"guidance: {scale:g}, but this network has no null class; use guidance=1, or give the null condition")
         self.denoiser, self.scale, self.null = denoiser, scale, null
 
     def __getattr__(self, name: str) -> Any:
@@ -102,9 +111,9 @@ class Guided(nn.Module):
             return getattr(super().__getattr__("denoiser"), name)
 
     def forward(self, x_t: Tensor, level: Level, cond: Any, mode: Mode = "x0") -> Tensor:
-        if mode != "x0":
+        if mode != "x0" or self.scale == 1:
             return self.denoiser(x_t, level, cond, mode)
-        twice = Level(level.alpha.repeat(2, *[1] * (x_t.ndim - 1)), level.sigma.repeat(2, *[1] * (x_t.ndim - 1)))
+        twice = Level(*(torch.cat([v.expand(len(x_t), *v.shape[1:])] * 2) for v in (level.alpha, level.sigma)))
         null = self.null if self.null is not None else torch.full_like(cond, self.denoiser.classes)
         x0, x0_null = self.denoiser(torch.cat([x_t, x_t]), twice, _cat(cond, null)).chunk(2)
         return x0_null + self.scale * (x0 - x0_null)

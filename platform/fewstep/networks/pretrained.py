@@ -1,27 +1,33 @@
 """Folders with networks: open a teacher, build a new network, write a folder that another job or diffusers can open.
 
-A folder written here holds `unet/` (diffusers' config.json and safetensors) and `fewstep.json`, which says what diffusers
-has no word for: schedule, prediction, data_std, time_scale, classes, patch, precision left out (it belongs to a recipe).
+A folder written here holds `unet/` or `transformer/` (diffusers' config.json and safetensors) and `fewstep.json`, which says
+what diffusers has no word for: schedule, prediction, data_std, time_scale, classes, patch; precision is left out, as it
+belongs to a recipe.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
 
-from ..config import ConfigError, Strict, validate
-from ..diffusion.schedules import DDPM, Schedule, from_config, to_config
+from ..config import ConfigError, Strict, resolve, validate
+from ..diffusion.level import Level
+from ..diffusion.schedules import DDPM, from_config, to_config
 from .backbones import Backbone, TextUNet, Transformer, UNet
 from .denoiser import Denoiser
 from .heads import Head
+from .hub import PREFIX, snapshot
+from .schedulers import from_scheduler
 
 BACKBONES = {"UNet2DModel": UNet, "UNet2DConditionModel": TextUNet, "DiTTransformer2DModel": Transformer}
-PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' word: ours
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+DESCRIPTION = "fewstep.json"
 
 
 class Network(Strict):
@@ -45,19 +51,33 @@ class Network(Strict):
     """Side of the pixel blocks folded into channels (UNet2DModel)."""
 
 
-def _backbone(model: nn.Module, network: Network) -> Backbone:
-    if network.model == "UNet2DModel":
-        return UNet(model, network.classes, network.patch)
-    return BACKBONES[network.model](model)
-
-
 def _denoiser(model: nn.Module, network: Network, precision: str) -> Denoiser:
+    """Raises ConfigError where model and description do not fit."""
     try:
         schedule = from_config(network.schedule)
     except ValueError as error:
         raise ConfigError(f"network.{error}") from None
-    backbone = _backbone(model, network)
+    if network.prediction == "edm" and network.schedule["name"] != "edm":
+        raise ConfigError(f"network.prediction: edm is told ln(sigma), so its schedule is edm and not {schedule.name}")
+    if network.prediction == "eps" and isinstance(schedule, DDPM) and schedule.zero_snr:
+        raise ConfigError("network.prediction: eps says nothing at the zero SNR where this schedule ends; v does")
+    try:
+        backbone = _backbone(model, network)
+    except ValueError as error:
+        raise ConfigError(f"network: {network.model}: {error}") from None
     return Denoiser(backbone, schedule, network.prediction, network.data_std, network.time_scale, precision)
+
+
+def _backbone(model: nn.Module, network: Network) -> Backbone:
+    if network.model == "UNet2DModel":
+        return UNet(model, network.classes, network.patch)
+    backbone = BACKBONES[network.model](model)
+    if network.classes not in (None, backbone.classes) or network.patch != 1:
+        raise ValueError(
+            f"classes {network.classes} and patch {network.patch}, but the model itself has classes {backbone.classes} and "
+            "its own way with patches; leave both out"
+        )
+    return backbone
 
 
 def new_denoiser(network: Network, precision: str = "fp32") -> Denoiser:
@@ -67,36 +87,32 @@ def new_denoiser(network: Network, precision: str = "fp32") -> Denoiser:
     """
     import diffusers
 
-    cls = getattr(diffusers, network.model)
     config = dict(network.config)
     if network.classes is not None and network.model == "UNet2DModel":
         config.setdefault("num_class_embeds", network.classes + 1)
     try:
-        model = cls(**config)
+        model = getattr(diffusers, network.model)(**config)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"network.config: {network.model}: {error}") from None
-    if hasattr(model, "conv_out"):
-        nn.init.zeros_(model.conv_out.weight)
-        nn.init.zeros_(model.conv_out.bias)
+    last = getattr(model, "conv_out", None) or model.proj_out_2
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
     return _denoiser(model, network, precision)
 
 
-def new_head(denoiser: Denoiser, at: int | None = None) -> Head:
+def new_head(denoiser: Denoiser) -> Head:
     """A GAN head for a denoiser's bottleneck, measured by one pass on one sample of zeros."""
-    import torch
-
-    from ..diffusion.level import Level
-
     device = next(denoiser.parameters()).device
-    x = torch.zeros(1, *denoiser.shape, device=device)
     one = torch.ones(1, 1, 1, 1, device=device)
-    cond = None
-    if isinstance(denoiser.backbone, TextUNet):
-        config = denoiser.backbone.model.config
-        cond = {"text": torch.zeros(1, 1, config.cross_attention_dim, device=device)}
+    cond = denoiser.backbone.zeros(1, device) if isinstance(denoiser.backbone, TextUNet) else None
+    if denoiser.classes is not None:
+        cond = torch.zeros(1, dtype=torch.int64, device=device)
     with torch.no_grad():
-        _, channels, size, _ = denoiser(x, Level(one, one), cond, "features").shape
-    return Head(channels, size)
+        x = torch.zeros(1, *denoiser.shape, device=device)
+        _, channels, height, width = denoiser(x, Level(one, one), cond, "features").shape
+    if height != width:
+        raise ValueError(f"teacher: its bottleneck is {height} x {width}, and a GAN head needs a square one; set gan_weight=0")
+    return Head(channels, height)
 
 
 def network_of(denoiser: Denoiser) -> Network:
@@ -114,38 +130,80 @@ def network_of(denoiser: Denoiser) -> Network:
 
 
 def save_denoiser(denoiser: Denoiser, folder: Path) -> None:
-    """Writes `folder`/unet (diffusers, safetensors) and `folder`/fewstep.json."""
-    denoiser.backbone.model.save_pretrained(folder / "unet", safe_serialization=True)
+    """Writes `folder`/unet or `folder`/transformer (diffusers, safetensors) and `folder`/fewstep.json."""
+    sub = folder / ("transformer" if isinstance(denoiser.backbone, Transformer) else "unet")
+    denoiser.backbone.model.save_pretrained(sub, safe_serialization=True)
+    config = _json(sub / "config.json")
+    config.pop("_name_or_path", None)  # where the weights once came from is a path on this machine
+    (sub / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     network = network_of(denoiser).model_dump(exclude={"config"})
-    (folder / "fewstep.json").write_text(json.dumps(network, indent=1) + "\n")
+    (folder / DESCRIPTION).write_text(json.dumps(network, indent=1) + "\n")
 
 
-def open_teacher(folder: str | Path, precision: str = "fp32") -> Denoiser:
-    """A denoiser from a folder of ours or of diffusers (a pipeline with a DDPM-family scheduler).
+def locate(ref: str | Path) -> Path:
+    """The folder that a teacher's name stands for: a path, "shipped:...", or "hub:owner/name", which is downloaded once."""
+    return snapshot(str(ref).removeprefix(PREFIX)) if str(ref).startswith(PREFIX) else resolve(ref)
 
+
+def open_teacher(ref: str | Path, precision: str = "fp32") -> Denoiser:
+    """A denoiser from a folder of ours or of diffusers (a pipeline, or one model with its scheduler beside it).
+
+    ref: see `locate`. Weights are float32 whatever they were saved as.
     Reads safetensors and JSON only; no code that a folder brings is run. Raises ValueError naming what is missing.
     """
     import diffusers
 
-    folder = Path(folder)
+    folder = locate(ref)
+    if folder.suffix in (".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".bin"):
+        raise ValueError(
+            f"teacher: {str(folder)!r} is a pickle, which runs code when it is opened; convert it once, where you trust it, "
+            f"to a folder with unet/config.json, unet/{WEIGHTS} and {DESCRIPTION}"
+        )
     if not folder.is_dir():
         raise ValueError(f"teacher: no folder {str(folder)!r}; make one with: python jobs/teach.py, or download a pipeline there")
-    sub = next((s for s in ("unet", "transformer") if (folder / s / "config.json").is_file()), None)
+    subs = ("unet", "transformer", ".")
+    sub = next((folder / s for s in subs if (folder / s / "config.json").is_file()), None)
     if sub is None:
-        raise ValueError(f"teacher: {str(folder)!r} holds neither unet/config.json nor transformer/config.json")
-    config = _json(folder / sub / "config.json")
-    if config.get("_class_name") not in BACKBONES:
-        raise ValueError(
-            f"teacher: {folder / sub / 'config.json'} is of class {config.get('_class_name')!r}; known: {', '.join(BACKBONES)}"
-        )
-    network = _described(folder, config)
+        raise ValueError(f"teacher: {str(folder)!r} holds no config.json, nor does a unet or a transformer folder in it")
+    network = _described(folder, _json(sub / "config.json"), sub / "config.json")
     try:
-        model = getattr(diffusers, network.model).from_pretrained(
-            folder / sub, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+        model, info = getattr(diffusers, network.model).from_pretrained(
+            sub,
+            variant=_variant(sub, network.model),
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"teacher: {folder / sub}: {' '.join(str(error).split())[:300]}") from None
-    return _denoiser(model, network, precision).eval()
+    except (OSError, RuntimeError, TypeError) as error:
+        raise ValueError(f"teacher: {sub}: {' '.join(str(error).split())[:300]}") from None
+    wrong = [*info["missing_keys"], *info["unexpected_keys"]]
+    if wrong:
+        raise ValueError(f"teacher: {sub}: weights and config.json differ in {', '.join(wrong[:3])} of {len(wrong)}")
+    try:
+        return _denoiser(model, network, precision).eval()
+    except ConfigError as error:
+        raise ValueError(f"teacher: {folder}: {error}") from None
+
+
+def _variant(folder: Path, model: str) -> str | None:
+    """The weights' variant, such as fp16; None for plain files. Raises ValueError where there are no safetensors."""
+    names = sorted(path.name for path in folder.iterdir())
+    if WEIGHTS in names or f"{WEIGHTS}.index.json" in names:
+        return None
+    found = {m[1] for name in names if (m := re.fullmatch(r"diffusion_pytorch_model\.(\w+?)(-.*)?\.safetensors", name))}
+    if len(found) == 1:
+        return found.pop()
+    if found:
+        raise ValueError(f"teacher: {folder} has the variants {', '.join(sorted(found))}; keep one")
+    if not any(name.endswith(".bin") for name in names):
+        raise ValueError(f"teacher: no {WEIGHTS} in {str(folder)!r}")
+    raise ValueError(
+        f"teacher: {str(folder)!r} has pickled weights (.bin) only, which can run code when they are opened; convert them "
+        f"once, where you trust them: python -c \"import diffusers; diffusers.{model}.from_pretrained('{folder}', "
+        f"use_safetensors=False).save_pretrained('{folder}')\""
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -155,39 +213,22 @@ def _json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
-def _described(folder: Path, config: dict[str, Any]) -> Network:
-    """The folder's own fewstep.json, or what a diffusers pipeline's scheduler says."""
-    if (folder / "fewstep.json").is_file():
+def _described(folder: Path, config: dict[str, Any], where: Path) -> Network:
+    """The folder's own fewstep.json, or what a diffusers pipeline's scheduler says. config: the model's, read from `where`."""
+    model = config.get("_class_name")
+    if model not in BACKBONES:
+        raise ValueError(f"teacher: {where} is of class {model!r}; known: {', '.join(BACKBONES)}")
+    if (folder / DESCRIPTION).is_file():
         try:
-            return validate(Network, _json(folder / "fewstep.json"))
+            network = validate(Network, {"model": model} | _json(folder / DESCRIPTION))
         except ConfigError as error:
-            raise ValueError(f"{folder / 'fewstep.json'}: {error}") from None
-    path = folder / "scheduler" / "scheduler_config.json"
-    if not path.is_file():
-        raise ValueError(f"teacher: {str(folder)!r} holds neither fewstep.json nor scheduler/scheduler_config.json")
-    schedule, prediction = from_scheduler(_json(path), path)
-    classes = config.get("num_class_embeds")
-    return Network(
-        model=config["_class_name"],
-        schedule=to_config(schedule),
-        prediction=prediction,
-        classes=classes if config["_class_name"] == "UNet2DModel" else None,
-    )
-
-
-def from_scheduler(config: dict[str, Any], where: Path) -> tuple[Schedule, str]:
-    """Our schedule and prediction for a diffusers scheduler's config. Raises ValueError for one that has no beta schedule."""
-    name = config.get("_class_name", "")
-    if "beta_schedule" not in config:
-        raise ValueError(f"{where}: {name} has no beta schedule; write a fewstep.json beside it that names schedule and prediction")
-    schedule = DDPM(
-        config["beta_schedule"],
-        config["beta_start"],
-        config["beta_end"],
-        config["num_train_timesteps"],
-        config.get("rescale_betas_zero_snr", False),
-    )
-    word = config.get("prediction_type", "epsilon")
-    if word not in PREDICTION_TYPES:
-        raise ValueError(f"{where}: prediction_type {word!r} is not one of {', '.join(PREDICTION_TYPES)}")
-    return schedule, PREDICTION_TYPES[word]
+            raise ValueError(f"{folder / DESCRIPTION}: {error}") from None
+        if network.model != model:
+            raise ValueError(f"{folder / DESCRIPTION}: model is {network.model}, but {where} is of class {model}")
+        return network
+    names = ("scheduler/scheduler_config.json", "scheduler_config.json")
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise ValueError(f"teacher: {str(folder)!r} holds neither {DESCRIPTION} nor {names[0]}")
+    classes = config.get("num_class_embeds") if model == "UNet2DModel" else None
+    return Network(model=model, classes=classes, **from_scheduler(_json(path), path))

@@ -1,0 +1,87 @@
+#!/usr/bin/env python
+"""Scores a run, one of its checkpoints, an export or a teacher folder, with sample count and reference.
+
+    python jobs/evaluate.py model=shipped:fashion_mnist/teacher steps=[5,18,35] images=10000
+    python jobs/evaluate.py model=runs/fashion_mnist-20260101-120000
+
+The last line is a JSON object with every score and what it depends on.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "platform"))
+
+from pydantic import Field
+
+from fewstep.config import Strict, parse
+
+
+class Evaluate(Strict):
+    """Scores a run, a checkpoint, an export or a teacher folder."""
+
+    model: str
+    """Folder of a run, a checkpoint, an export or a teacher."""
+    steps: list[Annotated[int, Field(ge=1)]] = [18]
+    """Heun steps (2 steps - 1 calls), for a teacher; a student is sampled as it was distilled."""
+    guidance: Annotated[float, Field(ge=1)] = 1.0
+    """Guidance scale, for a teacher."""
+    metrics: list[str] = ["fd_fashion", "class_consistency", "diversity"]
+    """Metric names."""
+    images: Annotated[int, Field(ge=2)] = 10000
+    """Sample count."""
+    batch: Annotated[int, Field(ge=1)] = 250
+    """Images sampled at once."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the samples."""
+    features: str | None = "shipped:fashion_mnist/features.safetensors"
+    """Weights of the small feature network."""
+    reference: str | None = "shipped:fashion_mnist/statistics.npz"
+    """Statistics of the real images under it."""
+    inception: str | None = None
+    """clean-fid's Inception weights, for fid and kid."""
+    inception_reference: str | None = None
+    """Statistics of the real images under Inception."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """Threads of the CPU arithmetic."""
+    device: str = "cpu"
+    """Where to sample: cpu, cuda, cuda:1."""
+
+
+def main(argv: list[str]) -> None:
+    job = parse(Evaluate, argv)
+
+    import torch
+
+    from fewstep.build import make_samples
+    from fewstep.cluster.progress import table
+    from fewstep.engine.world import World
+    from fewstep.metrics.base import evaluate
+    from fewstep.metrics.build import build_metrics
+    from fewstep.run import Row
+    from fewstep.students import open_sampler
+
+    torch.set_num_threads(job.threads)
+    world = World(device=torch.device(job.device))
+    try:
+        metrics = build_metrics(
+            job.metrics, job.features, job.reference, job.inception, job.inception_reference, world.device
+        )
+        samplers = [open_sampler(job.model, steps, job.guidance, world.device) for steps in job.steps]
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    rows, scores = [], []
+    for sampler in {s.name: s for s in samplers}.values():  # a student's is the same for any number of steps
+        samples = make_samples(sampler, job.images, job.seed, job.batch, world)
+        found = evaluate(metrics, samples)
+        rows.append(Row.of("", samples, found).to_dict() | {"who": ""})
+        scores += [score.to_dict() for score in found]
+    print(table(rows))
+    print(json.dumps({"model": job.model, "scores": scores}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

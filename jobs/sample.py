@@ -1,0 +1,88 @@
+#!/usr/bin/env python
+"""Draws a grid of images from a run's student, an export or a teacher, and says how fast they came."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
+
+import torch
+from PIL import Image
+from pydantic import Field
+
+from fewstep.build import Sampler, grid, make_samples
+from fewstep.config import Strict, parse, resolve
+from fewstep.engine.world import World
+from fewstep.students import open_sampler
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Sample(Strict):
+    """Draws a grid of images from a run's student, an export or a teacher, and says how fast they came."""
+
+    model: str
+    """folder of a run, a checkpoint, an export or a teacher; or hub:owner/name"""
+    images: Count = 100
+    """how many"""
+    labels: list[int] | int | None = None
+    """classes to draw in turn, such as [3] or [0,1]; null takes all"""
+    seed: int = 0
+    """of the noise"""
+    out: str = "grid.png"
+    """the picture"""
+    each: str | None = None
+    """folder for the images one by one, too"""
+    columns: Count = 10
+    """of the picture"""
+    steps: Count = 18
+    """Heun steps of a teacher (2 steps - 1 network calls); a student's are its own"""
+    guidance: Annotated[float, Field(ge=1)] = 1.0
+    """guidance scale of a teacher"""
+    batch: Count = 100
+    """images at once"""
+    device: str = "cpu"
+    """cpu or cuda"""
+
+
+def of_classes(sampler: Sampler, labels: list[int]) -> Sampler:
+    """The sampler with labels 0, 1, ... standing for `labels` in turn. Raises ValueError for one that it has not."""
+    wrong = [label for label in labels if not 0 <= label < (sampler.classes or 0)]
+    if wrong or not labels:
+        raise ValueError(f"labels: {labels}, but the model has {sampler.classes or 'no'} classes, counted from 0")
+    table = torch.tensor(labels)
+    sample = lambda z, cond, draws: sampler.sample(z, table.to(cond.device)[cond], draws)
+    return replace(sampler, sample=sample, classes=len(labels))
+
+
+def write(picture: torch.Tensor, path: Path) -> None:
+    """uint8 (H, W, C) as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture.squeeze(-1).numpy()).save(path)
+
+
+def main() -> None:
+    job = parse(Sample)
+    device = torch.device(job.device)
+    try:
+        sampler = open_sampler(job.model, job.steps, job.guidance, device=device)
+        if job.labels is not None:
+            sampler = of_classes(sampler, [job.labels] if isinstance(job.labels, int) else job.labels)
+    except ValueError as error:
+        sys.exit(str(error))
+    samples = make_samples(sampler, job.images, job.seed, min(job.batch, job.images), World(device=device))
+    out = resolve(job.out)
+    write(grid(samples.images, min(job.columns, job.images)), out)
+    for i, image in enumerate(samples.images if job.each else ()):
+        write(image.permute(1, 2, 0), resolve(job.each) / f"{i:06d}.png")
+    speed = job.images / samples.seconds
+    print(f"{job.images} images by {sampler.name}, {sampler.calls} network calls each: {speed:.1f} images/s on {device}")
+    report = {"out": str(out), "sampler": sampler.name, "nfe": sampler.calls, "images": job.images, "images_per_s": speed}
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What a recipe would do and need, found out without training: the resolved recipe, parameters, memory a worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from . import build, run
+from .diffusion.level import Level
+from .networks.denoiser import Denoiser
+from .recipe import Recipe
+
+MIB = 2**20
+
+
+def saved_bytes(net: nn.Module, inputs: tuple[Any, ...]) -> int:
+    """Bytes that one forward pass keeps for its backward, each storage counted once, the weights not at all."""
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = net(*inputs)  # held until the count is made, or its storages would be counted under one address
+    total = sum(seen.values())
+    del out
+    return total
+
+
+def memory(recipe: Recipe) -> list[dict[str, Any]]:
+    """Bytes each role needs on a worker: weights, gradients, optimiser, activations of one micro-batch (measured)."""
+    nets = build.make_nets(recipe)
+    shards = recipe.cluster.workers if recipe.cluster.placement == "shard" else 1
+    count = recipe.train.batch // (recipe.cluster.workers * recipe.train.accumulate)
+    student = nets["student"]
+    x = torch.randn(count, *student.shape)
+    one = torch.ones(count, 1, 1, 1)
+    cond = torch.zeros(count, dtype=torch.int64) if student.classes else None
+    rows = []
+    with torch.no_grad():
+        features = student(x, Level(one, one), cond, "features")
+    for role, net in nets.items():
+        trains = role in recipe.method.roles
+        net.eval().requires_grad_(trains)
+        size = sum(p.numel() * p.element_size() for p in net.parameters())
+        inputs = (features,) if not isinstance(net, Denoiser) else (x, Level(one, one), cond)
+        rows.append(
+            {
+                "role": role,
+                "parameters": sum(p.numel() for p in net.parameters()),
+                "weights": size * (2 if role == "student" and recipe.train.profile else 1) // shards,
+                "gradients": size // shards if trains else 0,
+                "optimiser": 2 * size // shards if trains else 0,
+                "activations": saved_bytes(net, inputs) if trains else 0,
+            }
+        )
+    return rows
+
+
+def describe(recipe: Recipe) -> str:
+    """What --dry-run prints. Raises as a real start would for files, shapes and names that do not fit."""
+    run.check(recipe)
+    with build.make_feed(recipe.data, recipe.seed) as feed:
+        build.check_data(feed, build.make_teacher(recipe))
+        rows_of_data = feed.rows
+    rows = memory(recipe)
+    columns = ("weights", "gradients", "optimiser", "activations")
+    lines = [yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)]
+    lines.append(f"{'role':10s}{'parameters':>14s}" + "".join(f"{c:>14s}" for c in columns) + "   (MiB a worker)")
+    for row in rows:
+        lines.append(f"{row['role']:10s}{row['parameters']:14,d}" + "".join(f"{row[c] / MIB:14.1f}" for c in columns))
+    total = sum(row[c] for row in rows for c in columns)
+    t = recipe.train
+    lines.append(f"{'total':10s}{sum(r['parameters'] for r in rows):14,d}{total / MIB:14.1f}")
+    lines.append("weights of the student count its running average; weights and optimiser are float32.")
+    lines.append(
+        f"{t.steps:,} steps of {t.batch} images: {t.steps * t.batch / rows_of_data:.1f} epochs of {rows_of_data:,}."
+    )
+    lines.append("Nothing was trained.")
+    return "\n".join(lines)

@@ -1,0 +1,120 @@
+"""The model card: what a person finds in an export's README.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from ..config import Strict
+
+
+class Card(Strict):
+    """What is to be known of an exported generator, beyond what its files say."""
+
+    name: str
+    """Title."""
+    teacher: str = ""
+    """The model it was distilled from."""
+    method: str = ""
+    """The paper, with its arXiv number."""
+    data: str = ""
+    """The images it learned from."""
+    training: str = ""
+    """Length, batch, seed, checkpoint."""
+    licence: str | None = None
+    """SPDX name or hub's word for the weights' licence; null leaves it open."""
+    scores: tuple[dict[str, Any], ...] = ()
+    """Rows of who, sampler, nfe, images, images_per_s and each score under its name."""
+    reference: str = ""
+    """What the scores are measured against."""
+
+
+NOT_SCORES = ("who", "sampler", "nfe", "images", "images_per_s")
+
+
+def write_card(card: Card, calls: Sequence[dict[str, float]], class_names: Sequence[str] | None, classes: int | None) -> str:
+    """README.md in Markdown, with the hub's metadata as its YAML head."""
+    head: dict[str, Any] = {
+        "library_name": "diffusers",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["diffusion-distillation", "few-step"],
+    }
+    if card.licence:
+        head["license"] = card.licence
+    steps = "one network call" if len(calls) == 1 else f"{len(calls)} network calls"
+    facts = {
+        "Teacher": card.teacher,
+        "Method": card.method,
+        "Data": card.data,
+        "Training": card.training,
+        "Licence of the weights": card.licence or "not stated; ask whoever gave you this folder",
+    }
+    label = "" if classes is None else "class_labels=0, "
+    lines = [
+        "---",
+        yaml.safe_dump(head, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {card.name}",
+        "",
+        f"An image generator distilled from a diffusion model: an image takes {steps}.",
+        "",
+        *(f"- {key}: {value}" for key, value in facts.items() if value),
+        "",
+        "## Use",
+        "",
+        "`pipeline.py` in this folder is loaded as the pipeline's code, hence `trust_remote_code`; it needs torch and",
+        "diffusers only.",
+        "",
+        "```python",
+        snippet("path/to/this/folder", label),
+        "```",
+        "",
+        *_classes(class_names, classes),
+        *_scores(card),
+        "## Sampling",
+        "",
+        "Pure noise times `start` enters the first call. Before each later one the image is noised afresh to",
+        "alpha x0 + sigma eps.",
+        "",
+        "| call | alpha | sigma | network's time |",
+        "|---|---|---|---|",
+        *(f"| {i + 1} | {c['alpha']:.6g} | {c['sigma']:.6g} | {c['time']:.6g} |" for i, c in enumerate(calls)),
+        "",
+        "The distilled noise levels belong to the weights: a scheduler cannot be exchanged, nor the number of calls changed.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def snippet(folder: str, label: str = "") -> str:
+    """How the export is loaded, as Python."""
+    return (
+        "import torch\n"
+        "from diffusers import DiffusionPipeline\n\n"
+        f'pipe = DiffusionPipeline.from_pretrained("{folder}", trust_remote_code=True)\n'
+        f"images = pipe({label}num_images=8, generator=torch.Generator().manual_seed(0)).images"
+    )
+
+
+def _classes(names: Sequence[str] | None, classes: int | None) -> list[str]:
+    if classes is None:
+        return []
+    named = ": " + ", ".join(f"{i} {name}" for i, name in enumerate(names)) if names else ""
+    return [f"Classes 0 to {classes - 1}{named}.", ""]
+
+
+def _scores(card: Card) -> list[str]:
+    if not card.scores:
+        return []
+    names = list(dict.fromkeys(key for row in card.scores for key in row if key not in NOT_SCORES))
+    head = ["", "sampler", "calls an image", "samples", *names]
+    rows = [[r.get("who", ""), r["sampler"], r["nfe"], r["images"], *(_number(r.get(n)) for n in names)] for r in card.scores]
+    table = ["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]]
+    note = "Of the last checkpoint, not the best of several" + (f"; reference: {card.reference}." if card.reference else ".")
+    return ["## Scores", "", *table, "", note, ""]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

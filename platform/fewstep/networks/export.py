@@ -1,0 +1,174 @@
+"""Export: a trained few-step generator as a folder that diffusers' DiffusionPipeline.from_pretrained loads.
+
+The folder is whole by itself: weights and JSON, a model card, and `pipeline.py`, the code that diffusers runs. Before it
+gets its name it is loaded in a fresh process and must give the images that the denoiser gives here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diffusion.level import PREDICTIONS, Level
+from ..diffusion.samplers import few_step
+from .backbones import UNet
+from .card import Card, write_card
+from .denoiser import Denoiser
+from .pretrained import DESCRIPTION, save_denoiser
+
+PIPELINE = Path(__file__).with_name("pipeline.py")
+INDEX = "model_index.json"
+TOLERANCE = 1e-5
+CHECKED_IMAGES = 4
+
+CHECK = """
+import sys, torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+labels = pipe.labels(None, int(sys.argv[2]))
+x0 = pipe.sample(labels, torch.Generator().manual_seed(0))
+assert "fewstep" not in sys.modules, "pipeline.py needs more than diffusers and torch"
+save_file({"x0": x0.contiguous()}, sys.argv[3])
+"""
+
+
+class ExportError(ValueError):
+    """A generator that cannot be exported, or an export that does not give the same images; nothing was written."""
+
+
+def calls(denoiser: Denoiser, levels: Sequence[Level]) -> list[dict[str, float]]:
+    """What the pipeline does at each level, as numbers: the denoiser's own arithmetic at a batch of one, float32.
+
+    levels: one sample's, from noise to clean. Keys: alpha, sigma (of the noising); start (factor on the first noise);
+    rescale (to the network's own schedule), input (factor on what enters it), time (its noise conditioning), skip and out
+    (x0 = skip x + out F).
+    """
+    out = []
+    for level in levels:
+        own, t = denoiser.own(level, level.alpha.ndim)
+        skip, factor = PREDICTIONS[denoiser.prediction](own.alpha, own.sigma, denoiser.data_std)
+        scale, time = denoiser.conditioning(own, t)
+        entry = {
+            "alpha": level.alpha,
+            "sigma": level.sigma,
+            "start": level.norm,
+            "rescale": own.norm / level.norm,
+            "input": scale,
+            "time": time,
+            "skip": skip,
+            "out": factor,
+        }
+        out.append({key: float(value) for key, value in entry.items()})
+    return out
+
+
+def export(
+    denoiser: Denoiser,
+    folder: str | Path,
+    *,
+    levels: Sequence[Level],
+    card: Card,
+    class_names: Sequence[str] | None = None,
+    overwrite: bool = False,
+) -> float:
+    """Writes a few-step generator to `folder`, which appears only when it is whole and gives the same images.
+
+    levels: of the student's calls for one sample, (1, 1, 1, 1), from noise to clean. overwrite: replaces an earlier export.
+    Returns the largest difference to the denoiser's own images in [-1, 1], at most 1e-5, in float32 on the CPU.
+    Raises ExportError for a network without a pipeline here, a folder in the way, and an export that fails the comparison.
+    """
+    folder = Path(folder).absolute()
+    if not isinstance(denoiser.backbone, UNet):
+        raise ExportError(
+            f"export: {type(denoiser.backbone.model).__name__} makes latents, and its text encoder and VAE are not at hand; "
+            "exported are pixel-space UNet2DModel generators"
+        )
+    if class_names and len(class_names) != denoiser.classes:
+        raise ExportError(f"class_names: {len(class_names)} names for {denoiser.classes} classes")
+    if folder.exists() and not overwrite:
+        raise ExportError(f"out: {str(folder)!r} exists; choose another folder, or replace it with overwrite=true")
+    if folder.exists() and not all((folder / name).is_file() for name in (INDEX, DESCRIPTION)):
+        raise ExportError(f"out: {str(folder)!r} is no export, so it is not replaced; choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        net = deepcopy(denoiser).cpu().eval()
+        net.precision = "fp32"
+        _write(net, tmp, levels, card, class_names)
+        worst = _compare(net, tmp, levels)
+        tmp.chmod(0o755)
+        if folder.exists():
+            old = tmp.with_name(tmp.name + ".old")
+            os.replace(folder, old)
+            os.replace(tmp, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(tmp, folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    return worst
+
+
+def _write(net: Denoiser, folder: Path, levels: Sequence[Level], card: Card, class_names: Sequence[str] | None) -> None:
+    import diffusers
+
+    entries = calls(net, levels)
+    save_denoiser(net, folder)
+    shutil.copyfile(PIPELINE, folder / PIPELINE.name)
+    index: dict[str, Any] = {
+        "_class_name": [PIPELINE.stem, "FewStepPipeline"],
+        "_diffusers_version": diffusers.__version__,
+        "unet": ["diffusers", type(net.backbone.model).__name__],
+        "sampling": {
+            "calls": entries,
+            "classes": net.classes,
+            "class_names": list(class_names) if class_names else None,
+            "patch": net.backbone.patch,
+        },
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    (folder / "README.md").write_text(write_card(card, entries, class_names, net.classes))
+
+
+@torch.no_grad()
+def _compare(net: Denoiser, folder: Path, levels: Sequence[Level]) -> float:
+    """Largest difference between the folder's images, made in a fresh process, and the denoiser's, from the same noise."""
+    generator = torch.Generator().manual_seed(0)
+    z, *noise = (torch.randn(CHECKED_IMAGES, *net.shape, generator=generator) for _ in levels)
+    cond = torch.arange(CHECKED_IMAGES) % net.classes if net.classes is not None else None
+    ours = few_step(net, z, cond, [_repeat(level, CHECKED_IMAGES) for level in levels], noise)
+    theirs = _in_fresh_process(folder)
+    worst = float((theirs - ours).abs().max())
+    if not worst <= TOLERANCE:
+        raise ExportError(f"export: its images differ by {worst:.3g} from the generator's, more than {TOLERANCE:g}; not kept")
+    return worst
+
+
+def _repeat(level: Level, count: int) -> Level:
+    return Level(*(v.expand(count, *v.shape[1:]) for v in (level.alpha, level.sigma)))
+
+
+def _in_fresh_process(folder: Path) -> Tensor:
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory() as tmp:
+        images = Path(tmp) / "images.safetensors"
+        # diffusers copies pipeline.py into its module cache before it runs it: not into the user's for a trial
+        env = os.environ | {"HF_MODULES_CACHE": str(Path(tmp) / "modules"), "HF_HUB_OFFLINE": "1"}
+        words = [sys.executable, "-P", "-c", CHECK, str(folder), str(CHECKED_IMAGES), str(images)]
+        done = subprocess.run(words, env=env, capture_output=True, text=True, cwd=tmp)
+        if done.returncode:
+            raise ExportError(f"export: diffusers does not load it, so it was not kept: {done.stderr.strip()[-600:]}")
+        return load_file(images)["x0"]

@@ -1,0 +1,107 @@
+"""A few-step generator as a diffusers pipeline. An export carries this file; it needs diffusers and torch, nothing else.
+
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained("folder or hub id", trust_remote_code=True)
+    image = pipe(class_labels=3).images[0]
+"""
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch.nn import functional as F
+
+Labels = None | int | str | list[int | str]
+
+
+class FewStepPipeline(DiffusionPipeline):
+    """Denoise, noise again to the next level, denoise, ...: as many network calls as `sampling["calls"]` has entries.
+
+    unet: predicts in its own terms; each call's entry turns that into an image x0 = skip x + out F(input x, time), where x
+    was noised to alpha x0 + sigma eps and rescaled. sampling: "calls", "classes" (or null), "class_names" (or null), "patch"
+    (side of the pixel blocks folded into channels).
+    """
+
+    def __init__(self, unet: UNet2DModel, sampling: dict | None = None):
+        super().__init__()
+        if not sampling:
+            raise ValueError("sampling: missing in model_index.json, which says how this model is called")
+        self.register_modules(unet=unet)
+        self.register_to_config(sampling=sampling)
+
+    def labels(self, class_labels: Labels, num_images: int | None) -> list[Any]:
+        """One label an image; without any, the classes in turn. An unconditional model has None for each."""
+        classes, names = self.config.sampling["classes"], self.config.sampling["class_names"] or []
+        if isinstance(class_labels, (list, tuple)):
+            if num_images not in (None, len(class_labels)):
+                raise ValueError(f"num_images: {num_images}, but class_labels has {len(class_labels)}; leave one out")
+            wanted = list(class_labels)
+        elif class_labels is None and classes:
+            wanted = [i % classes for i in range(num_images or 1)]
+        else:
+            wanted = [class_labels] * (num_images or 1)
+        if not classes:
+            if any(label is not None for label in wanted):
+                raise ValueError("class_labels: this model has no classes; leave them out")
+            return wanted
+        numbers = [names.index(label) if label in names else label for label in wanted]
+        for label in numbers:
+            if not isinstance(label, int) or not 0 <= label < classes:
+                known = f", or one of {', '.join(names)}" if names else ""
+                raise ValueError(f"class_labels: {label!r} is no class; give 0 to {classes - 1}{known}")
+        return numbers
+
+    @torch.no_grad()
+    def sample(self, labels: list[Any], generator: Any = None) -> torch.Tensor:
+        """x0 (N, C, H, W) float32 as the network made it: about [-1, 1], not clamped. labels: one an image."""
+        sampling, unet, device = self.config.sampling, self.unet, self._execution_device
+        patch, count = sampling["patch"], len(labels)
+        height, width = (size * patch for size in _pair(unet.config.sample_size))
+        shape = (count, unet.config.in_channels // patch**2, height, width)
+        cond = None if sampling["classes"] is None else torch.tensor(labels, device=device)
+        x0 = None
+        for call in sampling["calls"]:
+            eps = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+            x = eps * call["start"] if x0 is None else call["alpha"] * x0 + call["sigma"] * eps
+            x = x * call["rescale"]
+            folded = F.pixel_unshuffle(x * call["input"], patch).to(unet.dtype)
+            time = torch.full((count,), call["time"], device=device)
+            out = unet(folded, time, class_labels=cond, return_dict=False)[0][:, : folded.shape[1]]
+            x0 = call["skip"] * x + call["out"] * F.pixel_shuffle(out.float(), patch)
+        return x0
+
+    def __call__(
+        self,
+        class_labels: Labels = None,
+        num_images: int | None = None,
+        generator: None | torch.Generator | list[torch.Generator] = None,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Images of the classes asked for.
+
+        class_labels: a class (number or name) for all `num_images`, or a list with one an image; None takes the classes in
+        turn. generator: as everywhere in diffusers. num_inference_steps: fixed by the model's training, so None or that
+        number. output_type: "pil", "pt" (N, C, H, W) in [0, 1], or "np" (N, H, W, C) in [0, 1].
+        """
+        steps = len(self.config.sampling["calls"])
+        if num_inference_steps not in (None, steps):
+            raise ValueError(f"num_inference_steps: {num_inference_steps}, but this model was distilled to {steps}")
+        if output_type not in ("pil", "pt", "np"):
+            raise ValueError(f"output_type: {output_type!r} is not one of pil, pt, np")
+        x0 = self.sample(self.labels(class_labels, num_images), generator).clamp(-1, 1)
+        if output_type == "pt":
+            images = (x0 + 1) / 2
+        elif output_type == "np":
+            images = ((x0 + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
+        else:
+            pixels = ((x0 + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+            images = [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _pair(size: Any) -> Any:
+    return size if isinstance(size, (list, tuple)) else (size, size)

@@ -1,0 +1,200 @@
+"""Trained generators by reference: a run's folder, one of its checkpoints, an export, or a teacher; and a run's export."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import build
+from .config import ConfigError, read, resolve, validate
+from .data.shards import ShardError, open_shards
+from .diffusion.draws import Draws
+from .diffusion.level import Level
+from .diffusion.samplers import few_step
+from .engine import state
+from .networks.card import Card
+from .networks.denoiser import Denoiser
+from .networks.export import INDEX, export
+from .networks.pretrained import locate, new_head, open_teacher
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Student:
+    """A trained network and what made it. averaged: whether these are the running average's weights."""
+
+    net: Denoiser
+    recipe: Recipe
+    checkpoint: Path
+    step: int
+    averaged: bool
+
+    @property
+    def sampler(self) -> build.Sampler:
+        """As its method samples it."""
+        return build.student_sampler(self.recipe.method, self.net)
+
+
+def open_student(folder: str | Path, average: bool | None = None) -> Student:
+    """The student of a run (its last checkpoint) or of one of its checkpoints.
+
+    average: the running average's weights or the raw ones; None takes the average where the run kept one.
+    Raises ValueError naming the file at fault.
+    """
+    folder = resolve(folder)
+    checkpoint = folder if _is_checkpoint(folder) else build.latest(folder)
+    if checkpoint is None:
+        raise ValueError(f"run: no checkpoint below {str(folder)!r}; give a run's folder or one of its checkpoints/step-*")
+    path = checkpoint.parents[1] / "recipe.yaml"
+    try:
+        recipe = validate(Recipe, read(path))
+    except ConfigError as error:
+        raise ValueError(f"run: {path}: {error}") from None
+    tensors, manifest = state.read(checkpoint)
+    weights = {name: state.part(tensors, f"net.{name}") for name in ("average", "student")}
+    if average and not weights["average"]:
+        raise ValueError(f"average: {checkpoint} holds none, as train.average_decay was null; give average=false")
+    averaged = bool(weights["average"]) if average is None else average
+    teacher = build.make_teacher(recipe)
+    net = recipe.method.nets(teacher, lambda: new_head(teacher))["student"]
+    state.load_net(net, weights["average" if averaged else "student"], str(checkpoint))
+    return Student(net.eval().requires_grad_(False), recipe, checkpoint, manifest["step"], averaged)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "state.safetensors").is_file()
+
+
+def open_sampler(
+    ref: str, steps: int = 18, guidance: float = 1.0, device: torch.device | str = "cpu"
+) -> build.Sampler:
+    """How images are made from a run, a checkpoint or an export as it was distilled, or from a teacher by Heun's solver.
+
+    steps, guidance: of the solver, for a teacher alone. Raises ValueError naming the file at fault.
+    """
+    folder = locate(ref)
+    if (folder / "recipe.yaml").is_file() or _is_checkpoint(folder):
+        student = open_student(folder)
+        student.net.to(device)
+        return student.sampler
+    net = open_teacher(folder).requires_grad_(False).to(device)
+    index = folder / INDEX
+    sampling = json.loads(index.read_text()).get("sampling") if index.is_file() else None
+    if sampling is None:
+        return build.heun_sampler(net, steps, guidance)
+    return _few_step_sampler(net, sampling["calls"])
+
+
+def _few_step_sampler(net: Denoiser, calls: Sequence[dict[str, float]]) -> build.Sampler:
+    def sample(z: Tensor, cond: Any, draws: Draws) -> Tensor:
+        shape = (len(z), *[1] * (z.ndim - 1))
+        levels = [Level(*(torch.full(shape, c[key], device=z.device) for key in ("alpha", "sigma"))) for c in calls]
+        noise = [draws.normal(f"renoise/{i}", z.shape) for i in range(len(levels) - 1)]
+        return few_step(net, z, cond, levels, noise)
+
+    return build.Sampler(f"few-step-{len(calls)}", len(calls), sample, net.shape, net.classes)
+
+
+class _Listener(nn.Module):
+    """A denoiser that remembers the levels at which it is called."""
+
+    def __init__(self, net: Denoiser):
+        super().__init__()
+        self.net, self.levels = net, []
+        self.schedule, self.shape, self.classes = net.schedule, net.shape, net.classes
+
+    def forward(self, x_t: Tensor, level: Level, cond: Any = None, mode: str = "x0") -> Tensor:
+        self.levels.append(level)
+        return self.net(x_t, level, cond, mode)
+
+
+@torch.no_grad()
+def call_levels(method: Any, net: Denoiser) -> list[Level]:
+    """Levels, for one sample, at which a method's sampler calls the student: found by listening to it.
+
+    Raises ValueError for a sampler that is not a few denoisings with fresh noise in between.
+    """
+    name, calls = method.describe_sampler()
+    if not name.startswith("few-step"):
+        raise ValueError(f"run: {method.tag} samples by {name}, which is no few-step generator; distil it, then export that")
+    listener = _Listener(net)
+    cond = torch.zeros(1, dtype=torch.int64) if net.classes is not None else None
+    method.sample(listener, torch.zeros(1, *net.shape), cond, Draws(0, 0))
+    if len(listener.levels) != calls:
+        raise ValueError(f"run: {method.tag} says that it calls its student {calls} times, and did {len(listener.levels)}")
+    return listener.levels
+
+
+def export_run(
+    run: str | Path,
+    rows: Sequence[dict[str, Any]] = (),
+    out: str | Path | None = None,
+    *,
+    average: bool | None = None,
+    licence: str | None = None,
+    overwrite: bool | None = None,
+) -> dict[str, Any]:
+    """Exports a run's student, by default to `<run>/export`, where an earlier export is replaced.
+
+    rows: of the closing table, for the model card; without any, those in `<run>/scores.json` if the run kept them.
+    Returns what a job prints: folder, step, averaged, calls, max_difference. Raises ValueError.
+    """
+    student = open_student(run, average)
+    recipe, folder = student.recipe, student.checkpoint.parents[1]
+    scores = folder / "scores.json"
+    if not rows and scores.is_file():
+        rows = json.loads(scores.read_text())
+    target = folder / "export" if out is None else resolve(out)
+    levels = call_levels(recipe.method, student.net)
+    worst = export(
+        student.net,
+        target,
+        levels=levels,
+        card=_card(student, rows, licence),
+        class_names=_class_names(student),
+        overwrite=(out is None) if overwrite is None else overwrite,
+    )
+    return {
+        "folder": str(target),
+        "step": student.step,
+        "averaged": student.averaged,
+        "calls": len(levels),
+        "max_difference": worst,
+    }
+
+
+def _card(student: Student, rows: Sequence[dict[str, Any]], licence: str | None) -> Card:
+    recipe, train = student.recipe, student.recipe.train
+    paper = (sys.modules[type(recipe.method).__module__].__doc__ or "").strip().splitlines()[0]
+    weights = "running average" if student.averaged else "raw weights"
+    return Card(
+        name=recipe.name,
+        teacher=_word(recipe.teacher),
+        method=f"{recipe.method.tag}: {paper}",
+        data=_word(recipe.data.path),
+        training=f"step {student.step} of {train.steps}, batch {train.batch}, seed {recipe.seed}, {weights}",
+        licence=licence,
+        scores=tuple(rows),
+        reference=_word(recipe.evaluate.reference or recipe.evaluate.inception_reference),
+    )
+
+
+def _word(ref: str | None) -> str:
+    """A reference as others can read it: a path of this machine is only its last name."""
+    return "" if ref is None else Path(ref).name if Path(ref).is_absolute() else ref
+
+
+def _class_names(student: Student) -> tuple[str, ...] | None:
+    """From the data's manifest, where the data is still at hand and is what the network was trained for."""
+    try:
+        manifest = open_shards(resolve(student.recipe.data.path), verify="size").manifest
+    except ShardError:
+        return None
+    return manifest.class_names if len(manifest.class_names) == student.net.classes else None

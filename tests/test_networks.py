@@ -1,0 +1,667 @@
+"""Networks: diffusers models as denoisers, their features, guidance, averages, heads, and the folders they come from."""
+
+from __future__ import annotations
+
+import json
+import math
+from copy import deepcopy
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fewstep.config import ConfigError
+from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.level import PREDICTIONS, Level
+from fewstep.diffusion.samplers import heun
+from fewstep.diffusion.schedules import DDPM, EDM, Flow, Trig, to_config
+from fewstep.methods.dmd2 import DMD2
+from fewstep.networks.average import Exponential, Power, average
+from fewstep.networks.backbones import Backbone, TextUNet, Transformer, UNet
+from fewstep.networks.denoiser import Denoiser, Guided
+from fewstep.networks.heads import Head
+from fewstep.networks.pretrained import Network, new_denoiser, new_head, open_teacher, save_denoiser
+from fewstep.networks.schedulers import from_scheduler
+
+SD = DDPM("scaled_linear", 0.00085, 0.012)
+SMALL = {
+    "sample_size": 8,
+    "in_channels": 2,
+    "out_channels": 2,
+    "layers_per_block": 1,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": 8,
+    "norm_num_groups": 4,
+}
+TEXT = SMALL | {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 12,
+    "transformer_layers_per_block": 1,
+}
+SDXL = TEXT | {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + 10,
+}
+DIT = {
+    "sample_size": 8,
+    "in_channels": 2,
+    "out_channels": 4,
+    "num_layers": 3,
+    "num_attention_heads": 2,
+    "attention_head_dim": 4,
+    "num_embeds_ada_norm": 5,
+}
+
+
+def unet(seed: int = 0, **config) -> diffusers.UNet2DModel:
+    torch.manual_seed(seed)
+    return diffusers.UNet2DModel(**SMALL | config).eval()
+
+
+def labelled(precision: str = "fp32", patch: int = 1, **kwargs) -> Denoiser:
+    """A network of 5 classes and a null class with random weights everywhere."""
+    channels = 2 * patch**2
+    model = unet(num_class_embeds=6, in_channels=channels, out_channels=channels)
+    return Denoiser(UNet(model, 5, patch), kwargs.pop("schedule", EDM()), kwargs.pop("prediction", "edm"), precision=precision)
+
+
+def level(schedule, *times: float) -> Level:
+    return schedule.level(torch.tensor(times, dtype=torch.float64), 4)
+
+
+def said(scheduler) -> dict:
+    """What its scheduler_config.json would hold."""
+    return json.loads(scheduler.to_json_string())
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Denoiser
+
+
+class Known(Backbone):
+    """A backbone with a target for output, which remembers what it was called with."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.shape, self.classes, self.seen, self.target = (2, 8, 8), None, None, None
+
+    def forward(self, x, time, cond, mode):
+        self.seen = (x, time)
+        return self.target
+
+
+SCHEDULES = {"edm": EDM(), "ddpm": DDPM(), "sd": SD, "zero_snr": DDPM(zero_snr=True), "flow": Flow(), "trig": Trig()}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_perfect_network_gives_back_x0_at_a_level_of_any_other_schedule(name, prediction):
+    own = SCHEDULES[name]
+    x0, eps = draw(1, 4, 2, 8, 8), draw(2, 4, 2, 8, 8)
+    given = level(EDM(), 0.05, 0.5, 2.0, 12.0)
+    net = Denoiser(Known(), own, prediction, data_std=0.5)
+    mine, t = net.own(given, 4)
+    c_skip, c_out = PREDICTIONS[prediction](mine.alpha.double(), mine.sigma.double(), 0.5)
+    net.backbone.target = ((x0 - c_skip * mine.noise(x0, eps)) / c_out).float()
+    found = net(given.noise(x0, eps), given)
+    assert (found - x0).abs().max() < 2e-4
+    if prediction != "edm":
+        x, time = net.backbone.seen
+        assert (x - mine.noise(x0, eps)).abs().max() < 1e-5
+        assert torch.equal(time, t.float())
+
+
+def test_a_network_on_its_own_schedule_is_called_as_diffusers_calls_it():
+    """eps-prediction: x0 = (x_t - sqrt(1 - ab) eps) / sqrt(ab) with the scheduler's own ab, at its own integer timestep."""
+    model = unet()
+    scheduler = diffusers.DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear", clip_sample=False)
+    t = torch.tensor([20, 399, 749])
+    x0, eps = draw(1, 3, 2, 8, 8), draw(2, 3, 2, 8, 8)
+    x_t = scheduler.add_noise(x0, eps, t)
+    ab = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    with torch.no_grad():
+        expected = (x_t - (1 - ab).sqrt() * model(x_t, t).sample) / ab.sqrt()
+        found = Denoiser(UNet(model), SD, "eps")(x_t, level(SD, 20, 399, 749))
+    assert (found - expected).abs().max() < 2e-4
+
+
+def test_edm_preconditioning_is_that_of_table_1():
+    net = labelled()
+    x, s = draw(1, 2, 2, 8, 8), torch.tensor([0.3, 40.0])
+    cond = torch.tensor([1, 4])
+    sigma = s.view(-1, 1, 1, 1)
+    with torch.no_grad():
+        f = net.backbone.model(x / (sigma**2 + 0.25).sqrt(), s.log() / 4, class_labels=cond).sample
+        expected = 0.25 / (sigma**2 + 0.25) * x + sigma * 0.5 / (sigma**2 + 0.25).sqrt() * f
+        found = net(x, level(EDM(), *s.tolist()), cond)
+    assert (found - expected).abs().max() < 1e-5
+    assert torch.allclose(net.weight(level(EDM(), *s.tolist())), (1 / sigma**2 + 4).float(), rtol=1e-5)
+
+
+def test_flow_matching_counts_time_in_thousandths():
+    model = unet()
+    fields = from_scheduler(said(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)), Path("x"))
+    assert fields == {"schedule": to_config(Flow()), "prediction": "flow", "time_scale": 1000.0}
+    x, s = draw(1, 2, 2, 8, 8), torch.tensor([0.25, 1.0])
+    net = Denoiser(UNet(model), Flow(), "flow", time_scale=1000.0)
+    with torch.no_grad():
+        expected = x - s.view(-1, 1, 1, 1) * model(x, 1000 * s).sample
+        assert (net(x, level(Flow(), 0.25, 1.0)) - expected).abs().max() < 1e-5
+
+
+def test_patches_are_folded_into_channels_and_back():
+    net = labelled(patch=2)
+    assert net.shape == (2, 16, 16)
+    x = draw(1, 3, 2, 16, 16)
+    cond = torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        folded = net.backbone.model(nn.functional.pixel_unshuffle(x, 2), torch.ones(3), class_labels=cond).sample
+        assert torch.equal(net.backbone(x, torch.ones(3), cond, "x0"), nn.functional.pixel_shuffle(folded, 2))
+
+
+def test_no_condition_is_the_null_class_and_a_network_without_one_says_so():
+    net, x, at = labelled(), draw(1, 2, 2, 8, 8), level(EDM(), 1.0, 3.0)
+    assert net.null == 5
+    with torch.no_grad():
+        assert torch.equal(net(x, at), net(x, at, torch.tensor([5, 5])))
+    bare = Denoiser(UNet(unet(num_class_embeds=5), 5), EDM(), "edm")
+    assert bare.null is None and bare.classes == 5
+    with pytest.raises(ValueError, match="5 classes and no null class"):
+        bare(x, at)
+    with pytest.raises(ValueError, match="guidance: 2, but this network has no null class"):
+        Guided(bare, 2.0)
+    with pytest.raises(ValueError, match="classes: 3, but num_class_embeds is 5"):
+        UNet(unet(num_class_embeds=5), 3)
+
+
+def test_a_transformer_predicts_without_its_variance_and_drops_no_label_by_itself():
+    torch.manual_seed(0)
+    net = Denoiser(Transformer(diffusers.DiTTransformer2DModel(**DIT)), DDPM(), "eps").train()
+    assert (net.classes, net.null, net.shape) == (5, 5, (2, 8, 8))
+    x, at, cond = draw(1, 3, 2, 8, 8), level(DDPM(), 3, 500, 999), torch.tensor([0, 3, 4])
+    model = net.backbone.model
+    with torch.no_grad():
+        found = net.backbone(x, torch.tensor([3.0, 500.0, 999.0]), cond, "x0")
+        model.eval()
+        expected = model(x, timestep=torch.tensor([3, 500, 999]), class_labels=cond).sample[:, :2]
+        assert torch.equal(found, expected)
+        assert torch.equal(net(x, at), net(x, at, torch.full((3,), 5)))
+        features = net(x, at, cond, "features")
+    assert features.shape == (3, 8, 4, 4)
+    tokens = []
+    handle = model.transformer_blocks[1].register_forward_hook(lambda m, a, out: tokens.append(out))
+    with torch.no_grad():
+        model(x, timestep=net.own(at, 4)[1].float(), class_labels=cond)
+    handle.remove()
+    assert torch.allclose(features[:, :, 1, 2], tokens[0][:, 1 * 4 + 2], atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [TEXT, SDXL], ids=["sd", "sdxl"])
+def test_a_text_unet_takes_its_embeddings_by_name(config):
+    torch.manual_seed(0)
+    net = Denoiser(TextUNet(diffusers.UNet2DConditionModel(**config).eval()), SD, "eps")
+    cond = {"text": draw(3, 2, 7, 12)}
+    if config is SDXL:
+        cond |= {"pooled": draw(4, 2, 10), "time_ids": torch.tensor([[8.0, 8, 0, 0, 8, 8]] * 2)}
+    x, at = draw(1, 2, 2, 8, 8), level(SD, 100, 900)
+    with torch.no_grad():
+        added = {"text_embeds": cond.get("pooled"), "time_ids": cond.get("time_ids")}
+        t = net.own(at, 4)[1].float()
+        eps = net.backbone.model(x, t, cond["text"], added_cond_kwargs=added).sample
+        assert torch.equal(net(x, at, cond), (1 / at.alpha) * x + (-at.sigma / at.alpha) * eps)
+        null = net.backbone.zeros(2, x.device)
+        null = {k: v.expand(-1, 7, -1) if k == "text" else v for k, v in null.items()}
+        both = net(x, at, cond), net(x, at, null)
+        guided = Guided(net, 4.0, null)(x, at, cond)
+    assert torch.allclose(guided, both[1] + 4 * (both[0] - both[1]), atol=1e-3)
+    assert new_head(net)(net(x, at, cond, "features")).shape == (2,)
+
+
+# Features
+
+
+def test_features_leave_before_the_decoder_and_equal_those_of_the_whole_pass():
+    net, cond = labelled(), torch.tensor([0, 5])
+    x, at = draw(1, 2, 2, 8, 8), level(EDM(), 0.5, 20.0)
+    calls = {"down_blocks": 0, "up_blocks": 0, "conv_out": 0}
+    for name in calls:
+        part = net.backbone.model.get_submodule(name)
+        for module in part if isinstance(part, nn.ModuleList) else [part]:
+            module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    features = net(x, at, cond, "features")
+    assert calls == {"down_blocks": 2, "up_blocks": 0, "conv_out": 0}
+    x0, together = net(x, at, cond, "both")
+    assert calls == {"down_blocks": 4, "up_blocks": 2, "conv_out": 1}
+    assert torch.equal(features, together)
+    assert torch.equal(x0, net(x, at, cond))
+    assert net.backbone._tapped is None
+
+
+def test_gradients_reach_the_input_through_frozen_weights():
+    net = labelled().requires_grad_(False)
+    head = Head(16, 4)
+    x, at, cond = draw(1, 2, 2, 8, 8).requires_grad_(), level(EDM(), 0.5, 2.0), torch.tensor([0, 1])
+    (gradient,) = torch.autograd.grad(head(net(x, at, cond, "features")).sum(), x)
+    (same,) = torch.autograd.grad(head(net(x, at, cond, "both")[1]).sum(), x)
+    assert gradient.abs().sum() > 0 and torch.equal(gradient, same)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_copy_taps_its_own_bottleneck():
+    net = labelled()
+    copy = deepcopy(net)
+    with torch.no_grad():
+        for p in copy.parameters():
+            p.mul_(1.5)
+    x, at, cond = draw(1, 2, 2, 8, 8), level(EDM(), 0.5, 2.0), torch.tensor([0, 1])
+    with torch.no_grad():
+        before = net(x, at, cond, "features")
+        other = copy(x, at, cond, "features")
+        assert torch.equal(other, copy(x, at, cond, "both")[1])
+        assert not torch.equal(other, before)
+        assert torch.equal(net(x, at, cond, "features"), before)
+
+
+def test_logits_of_real_and_fake_together_equal_those_apart():
+    net, head = labelled(), Head(16, 4)
+    a, b, cond = draw(1, 3, 2, 8, 8), draw(2, 3, 2, 8, 8), torch.tensor([0, 1, 2])
+    at = level(EDM(), 0.1, 1.0, 10.0)
+    both = Level(torch.cat([at.alpha] * 2), torch.cat([at.sigma] * 2))
+    with torch.no_grad():
+        together = head(net(torch.cat([a, b]), both, torch.cat([cond] * 2), "features"))
+        apart = torch.cat([head(net(x, at, cond, "features")) for x in (a, b)])
+    assert (together - apart).abs().max() < 1e-5
+
+
+# Precision
+
+
+def test_bf16_leaves_x0_and_features_in_float32_and_near_fp32():
+    x, at, cond = draw(1, 2, 2, 8, 8), level(EDM(), 0.5, 2.0), torch.tensor([0, 1])
+    with torch.no_grad():
+        x0, features = labelled("bf16")(x, at, cond, "both")
+        exact = labelled("fp32")(x, at, cond)
+    assert x0.dtype == features.dtype == torch.float32
+    assert 0 < (x0 - exact).abs().max() < 0.05
+
+
+def test_weights_have_gradients_after_a_pass_without_any():
+    """A cache of cast weights that outlived the no-grad pass would cut the graph."""
+    net = labelled("bf16")
+    x, at, cond = draw(1, 2, 2, 8, 8), level(EDM(), 0.5, 2.0), torch.tensor([0, 1])
+    with torch.no_grad():
+        net(x, at, cond)
+    net(x, at, cond).square().mean().backward()
+    assert all(p.grad is not None for p in net.parameters())
+    with torch.autocast("cpu", torch.bfloat16):  # a caller's own region does not change what "fp32" means
+        outside = labelled()(x, at, cond)
+    assert torch.equal(outside, labelled()(x, at, cond))
+
+
+# Guidance
+
+
+class Counted(nn.Module):
+    def __init__(self, net: Denoiser):
+        super().__init__()
+        self.net, self.batches = net, []
+        self.classes, self.null, self.schedule = net.classes, net.null, net.schedule
+
+    def forward(self, x, level, cond, mode="x0"):
+        self.batches.append(len(x))
+        return self.net(x, level, cond, mode)
+
+
+def test_guidance_is_linear_in_one_call_of_twice_the_batch():
+    net = Counted(labelled(schedule=SD, prediction="eps"))
+    x, at, cond = draw(1, 3, 2, 8, 8), level(SD, 100, 500, 900), torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        one, null = net(x, at, cond), net(x, at, torch.full((3,), 5))
+        net.batches.clear()
+        guided = Guided(net, 3.0)(x, at, cond)
+        assert net.batches == [6]
+        eps = at.eps(x, null) + 3 * (at.eps(x, one) - at.eps(x, null))
+        assert torch.allclose(guided, (x - at.sigma * eps) / at.alpha, atol=1e-4)
+        net.batches.clear()
+        assert torch.equal(Guided(net, 1.0)(x, at, cond), one) and net.batches == [3]
+    assert Guided(net, 3.0).schedule is SD
+
+
+# Averages
+
+
+@pytest.mark.parametrize("std", [0.03, 0.05, 0.1, 0.25])
+def test_power_profile_has_the_width_it_is_named_by(std):
+    profile = Power(std)
+    g = profile.gamma
+    assert math.isclose((g + 1) / ((g + 2) ** 2 * (g + 3)), std**2, rel_tol=1e-9)
+    t = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    weight = t**g / (t**g).sum()
+    mean = (weight * t).sum()
+    assert math.isclose((weight * (t - mean) ** 2).sum().sqrt(), std, rel_tol=1e-4)
+    assert math.isclose(mean, (g + 1) / (g + 2), rel_tol=1e-4)
+
+
+def ramp_average(profile, updates: int) -> float:
+    """The average of weights that are 1, 2, 3, ... after each update."""
+    net, mean = nn.Linear(1, 1, bias=False).double(), nn.Linear(1, 1, bias=False).double()
+    nn.init.constant_(mean.weight, 1e9)  # the first update must forget where it began, or its profile says otherwise
+    for n in range(updates):
+        nn.init.constant_(net.weight, n + 1.0)
+        average(mean, net, profile.at(n))
+    return mean.weight.item()
+
+
+def test_power_average_of_a_ramp_is_the_closed_form():
+    profile, n = Power(0.1), 400
+    t = torch.arange(n + 1, dtype=torch.float64) / n
+    exact = (torch.diff(t ** (profile.gamma + 1)) * torch.arange(1, n + 1)).sum().item()
+    found = ramp_average(profile, n)
+    assert math.isclose(found, exact, rel_tol=1e-9)
+    assert math.isclose(found / n, (profile.gamma + 1) / (profile.gamma + 2), rel_tol=5e-3)
+
+
+def test_exponential_average_lags_a_ramp_by_its_length():
+    """After the ramp-up, mean(n) = n - d / (1 - d) for weights that grow by one an update."""
+    profile = Exponential(0.9)
+    assert [profile.at(n) for n in (0, 1, 100)] == [0.1, 2 / 11, 0.9]
+    net, mean = nn.Linear(1, 1, bias=False).double(), nn.Linear(1, 1, bias=False).double()
+    nn.init.zeros_(mean.weight)
+    for n in range(500):
+        nn.init.constant_(net.weight, n + 1.0)
+        average(mean, net, profile.at(n))
+    assert math.isclose(mean.weight.item(), 500 - 0.9 / 0.1, rel_tol=1e-9)
+
+
+def test_averages_carry_buffers_of_statistics_too():
+    net, mean = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    net.running_mean += 1.0
+    average(mean, net, 0.75)
+    assert torch.equal(mean.running_mean, torch.full((2,), 0.25))
+
+
+# Heads
+
+
+def test_head_on_edms_bottleneck_has_18_9_million_parameters():
+    assert sum(p.numel() for p in Head(768, 8).parameters()) == 18_879_745
+
+
+@pytest.mark.parametrize(("size", "convs"), [(3, 0), (4, 0), (7, 1), (8, 1), (9, 1), (16, 2), (32, 3)])
+def test_head_gives_one_logit_a_sample_at_any_size(size, convs):
+    head = Head(8, size)
+    assert sum(isinstance(m, nn.Conv2d) and m.stride == (2, 2) and m.kernel_size == (4, 4) for m in head.layers) == convs
+    assert head(torch.randn(5, 8, size, size)).shape == (5,)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(768, 32), (1280, 32), (64, 4), (16, 1), (12, 1)])
+def test_head_keeps_the_published_groups_and_a_gradient_in_narrow_networks(channels, groups):
+    head = Head(channels, 2)
+    assert {m.num_groups for m in head.layers if isinstance(m, nn.GroupNorm)} == {groups}
+    features = draw(1, 2, channels, 2, 2).requires_grad_()
+    (gradient,) = torch.autograd.grad(head(features).sum(), features)
+    assert gradient.norm() > 1e-2
+
+
+def test_head_is_measured_on_the_bottleneck():
+    head = new_head(labelled())
+    assert head.layers[0].in_channels == 16 and head.layers[0].kernel_size == (4, 4)
+    wide = Denoiser(UNet(unet(sample_size=(8, 16))), EDM(), "edm")
+    with pytest.raises(ValueError, match="4 x 8, and a GAN head needs a square one"):
+        new_head(wide)
+
+
+# Schedules against diffusers
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        {"beta_schedule": "linear"},
+        {"beta_schedule": "squaredcos_cap_v2"},
+    ],
+    ids=lambda s: s["beta_schedule"],
+)
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
+def test_alphas_are_those_of_diffusers(name, settings):
+    scheduler = getattr(diffusers, name)(**settings)
+    fields = from_scheduler(said(scheduler), Path("x"))
+    assert fields["prediction"] == "eps"
+    angles = DDPM(**{k: v for k, v in fields["schedule"].items() if k != "name"}).angles()
+    assert (angles.cos() ** 2 - scheduler.alphas_cumprod).abs().max() < 2e-6
+
+
+def test_zero_snr_and_v_prediction_are_read():
+    scheduler = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    fields = from_scheduler(said(scheduler), Path("x"))
+    assert fields["prediction"] == "v" and fields["schedule"]["zero_snr"] is True
+    angles = DDPM(zero_snr=True).angles()
+    assert (angles.cos() ** 2 - scheduler.alphas_cumprod).abs().max() < 2e-6
+    assert math.isclose(angles[-1], math.pi / 2, rel_tol=1e-12)
+
+
+def test_stable_diffusions_alphas():
+    ab = SD.angles().cos() ** 2
+    for t, value in {
+        999: 0.0046601,
+        980: 0.0058438,
+        749: 0.0566235,
+        499: 0.2776697,
+        399: 0.4260864,
+        249: 0.6754324,
+        20: 0.9813144,
+    }.items():
+        assert ab[t].item() == pytest.approx(value, abs=6e-8)
+
+
+def test_edm_scheduler_names_its_preconditioning():
+    fields = from_scheduler(said(diffusers.EDMEulerScheduler(sigma_max=50.0, sigma_data=0.4)), Path("x"))
+    assert fields == {"schedule": to_config(EDM(0.002, 50.0, 7.0)), "prediction": "edm", "data_std": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"_class_name": "CMStochasticIterativeScheduler"}, "no beta schedule; put a fewstep.json"),
+        ({"beta_schedule": "sigmoid", "beta_start": 1e-4, "beta_end": 0.02}, "'sigmoid' is not one of linear"),
+        ({"beta_schedule": "linear", "trained_betas": [0.1]}, "trained_betas"),
+        ({"beta_schedule": "linear", "prediction_type": "score"}, "'score' is not one of epsilon"),
+        ({"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}, "epsilon"),
+    ],
+)
+def test_schedulers_that_name_no_schedule_are_refused(config, says):
+    with pytest.raises(ValueError, match=says):
+        from_scheduler(config, Path("scheduler_config.json"))
+
+
+def test_one_step_at_399_starts_from_ab_399():
+    """SDXL's one-step student: x0 = (n - 0.7576 eps) / 0.6528, told timestep 399, its input pure noise."""
+    model = unet()
+    net, n = Denoiser(UNet(model), SD, "eps"), draw(1, 2, 2, 8, 8)
+    with torch.no_grad():
+        found = DMD2(conditioning=399).sample(net, n, None, Draws(0, 0))
+        eps = model(n, torch.tensor([399, 399])).sample
+    ab = 0.4260864
+    assert math.isclose(math.sqrt(1 - ab), 0.7576, abs_tol=5e-5) and math.isclose(math.sqrt(ab), 0.6528, abs_tol=5e-5)
+    assert (found - (n - math.sqrt(1 - ab) * eps) / math.sqrt(ab)).abs().max() < 1e-4
+
+
+# Folders
+
+
+def ddpm_pipeline(folder: Path, scheduler=None, **config) -> diffusers.UNet2DModel:
+    model = unet(**config)
+    diffusers.DDPMPipeline(model, scheduler or diffusers.DDPMScheduler()).save_pretrained(folder)
+    return model
+
+
+def test_a_diffusers_pipeline_is_a_teacher(tmp_path):
+    model = ddpm_pipeline(tmp_path / "p")
+    net = open_teacher(tmp_path / "p")
+    assert (net.schedule, net.prediction, net.shape, net.classes) == (DDPM(), "eps", (2, 8, 8), None)
+    x, t = draw(1, 2, 2, 8, 8), torch.tensor([10, 700])
+    with torch.no_grad():
+        eps = level(DDPM(), 10, 700).eps(x, net(x, level(DDPM(), 10, 700)))
+        assert (eps - model(x, t).sample).abs().max() < 1e-3
+        assert heun(net, x, None, 3).isfinite().all()
+
+
+def test_a_model_beside_its_scheduler_is_a_teacher(tmp_path):
+    """The layout of the first DDPM repositories: config.json and scheduler_config.json at the top."""
+    unet().save_pretrained(tmp_path)
+    diffusers.DDPMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path)
+    net = open_teacher(tmp_path)
+    assert net.prediction == "v" and net.schedule == DDPM()
+
+
+def test_a_pipeline_of_classes_counts_a_null_class_only_when_told(tmp_path):
+    ddpm_pipeline(tmp_path, num_class_embeds=6)
+    assert (open_teacher(tmp_path).classes, open_teacher(tmp_path).null) == (6, None)
+    (tmp_path / "fewstep.json").write_text(json.dumps({"schedule": {"name": "ddpm"}, "prediction": "eps", "classes": 5}))
+    assert (open_teacher(tmp_path).classes, open_teacher(tmp_path).null) == (5, 5)
+
+
+@pytest.mark.parametrize("sub", ["transformer", "unet"])
+def test_other_models_are_opened_from_their_pipelines_folders(tmp_path, sub):
+    torch.manual_seed(0)
+    model = diffusers.DiTTransformer2DModel(**DIT) if sub == "transformer" else diffusers.UNet2DConditionModel(**TEXT)
+    model.save_pretrained(tmp_path / sub)
+    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "scheduler")
+    net = open_teacher(tmp_path)
+    assert (net.prediction, net.time_scale, net.schedule) == ("flow", 1000.0, Flow())
+    assert net.classes == (5 if sub == "transformer" else None)
+    save_denoiser(net, tmp_path / "again")
+    again = open_teacher(tmp_path / "again")
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+
+
+def test_what_is_saved_is_what_is_opened_and_names_no_place(tmp_path):
+    net = labelled(patch=2)
+    save_denoiser(net, tmp_path / "a")
+    save_denoiser(open_teacher(tmp_path / "a"), tmp_path / "b")
+    again = open_teacher(tmp_path / "b", "bf16")
+    assert again.precision == "bf16" and again.classes == 5 and again.backbone.patch == 2
+    again.precision = "fp32"
+    x, at = draw(1, 2, 2, 16, 16), level(EDM(), 0.5, 2.0)
+    with torch.no_grad():
+        assert torch.equal(again(x, at), net(x, at))
+    assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "b").rglob("*.json"))
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_half_precision_files_become_float32(tmp_path, variant):
+    dtype = torch.bfloat16 if variant is None else torch.float16
+    model = unet().to(dtype)
+    model.save_pretrained(tmp_path / "unet", variant=variant)
+    diffusers.DDPMScheduler().save_pretrained(tmp_path / "scheduler")
+    net = open_teacher(tmp_path)
+    for a, b in zip(net.parameters(), model.parameters(), strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b.float())
+
+
+def test_pickles_and_incomplete_folders_are_refused_with_the_way_out(tmp_path):
+    ddpm_pipeline(tmp_path / "p")
+    weights = tmp_path / "p/unet/diffusion_pytorch_model.safetensors"
+    with pytest.raises(ValueError, match="edm.pkl.*runs code when it is opened; convert it once"):
+        open_teacher(tmp_path / "edm.pkl")
+    with pytest.raises(ValueError, match="no folder .*jobs/teach.py"):
+        open_teacher(tmp_path / "missing")
+    with pytest.raises(ValueError, match="holds no config.json"):
+        open_teacher(tmp_path)
+    tensors = load_file(weights)
+    save_file({k: v for k, v in tensors.items() if k != "conv_out.bias"}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match="differ in conv_out.bias of 1"):
+        open_teacher(tmp_path / "p")
+    save_file(tensors | {"conv_out.bias": torch.zeros(3)}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match="conv_out.bias"):
+        open_teacher(tmp_path / "p")
+    weights.write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match=str(tmp_path / "p/unet")):
+        open_teacher(tmp_path / "p")
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(ValueError, match="pickled weights.*diffusers.UNet2DModel.from_pretrained.*use_safetensors=False"):
+        open_teacher(tmp_path / "p")
+    weights.with_suffix(".bin").unlink()
+    with pytest.raises(ValueError, match="no diffusion_pytorch_model.safetensors"):
+        open_teacher(tmp_path / "p")
+    (tmp_path / "p/unet/config.json").write_text('{"_class_name": "VQModel"}')
+    with pytest.raises(ValueError, match="class 'VQModel'; known: UNet2DModel"):
+        open_teacher(tmp_path / "p")
+    (tmp_path / "p/unet/config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: not valid JSON"):
+        open_teacher(tmp_path / "p")
+
+
+def test_a_description_that_does_not_fit_its_model_is_refused(tmp_path):
+    save_denoiser(labelled(), tmp_path)
+    path = tmp_path / "fewstep.json"
+    good = json.loads(path.read_text())
+    for change, says in {
+        ("classes", 7): "classes: 7, but num_class_embeds is 6",
+        ("prediction", "epsilon"): "prediction",
+        ("patchs", 2): "patchs: no such key; did you mean 'patch'",
+        ("schedule", ("trig",)): "schedule",
+        ("model", "DiTTransformer2DModel"): "model is DiT.*, but .* is of class UNet2DModel",
+    }.items():
+        path.write_text(json.dumps(good | {change[0]: change[1]}))
+        with pytest.raises(ValueError, match=says):
+            open_teacher(tmp_path)
+
+
+def test_hub_repositories_come_from_the_hubs_cache(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"hub repository 'google/ddpm-cifar10-32'.*teacher=./ddpm-cifar10-32"):
+        open_teacher("hub:google/ddpm-cifar10-32")
+    commit = "0" * 40
+    repo = tmp_path / "models--google--ddpm-cifar10-32"
+    ddpm_pipeline(repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text(commit)
+    assert open_teacher("hub:google/ddpm-cifar10-32").shape == (2, 8, 8)
+
+
+# New networks
+
+
+@pytest.mark.parametrize("model", ["UNet2DModel", "DiTTransformer2DModel"])
+def test_a_new_network_starts_as_its_skip(model):
+    config = SMALL if model == "UNet2DModel" else DIT
+    net = new_denoiser(Network(model=model, config=config, classes=5))
+    x, at = draw(1, 2, 2, 8, 8), level(EDM(), 0.5, 2.0)
+    with torch.no_grad():
+        assert torch.allclose(net(x, at), 0.25 / (at.sigma**2 + 0.25) * x, atol=1e-6)
+    assert net.null == 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"config": SMALL | {"sample_sise": 8}}, "network.config: UNet2DModel: .*sample_sise"),
+        ({"config": SMALL | {"num_class_embeds": 4}, "classes": 2}, "classes: 2, but num_class_embeds is 4"),
+        ({"config": SMALL | {"sample_size": None}}, "sample_size is missing"),
+        ({"config": SMALL | {"time_embedding_type": "fourier"}}, "time_embedding_type 'fourier'"),
+        ({"config": SMALL | {"mid_block_type": None}}, "no mid_block"),
+        ({"config": SMALL, "schedule": {"name": "ddpm"}}, "network.prediction: edm is told ln"),
+        ({"config": SMALL, "schedule": {"name": "ddpm", "zero_snr": True}, "prediction": "eps"}, "zero SNR"),
+        ({"config": SMALL, "schedule": {"name": "cosine"}}, "network.schedule.name: 'cosine'"),
+        ({"model": "DiTTransformer2DModel", "config": DIT, "patch": 2}, "its own way with patches"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_mistakes_in_a_new_network_name_their_field(fields, says):
+    with pytest.raises(ConfigError, match=says):
+        new_denoiser(Network(**fields))
