@@ -1,4 +1,4 @@
-"""Networks: diffusers models as denoisers, their features, guidance, averages, heads, and the folders they come from."""
+"""Networks: diffusers models as denoisers, their features, guidance, averages, heads, and their folders."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def labelled(precision: str = "fp32", patch: int = 1, **kwargs) -> Denoiser:
     """A network of 5 classes and a null class with random weights everywhere."""
     channels = 2 * patch**2
     model = unet(num_class_embeds=6, in_channels=channels, out_channels=channels)
-    return Denoiser(UNet(model, 5, patch), kwargs.pop("schedule", EDM()), kwargs.pop("prediction", "edm"), precision=precision)
+    return Denoiser(
+        UNet(model, 5, patch), kwargs.pop("schedule", EDM()), kwargs.pop("prediction", "edm"), precision=precision
+    )
 
 
 def level(schedule, *times: float) -> Level:
@@ -122,7 +124,7 @@ def test_a_perfect_network_gives_back_x0_at_a_level_of_any_other_schedule(name, 
 
 
 def test_a_network_on_its_own_schedule_is_called_as_diffusers_calls_it():
-    """eps-prediction: x0 = (x_t - sqrt(1 - ab) eps) / sqrt(ab) with the scheduler's own ab, at its own integer timestep."""
+    """eps-prediction: x0 = (x_t - sqrt(1 - ab) eps) / sqrt(ab) with the scheduler's own ab at integer timesteps."""
     model = unet()
     scheduler = diffusers.DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear", clip_sample=False)
     t = torch.tensor([20, 399, 749])
@@ -400,7 +402,9 @@ def test_head_on_edms_bottleneck_has_18_9_million_parameters():
 @pytest.mark.parametrize(("size", "convs"), [(3, 0), (4, 0), (7, 1), (8, 1), (9, 1), (16, 2), (32, 3)])
 def test_head_gives_one_logit_a_sample_at_any_size(size, convs):
     head = Head(8, size)
-    assert sum(isinstance(m, nn.Conv2d) and m.stride == (2, 2) and m.kernel_size == (4, 4) for m in head.layers) == convs
+    assert (
+        sum(isinstance(m, nn.Conv2d) and m.stride == (2, 2) and m.kernel_size == (4, 4) for m in head.layers) == convs
+    )
     assert head(torch.randn(5, 8, size, size)).shape == (5,)
 
 
@@ -528,7 +532,9 @@ def test_a_model_beside_its_scheduler_is_a_teacher(tmp_path):
 def test_a_pipeline_of_classes_counts_a_null_class_only_when_told(tmp_path):
     ddpm_pipeline(tmp_path, num_class_embeds=6)
     assert (open_teacher(tmp_path).classes, open_teacher(tmp_path).null) == (6, None)
-    (tmp_path / "fewstep.json").write_text(json.dumps({"schedule": {"name": "ddpm"}, "prediction": "eps", "classes": 5}))
+    (tmp_path / "fewstep.json").write_text(
+        json.dumps({"schedule": {"name": "ddpm"}, "prediction": "eps", "classes": 5})
+    )
     assert (open_teacher(tmp_path).classes, open_teacher(tmp_path).null) == (5, 5)
 
 
@@ -590,7 +596,9 @@ def test_pickles_and_incomplete_folders_are_refused_with_the_way_out(tmp_path):
     with pytest.raises(ValueError, match=str(tmp_path / "p/unet")):
         open_teacher(tmp_path / "p")
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(ValueError, match="pickled weights.*diffusers.UNet2DModel.from_pretrained.*use_safetensors=False"):
+    with pytest.raises(
+        ValueError, match="pickled weights.*diffusers.UNet2DModel.from_pretrained.*use_safetensors=False"
+    ):
         open_teacher(tmp_path / "p")
     weights.with_suffix(".bin").unlink()
     with pytest.raises(ValueError, match="no diffusion_pytorch_model.safetensors"):

@@ -64,7 +64,9 @@ class Backbone(nn.Module):
         if cond is not None:
             return cond
         if self.null is None:
-            raise ValueError(f"cond: this network has {self.classes} classes and no null class; give every sample a label")
+            raise ValueError(
+                f"cond: this network has {self.classes} classes and no null class; give every sample a label"
+            )
         return torch.full((len(x),), self.null, device=x.device)
 
     def forward(self, x: Tensor, time: Tensor, cond: Any, mode: str) -> Any:
@@ -93,8 +95,8 @@ class UNet(Backbone):
     """diffusers UNet2DModel, class labels or none.
 
     classes: labels without the null class; the model has an embedding more when it has a null class (index `classes`).
-    patch: p x p pixels are folded into channels before the model and unfolded behind it, which on CPUs buys more quality a
-    second than full resolution does (1.2 times at 28 x 28 for the same parameters).
+    patch: p x p pixels are folded into channels before the model and unfolded behind it. On CPUs that buys more quality
+    a second than full resolution does (1.2 times at 28 x 28 for the same parameters).
     """
 
     def __init__(self, model: nn.Module, classes: int | None = None, patch: int = 1):
@@ -102,11 +104,13 @@ class UNet(Backbone):
         embeds = config.num_class_embeds
         if config.class_embed_type is not None or config.time_embedding_type != "positional":
             raise ValueError(
-                f"time_embedding_type {config.time_embedding_type!r} with class_embed_type {config.class_embed_type!r}: "
-                "networks here are told a real-valued time and an integer label (positional, null)"
+                f"time_embedding_type {config.time_embedding_type!r}, class_embed_type {config.class_embed_type!r}: "
+                "networks here are told a real-valued time and an integer label, so positional and null"
             )
         if embeds not in ((None,) if classes is None else (classes, classes + 1)):
-            raise ValueError(f"classes: {classes}, but num_class_embeds is {embeds}; it counts the null class too, if any")
+            raise ValueError(
+                f"classes: {classes}, but num_class_embeds is {embeds}; it counts the null class too, if any"
+            )
         height, width = _size(config)
         shape = (config.in_channels // patch**2, height * patch, width * patch)
         super().__init__(model, "mid_block", shape, classes, classes if embeds != classes else None)
@@ -120,37 +124,43 @@ class UNet(Backbone):
 
 
 class TextUNet(Backbone):
-    """diffusers UNet2DConditionModel; cond: {"text": (B, L, D)} and for SDXL also "pooled" (B, P) and "time_ids" (B, 6)."""
+    """diffusers UNet2DConditionModel.
+
+    cond: {"text": (B, L, D)}, and for SDXL also "pooled" (B, P) and "time_ids" (B, 6).
+    """
 
     def __init__(self, model: nn.Module):
         config = model.config
         if config.in_channels != config.out_channels:
-            raise ValueError(f"in_channels {config.in_channels} and out_channels {config.out_channels} of a text UNet differ")
+            raise ValueError(
+                f"in_channels {config.in_channels} and out_channels {config.out_channels} of a text UNet differ"
+            )
         super().__init__(model, "mid_block", (config.in_channels, *_size(config)))
 
     def call(self, x: Tensor, time: Tensor, cond: dict[str, Tensor]) -> Tensor:
         added = None
         if "pooled" in cond:
             added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
-        return self.model(
-            x, time, encoder_hidden_states=cond["text"], added_cond_kwargs=added, return_dict=False
-        )[0]
+        return self.model(x, time, encoder_hidden_states=cond["text"], added_cond_kwargs=added, return_dict=False)[0]
 
     def zeros(self, count: int, device: torch.device) -> dict[str, Tensor]:
-        """A condition of zeros for `count` samples, one token long: SDXL's unconditional, and enough to measure shapes."""
+        """A condition of zeros for `count` samples, one token long: enough to measure shapes."""
         config = self.model.config
         cond = {"text": torch.zeros(count, 1, config.cross_attention_dim, device=device)}
         if config.addition_embed_type == "text_time":
             pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            cond |= {"pooled": torch.zeros(count, pooled, device=device), "time_ids": torch.zeros(count, 6, device=device)}
+            cond |= {
+                "pooled": torch.zeros(count, pooled, device=device),
+                "time_ids": torch.zeros(count, 6, device=device),
+            }
         return cond
 
 
 class Transformer(Backbone):
     """diffusers DiTTransformer2DModel, class labels; the bottleneck is its middle block, tokens laid out as a map.
 
-    Every block embeds the label anew and would drop it at random in training mode; which samples train without a label is
-    the method's to decide, so that is switched off.
+    Every block embeds the label anew and would drop it at random in training mode; which samples train without a label
+    is the method's to decide, so that is switched off.
     """
 
     def __init__(self, model: nn.Module):

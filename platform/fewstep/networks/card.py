@@ -34,7 +34,9 @@ class Card(Strict):
 NOT_SCORES = ("who", "sampler", "nfe", "images", "images_per_s")
 
 
-def write_card(card: Card, calls: Sequence[dict[str, float]], class_names: Sequence[str] | None, classes: int | None) -> str:
+def write_card(
+    card: Card, calls: Sequence[dict[str, float]], class_names: Sequence[str] | None, classes: int | None
+) -> str:
     """README.md in Markdown, with the hub's metadata as its YAML head."""
     head: dict[str, Any] = {
         "library_name": "diffusers",
@@ -83,7 +85,7 @@ def write_card(card: Card, calls: Sequence[dict[str, float]], class_names: Seque
         "|---|---|---|---|",
         *(f"| {i + 1} | {c['alpha']:.6g} | {c['sigma']:.6g} | {c['time']:.6g} |" for i, c in enumerate(calls)),
         "",
-        "The distilled noise levels belong to the weights: a scheduler cannot be exchanged, nor the number of calls changed.",
+        "The noise levels belong to the weights: neither a scheduler nor the number of calls can be exchanged.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -110,9 +112,14 @@ def _scores(card: Card) -> list[str]:
         return []
     names = list(dict.fromkeys(key for row in card.scores for key in row if key not in NOT_SCORES))
     head = ["", "sampler", "calls an image", "samples", *names]
-    rows = [[r.get("who", ""), r["sampler"], r["nfe"], r["images"], *(_number(r.get(n)) for n in names)] for r in card.scores]
+    rows = [
+        [r.get("who", ""), r["sampler"], r["nfe"], r["images"], *(_number(r.get(n)) for n in names)]
+        for r in card.scores
+    ]
     table = ["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]]
-    note = "Of the last checkpoint, not the best of several" + (f"; reference: {card.reference}." if card.reference else ".")
+    note = "Of the last checkpoint, not the best of several" + (
+        f"; reference: {card.reference}." if card.reference else "."
+    )
     return ["## Scores", "", *table, "", note, ""]
 
 

@@ -19,8 +19,8 @@ class Denoiser(nn.Module):
     backbone: called as backbone(x, time, cond, mode) in the network's own scale; see networks/backbones.py.
     prediction: a row of the prediction table. data_std: EDM's sigma_data. time_scale: what the network's noise
     conditioning (its own time, or ln(sigma) / 4 for EDM) is multiplied by.
-    precision: "fp32" or "bf16" for the backbone's arithmetic; what leaves is always float32, so that the x0 algebra and the
-    losses are. `forward` is the only entry point, as a sharded module needs.
+    precision: "fp32" or "bf16" for the backbone's arithmetic; what leaves is always float32, so that the x0 algebra and
+    the losses are. `forward` is the only entry point, as a sharded module needs.
     """
 
     def __init__(
@@ -101,7 +101,9 @@ class Guided(nn.Module):
     def __init__(self, denoiser: Denoiser, scale: float, null: Any = None):
         super().__init__()
         if null is None and getattr(denoiser, "null", denoiser.classes) is None:
-            raise ValueError(f"guidance: {scale:g}, but this network has no null class; use guidance=1, or give the null condition")
+            raise ValueError(
+                f"guidance: {scale:g}, but this network has no null class; use guidance=1, or give the null condition"
+            )
         self.denoiser, self.scale, self.null = denoiser, scale, null
 
     def __getattr__(self, name: str) -> Any:

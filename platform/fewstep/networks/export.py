@@ -1,7 +1,7 @@
 """Export: a trained few-step generator as a folder that diffusers' DiffusionPipeline.from_pretrained loads.
 
-The folder is whole by itself: weights and JSON, a model card, and `pipeline.py`, the code that diffusers runs. Before it
-gets its name it is loaded in a fresh process and must give the images that the denoiser gives here.
+The folder is whole by itself: weights and JSON, a model card, and `pipeline.py`, the code that diffusers runs. Before
+it gets its name it is loaded in a fresh process and must give the images that the denoiser gives here.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def calls(denoiser: Denoiser, levels: Sequence[Level]) -> list[dict[str, float]]
     """What the pipeline does at each level, as numbers: the denoiser's own arithmetic at a batch of one, float32.
 
     levels: one sample's, from noise to clean. Keys: alpha, sigma (of the noising); start (factor on the first noise);
-    rescale (to the network's own schedule), input (factor on what enters it), time (its noise conditioning), skip and out
-    (x0 = skip x + out F).
+    rescale (to the network's own schedule), input (factor on what enters it), time (its noise conditioning), skip and
+    out (x0 = skip x + out F).
     """
     out = []
     for level in levels:
@@ -85,15 +85,15 @@ def export(
 ) -> float:
     """Writes a few-step generator to `folder`, which appears only when it is whole and gives the same images.
 
-    levels: of the student's calls for one sample, (1, 1, 1, 1), from noise to clean. overwrite: replaces an earlier export.
-    Returns the largest difference to the denoiser's own images in [-1, 1], at most 1e-5, in float32 on the CPU.
-    Raises ExportError for a network without a pipeline here, a folder in the way, and an export that fails the comparison.
+    levels: of the student's calls for one sample, (1, 1, 1, 1), from noise to clean. overwrite: replace an earlier
+    export. Returns the largest difference to the denoiser's own images in [-1, 1], at most 1e-5, in float32 on the CPU.
+    Raises ExportError for a network without a pipeline here, a folder in the way, and an export that fails to compare.
     """
     folder = Path(folder).absolute()
     if not isinstance(denoiser.backbone, UNet):
         raise ExportError(
-            f"export: {type(denoiser.backbone.model).__name__} makes latents, and its text encoder and VAE are not at hand; "
-            "exported are pixel-space UNet2DModel generators"
+            f"export: {type(denoiser.backbone.model).__name__} makes latents, and its text encoder and VAE are not at "
+            "hand; exported are pixel-space UNet2DModel generators"
         )
     if class_names and len(class_names) != denoiser.classes:
         raise ExportError(f"class_names: {len(class_names)} names for {denoiser.classes} classes")
@@ -144,7 +144,7 @@ def _write(net: Denoiser, folder: Path, levels: Sequence[Level], card: Card, cla
 
 @torch.no_grad()
 def _compare(net: Denoiser, folder: Path, levels: Sequence[Level]) -> float:
-    """Largest difference between the folder's images, made in a fresh process, and the denoiser's, from the same noise."""
+    """Largest difference of the folder's images, made in a fresh process, to the denoiser's from the same noise."""
     generator = torch.Generator().manual_seed(0)
     z, *noise = (torch.randn(CHECKED_IMAGES, *net.shape, generator=generator) for _ in levels)
     cond = torch.arange(CHECKED_IMAGES) % net.classes if net.classes is not None else None
@@ -152,7 +152,9 @@ def _compare(net: Denoiser, folder: Path, levels: Sequence[Level]) -> float:
     theirs = _in_fresh_process(folder)
     worst = float((theirs - ours).abs().max())
     if not worst <= TOLERANCE:
-        raise ExportError(f"export: its images differ by {worst:.3g} from the generator's, more than {TOLERANCE:g}; not kept")
+        raise ExportError(
+            f"export: its images differ by {worst:.3g} from the generator's, more than {TOLERANCE:g}; not kept"
+        )
     return worst
 
 

@@ -6,14 +6,16 @@ from torch import Tensor, nn
 
 
 def _groups(channels: int) -> int:
-    """32 as published where that leaves 16 channels a group. On the closing 1 x 1 map a group is all that is normalised over,
-    and one or two channels would come out as constants or signs: a discriminator without a gradient.
+    """32 groups as published, where that leaves 16 channels to each; else fewer.
+
+    On the closing 1 x 1 map a group is all there is to normalise: one channel comes out as a constant and two as signs,
+    so that a narrow discriminator would have no gradient, or one of rare spikes.
     """
     return next((g for g in (32, 16, 8, 4, 2) if channels % g == 0 and channels // g >= 16), 1)
 
 
 class Head(nn.Module):
-    """DMD2's head: [conv 4x4 stride 2, GroupNorm, SiLU] until the map is 4 wide or less, a conv that closes it, 1x1 to a logit.
+    """DMD2's head: [conv 4x4 stride 2, GroupNorm, SiLU] to a map 4 wide or less, a conv that closes it, 1x1 to a logit.
 
     channels, size: of the square feature map, size x size; the width stays `channels` throughout. Features and head are
     float32. At 768 x 8 x 8, the bottleneck of EDM's ImageNet-64 network, it has 18.9 M parameters.

@@ -22,6 +22,6 @@ def snapshot(repo: str) -> Path:
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"teacher: hub repository {repo!r} is neither in the local cache nor to be had from the hub ({reason}); where "
-            f"there is a network, download its .json and .safetensors files to a folder and give that: teacher=./{name}"
+            f"teacher: hub repository {repo!r} is neither in the local cache nor to be had from the hub ({reason}); "
+            f"where there is a network, download its .json and .safetensors to a folder and give that: teacher=./{name}"
         ) from None

@@ -1,8 +1,8 @@
-"""A few-step generator as a diffusers pipeline. An export carries this file; it needs diffusers and torch, nothing else.
+"""A few-step generator as a diffusers pipeline; it needs diffusers and torch, and comes with the weights.
 
-    from diffusers import DiffusionPipeline
-    pipe = DiffusionPipeline.from_pretrained("folder or hub id", trust_remote_code=True)
-    image = pipe(class_labels=3).images[0]
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("folder or hub id", trust_remote_code=True)
+image = pipe(class_labels=3).images[0]
 """
 
 from typing import Any
@@ -19,9 +19,9 @@ Labels = None | int | str | list[int | str]
 class FewStepPipeline(DiffusionPipeline):
     """Denoise, noise again to the next level, denoise, ...: as many network calls as `sampling["calls"]` has entries.
 
-    unet: predicts in its own terms; each call's entry turns that into an image x0 = skip x + out F(input x, time), where x
-    was noised to alpha x0 + sigma eps and rescaled. sampling: "calls", "classes" (or null), "class_names" (or null), "patch"
-    (side of the pixel blocks folded into channels).
+    unet: predicts in its own terms; each call's entry turns that into an image x0 = skip x + out F(input x, time) when
+    x was noised to alpha x0 + sigma eps and rescaled. sampling: "calls", "classes" (or null), "class_names" (or null),
+    "patch" (side of the pixel blocks folded into channels).
     """
 
     def __init__(self, unet: UNet2DModel, sampling: dict | None = None):
@@ -83,9 +83,9 @@ class FewStepPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Images of the classes asked for.
 
-        class_labels: a class (number or name) for all `num_images`, or a list with one an image; None takes the classes in
-        turn. generator: as everywhere in diffusers. num_inference_steps: fixed by the model's training, so None or that
-        number. output_type: "pil", "pt" (N, C, H, W) in [0, 1], or "np" (N, H, W, C) in [0, 1].
+        class_labels: a class (number or name) for all `num_images`, or a list with one an image; None takes the classes
+        in turn. generator: as everywhere in diffusers. num_inference_steps: fixed by the model's training, so None or
+        that number. output_type: "pil", "pt" (N, C, H, W) in [0, 1], or "np" (N, H, W, C) in [0, 1].
         """
         steps = len(self.config.sampling["calls"])
         if num_inference_steps not in (None, steps):

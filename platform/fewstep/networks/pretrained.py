@@ -1,8 +1,8 @@
 """Folders with networks: open a teacher, build a new network, write a folder that another job or diffusers can open.
 
-A folder written here holds `unet/` or `transformer/` (diffusers' config.json and safetensors) and `fewstep.json`, which says
-what diffusers has no word for: schedule, prediction, data_std, time_scale, classes, patch; precision is left out, as it
-belongs to a recipe.
+A folder written here holds `unet/` or `transformer/` (diffusers' config.json and safetensors) and `fewstep.json` with
+what diffusers has no word for: schedule, prediction, data_std, time_scale, classes, patch. Precision is left out: it is a
+recipe's to choose.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def _backbone(model: nn.Module, network: Network) -> Backbone:
     backbone = BACKBONES[network.model](model)
     if network.classes not in (None, backbone.classes) or network.patch != 1:
         raise ValueError(
-            f"classes {network.classes} and patch {network.patch}, but the model itself has classes {backbone.classes} and "
-            "its own way with patches; leave both out"
+            f"classes {network.classes} and patch {network.patch}, but the model itself has classes {backbone.classes} "
+            "and its own way with patches; leave both out"
         )
     return backbone
 
@@ -111,7 +111,9 @@ def new_head(denoiser: Denoiser) -> Head:
         x = torch.zeros(1, *denoiser.shape, device=device)
         _, channels, height, width = denoiser(x, Level(one, one), cond, "features").shape
     if height != width:
-        raise ValueError(f"teacher: its bottleneck is {height} x {width}, and a GAN head needs a square one; set gan_weight=0")
+        raise ValueError(
+            f"teacher: its bottleneck is {height} x {width}, and a GAN head needs a square one; set gan_weight=0"
+        )
     return Head(channels, height)
 
 
@@ -141,7 +143,7 @@ def save_denoiser(denoiser: Denoiser, folder: Path) -> None:
 
 
 def locate(ref: str | Path) -> Path:
-    """The folder that a teacher's name stands for: a path, "shipped:...", or "hub:owner/name", which is downloaded once."""
+    """The folder of a teacher given as a path, as "shipped:...", or as "hub:owner/name", which is downloaded once."""
     return snapshot(str(ref).removeprefix(PREFIX)) if str(ref).startswith(PREFIX) else resolve(ref)
 
 
@@ -156,15 +158,19 @@ def open_teacher(ref: str | Path, precision: str = "fp32") -> Denoiser:
     folder = locate(ref)
     if folder.suffix in (".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".bin"):
         raise ValueError(
-            f"teacher: {str(folder)!r} is a pickle, which runs code when it is opened; convert it once, where you trust it, "
-            f"to a folder with unet/config.json, unet/{WEIGHTS} and {DESCRIPTION}"
+            f"teacher: {str(folder)!r} is a pickle, which runs code when it is opened; convert it once, where you "
+            f"trust it, to a folder with unet/config.json, unet/{WEIGHTS} and {DESCRIPTION}"
         )
     if not folder.is_dir():
-        raise ValueError(f"teacher: no folder {str(folder)!r}; make one with: python jobs/teach.py, or download a pipeline there")
+        raise ValueError(
+            f"teacher: no folder {str(folder)!r}; make one with: python jobs/teach.py, or download a pipeline there"
+        )
     subs = ("unet", "transformer", ".")
     sub = next((folder / s for s in subs if (folder / s / "config.json").is_file()), None)
     if sub is None:
-        raise ValueError(f"teacher: {str(folder)!r} holds no config.json, nor does a unet or a transformer folder in it")
+        raise ValueError(
+            f"teacher: {str(folder)!r} holds no config.json, nor does a unet or a transformer folder in it"
+        )
     network = _described(folder, _json(sub / "config.json"), sub / "config.json")
     try:
         model, info = getattr(diffusers, network.model).from_pretrained(
@@ -200,8 +206,8 @@ def _variant(folder: Path, model: str) -> str | None:
     if not any(name.endswith(".bin") for name in names):
         raise ValueError(f"teacher: no {WEIGHTS} in {str(folder)!r}")
     raise ValueError(
-        f"teacher: {str(folder)!r} has pickled weights (.bin) only, which can run code when they are opened; convert them "
-        f"once, where you trust them: python -c \"import diffusers; diffusers.{model}.from_pretrained('{folder}', "
+        f"teacher: {str(folder)!r} has pickled weights (.bin) only, which can run code when they are opened; convert "
+        f"them once, where you trust them: python -c \"import diffusers; diffusers.{model}.from_pretrained('{folder}', "
         f"use_safetensors=False).save_pretrained('{folder}')\""
     )
 
@@ -214,7 +220,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _described(folder: Path, config: dict[str, Any], where: Path) -> Network:
-    """The folder's own fewstep.json, or what a diffusers pipeline's scheduler says. config: the model's, read from `where`."""
+    """What the folder's own fewstep.json says, or a diffusers scheduler. config: the model's, read from `where`."""
     model = config.get("_class_name")
     if model not in BACKBONES:
         raise ValueError(f"teacher: {where} is of class {model!r}; known: {', '.join(BACKBONES)}")

@@ -13,8 +13,8 @@ PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # di
 def from_scheduler(config: dict[str, Any], where: Path) -> dict[str, Any]:
     """The fields of a Network that a diffusers scheduler's config decides: schedule, prediction, data_std, time_scale.
 
-    How the scheduler would step (its spacing, order, clipping) is not the network's and is left out. where: the file, for
-    errors. Raises ValueError for a scheduler whose network is none of ours.
+    How the scheduler would step (its spacing, order, clipping) is not the network's and is left out. where: the file,
+    for errors. Raises ValueError for a scheduler whose network is none of ours.
     """
     name = config.get("_class_name", "")
     word = config.get("prediction_type", "epsilon")
@@ -28,13 +28,17 @@ def from_scheduler(config: dict[str, Any], where: Path) -> dict[str, Any]:
         return {"schedule": to_config(schedule), "prediction": "edm", "data_std": config["sigma_data"]}
     if "beta_schedule" not in config:
         raise ValueError(
-            f"{where}: {name or 'a scheduler'} has no beta schedule; put a fewstep.json that names schedule and prediction "
-            "into the pipeline's folder"
+            f"{where}: {name or 'a scheduler'} has no beta schedule; put a fewstep.json that names schedule and "
+            "prediction into the pipeline's folder"
         )
     if config.get("trained_betas") is not None or config.get("timestep_type", "discrete") != "discrete":
-        raise ValueError(f"{where}: trained_betas and continuous timesteps name no schedule; known: a beta_schedule by name")
+        raise ValueError(
+            f"{where}: trained_betas and continuous timesteps name no schedule; known: a beta_schedule by name"
+        )
     if word not in PREDICTION_TYPES:
-        raise ValueError(f"{where}: prediction_type {word!r} is not one of {', '.join(PREDICTION_TYPES)}, flow_prediction")
+        raise ValueError(
+            f"{where}: prediction_type {word!r} is not one of {', '.join(PREDICTION_TYPES)}, flow_prediction"
+        )
     schedule = DDPM(
         config["beta_schedule"],
         config["beta_start"],
