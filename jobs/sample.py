@@ -79,8 +79,16 @@ def main() -> None:
     for i, image in enumerate(samples.images if job.each else ()):
         write(image.permute(1, 2, 0), resolve(job.each) / f"{i:06d}.png")
     speed = job.images / samples.seconds
-    print(f"{job.images} images by {sampler.name}, {sampler.calls} network calls each: {speed:.1f} images/s on {device}")
-    report = {"out": str(out), "sampler": sampler.name, "nfe": sampler.calls, "images": job.images, "images_per_s": speed}
+    print(
+        f"{job.images} images by {sampler.name}, {sampler.calls} network calls each: {speed:.1f} images/s on {device}"
+    )
+    report = {
+        "out": str(out),
+        "sampler": sampler.name,
+        "nfe": sampler.calls,
+        "images": job.images,
+        "images_per_s": speed,
+    }
     print(json.dumps(report))
 
 

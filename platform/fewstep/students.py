@@ -1,4 +1,4 @@
-"""Trained generators by reference: a run's folder, one of its checkpoints, an export, or a teacher; and a run's export."""
+"""Trained generators by their folder: of a run, a checkpoint, an export or a teacher; and a run's export."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def open_student(folder: str | Path, average: bool | None = None) -> Student:
     folder = resolve(folder)
     checkpoint = folder if _is_checkpoint(folder) else build.latest(folder)
     if checkpoint is None:
-        raise ValueError(f"run: no checkpoint below {str(folder)!r}; give a run's folder or one of its checkpoints/step-*")
+        raise ValueError(
+            f"run: no checkpoint below {str(folder)!r}; give a run's folder or one of its checkpoints/step-*"
+        )
     path = checkpoint.parents[1] / "recipe.yaml"
     try:
         recipe = validate(Recipe, read(path))
@@ -72,10 +74,8 @@ def _is_checkpoint(folder: Path) -> bool:
     return (folder / "state.safetensors").is_file()
 
 
-def open_sampler(
-    ref: str, steps: int = 18, guidance: float = 1.0, device: torch.device | str = "cpu"
-) -> build.Sampler:
-    """How images are made from a run, a checkpoint or an export as it was distilled, or from a teacher by Heun's solver.
+def open_sampler(ref: str, steps: int = 18, guidance: float = 1.0, device: torch.device | str = "cpu") -> build.Sampler:
+    """How images are made from a run, a checkpoint or an export as distilled, or from a teacher by Heun's solver.
 
     steps, guidance: of the solver, for a teacher alone. Raises ValueError naming the file at fault.
     """
@@ -123,12 +123,16 @@ def call_levels(method: Any, net: Denoiser) -> list[Level]:
     """
     name, calls = method.describe_sampler()
     if not name.startswith("few-step"):
-        raise ValueError(f"run: {method.tag} samples by {name}, which is no few-step generator; distil it, then export that")
+        raise ValueError(
+            f"run: {method.tag} samples by {name}, which is no few-step generator; distil it, then export that"
+        )
     listener = _Listener(net)
     cond = torch.zeros(1, dtype=torch.int64) if net.classes is not None else None
     method.sample(listener, torch.zeros(1, *net.shape), cond, Draws(0, 0))
     if len(listener.levels) != calls:
-        raise ValueError(f"run: {method.tag} says that it calls its student {calls} times, and did {len(listener.levels)}")
+        raise ValueError(
+            f"run: {method.tag} says that it calls its student {calls} times, and did {len(listener.levels)}"
+        )
     return listener.levels
 
 

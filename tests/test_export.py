@@ -1,0 +1,298 @@
+"""Exports: what diffusers loads gives the images that the trained network gives, or there is no export."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers.utils import dynamic_modules_utils
+from PIL import Image
+from test_networks import TEXT, level, unet
+
+from fewstep.build import make_samples
+from fewstep.config import validate
+from fewstep.diffusion.samplers import few_step, to_uint8
+from fewstep.diffusion.schedules import DDPM, EDM, Flow, Trig
+from fewstep.engine import state
+from fewstep.methods import METHODS
+from fewstep.networks import export as exporting
+from fewstep.networks.backbones import TextUNet, UNet
+from fewstep.networks.card import Card
+from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.export import ExportError, calls, export
+from fewstep.networks.pipeline import FewStepPipeline
+from fewstep.networks.pretrained import open_teacher, save_denoiser
+from fewstep.recipe import Recipe
+from fewstep.students import call_levels, export_run, open_sampler, open_student
+
+JOBS = Path(__file__).parents[1] / "jobs"
+ROWS = [
+    {"who": "student", "sampler": "few-step-2", "nfe": 2, "images": 2000, "images_per_s": 90.0, "fd_fashion": 1.875}
+]
+
+
+def student(seed: int = 0) -> Denoiser:
+    """Ten classes and a null class, grey images of 16 x 16 in patches of 2 x 2, EDM."""
+    model = unet(seed, num_class_embeds=11, in_channels=4, out_channels=4)
+    return Denoiser(UNet(model, 10, 2), EDM(), "edm", time_scale=100.0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The folder of a run that ended, as far as an export looks at it."""
+    folder = tmp_path_factory.mktemp("runs") / "two-steps"
+    save_denoiser(student(), folder.parent / "teacher")
+    recipe = {
+        "recipe": "two",
+        "name": folder.name,
+        "teacher": str(folder.parent / "teacher"),
+        "data": {"path": "shipped:fashion_mnist/shards"},
+        "method": {"name": "dmd2", "student_steps": 2},
+        "optim": {role: {"lr": 1e-4} for role in ("student", "fake", "disc")},
+        "train": {"steps": 30},
+    }
+    recipe = validate(Recipe, recipe)
+    nets = {"student": student(1), "average": student(2)}
+    manifest = {"step": 30, "images": 960, "updates": {}, "fingerprint": recipe.fingerprint}
+    state.save(folder / "checkpoints", state.tensors_of(nets, {}), manifest, keep=1)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    (folder / "scores.json").write_text(json.dumps(ROWS))
+    return folder
+
+
+def job(name: str, *words: str) -> None:
+    """Runs a job's main in this process."""
+    before, sys.argv = sys.argv, [name, *words]
+    try:
+        runpy.run_path(str(JOBS / f"{name}.py"), run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+@pytest.fixture(scope="module")
+def exported(run) -> Path:
+    """Its export, written by the job and compared in a fresh process."""
+    job("export", f"run={run}", f"out={run.parent / 'model'}", "licence=cc-by-4.0")
+    return run.parent / "model"
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch) -> None:
+    """diffusers' cache of pipeline code, away from the user's."""
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+def test_the_cards_snippet_gives_the_students_images(exported, run, modules):
+    """Exact to the grey level: the pipeline's pictures are our own uint8 images from the same noise."""
+    card = (exported / "README.md").read_text()
+    snippet = re.search(r"```python\n(.*?)```", card, re.S)[1].replace("path/to/this/folder", str(exported))
+    names: dict = {}
+    exec(snippet, names)
+    pictures, pipe = names["images"], names["pipe"]
+    found = open_student(run)
+    assert found.averaged and found.step == 30
+    generator = torch.Generator().manual_seed(0)
+    z, eps = (torch.randn(8, 1, 16, 16, generator=generator) for _ in range(2))
+    cond = torch.zeros(8, dtype=torch.int64)
+    with torch.no_grad():
+        x0 = few_step(student(2), z, cond, [level(EDM(), *[s] * 8) for s in sigmas()], [eps])
+        theirs = pipe.sample([0] * 8, torch.Generator().manual_seed(0))
+    difference = (theirs - x0).abs().max().item()
+    print(f"largest difference of the pipeline's images: {difference:.2g}")
+    assert difference <= 1e-5
+    assert torch.equal(torch.stack([torch.from_numpy(np.array(p)) for p in pictures])[:, None], to_uint8(x0))
+
+
+def sigmas() -> list[float]:
+    """Of two student calls: the ramp's thousandths 999 and 499."""
+    return EDM().ramp(torch.tensor([999, 499]) / 999).tolist()
+
+
+def test_diffusers_asks_before_it_runs_the_pipelines_code(exported, modules):
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        diffusers.DiffusionPipeline.from_pretrained(exported)
+
+
+def test_labels_are_numbers_or_names_and_outputs_are_diffusers_own(exported, modules):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(exported, trust_remote_code=True)
+
+    def images(labels, count=None, **kwargs):
+        return pipe(labels, count, torch.Generator().manual_seed(3), **kwargs).images
+
+    arrays = images(None, 3, output_type="np")
+    assert arrays.shape == (3, 16, 16, 1) and 0 <= arrays.min() and arrays.max() <= 1
+    assert np.array_equal(images([0, "Trouser", 2], output_type="np"), arrays)
+    assert torch.equal(images([0, 1, 2], output_type="pt").permute(0, 2, 3, 1), torch.from_numpy(arrays))
+    assert not np.array_equal(images(7, 3, output_type="np"), arrays)
+    assert len(images("Bag", 2, num_inference_steps=2)) == 2
+    assert len(pipe().images) == 1
+    seeds = [torch.Generator().manual_seed(s) for s in (5, 6)]
+    alone = [pipe(1, 1, torch.Generator().manual_seed(s), output_type="pt").images[0] for s in (5, 6)]
+    assert torch.allclose(pipe(1, 2, seeds, output_type="pt").images, torch.stack(alone), atol=1e-6)
+    for call, says in {
+        "pipe(10)": "10 is no class; give 0 to 9, or one of T-shirt/top",
+        "pipe('Hat')": "'Hat' is no class",
+        "pipe([1, 2], 3)": "num_images: 3, but class_labels has 2",
+        "pipe(1, num_inference_steps=50)": "50, but this model was distilled to 2",
+        "pipe(1, output_type='jpg')": "'jpg' is not one of",
+    }.items():
+        with pytest.raises(ValueError, match=says):
+            eval(call, {"pipe": pipe})
+
+
+def test_the_card_says_what_it_is_and_names_no_place(exported, run):
+    card = (exported / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "diffusers" and head["license"] == "cc-by-4.0"
+    assert "| student | few-step-2 | 2 | 2000 | 1.875 |" in card
+    assert "arXiv:2405.14867" in card and "step 30 of 30, batch 32, seed 0, running average" in card
+    assert "9 Ankle boot" in card
+    text = "".join(p.read_text() for p in exported.rglob("*") if p.suffix in (".md", ".json", ".py"))
+    assert str(run.parent) not in text and "/tmp" not in text
+    assert "import fewstep" not in text and "from fewstep" not in text
+
+
+def test_the_export_is_read_here_too_and_sampled_alike(exported, run):
+    ours, theirs = open_sampler(str(run)), open_sampler(str(exported))
+    assert (ours.name, ours.calls, ours.classes) == (theirs.name, theirs.calls, theirs.classes) == ("few-step-2", 2, 10)
+    a, b = make_samples(ours, 12, seed=5, batch=6), make_samples(theirs, 12, seed=5, batch=6)
+    assert torch.equal(a.images, b.images)
+    assert open_teacher(exported).classes == 10
+    raw = open_student(run / "checkpoints/step-00000030", average=False)
+    assert all(torch.equal(p, q) for p, q in zip(raw.net.parameters(), student(1).parameters(), strict=True))
+    assert open_sampler(str(run.parent / "teacher"), steps=5).name == "heun-5"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "prediction", "times"),
+    [
+        (DDPM(), "eps", (999, 749, 499, 249)),
+        (DDPM("scaled_linear", 0.00085, 0.012), "eps", (399,)),
+        (DDPM(zero_snr=True), "v", (999, 499)),
+        (Flow(), "flow", (1.0, 0.5)),
+        (Trig(), "v", (1.5, 0.9)),
+        (EDM(), "edm", (80.0, 2.5)),
+    ],
+    ids=lambda v: getattr(v, "name", None),
+)
+def test_the_pipelines_numbers_are_the_denoisers_arithmetic(schedule, prediction, times):
+    """Unconditional; the levels of EDM's own ramp on networks of every schedule and prediction."""
+    net = Denoiser(UNet(unet(in_channels=3, out_channels=3)), schedule, prediction, time_scale=3.0)
+    levels = [level(schedule, t) for t in times]
+    sampling = {"calls": calls(net, levels), "classes": None, "class_names": None, "patch": 1}
+    pipe = FewStepPipeline(net.backbone.model, sampling)
+    x0 = pipe.sample([None] * 3, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    z, *noise = (torch.randn(3, 3, 8, 8, generator=generator) for _ in times)
+    with torch.no_grad():
+        expected = few_step(net, z, None, [level(schedule, *[t] * 3) for t in times], noise)
+    assert expected.abs().max() > 0.1 and (x0 - expected).abs().max() <= 1e-5
+    assert pipe(num_images=2).images[0].mode == "RGB"
+    with pytest.raises(ValueError, match="no classes"):
+        pipe(3)
+
+
+def test_levels_are_those_at_which_the_method_calls_its_student():
+    net = Denoiser(UNet(unet()), DDPM(), "eps")
+    found = call_levels(METHODS["dmd2"](student_steps=4), net)
+    times = [net.own(at, 4)[1].item() for at in found]
+    assert times == pytest.approx([999, 749, 499, 249], abs=2e-3)
+    assert len(call_levels(METHODS["regression"](), net)) == 1
+    with pytest.raises(ValueError, match="denoising samples by heun-18, which is no few-step generator"):
+        call_levels(METHODS["denoising"](), net)
+
+
+def test_an_export_that_gives_other_images_is_not_kept(tmp_path, monkeypatch, exported):
+    net = student()
+    settings = {"levels": [level(EDM(), 80.0)], "card": Card(name="x")}
+    right = {}
+
+    def wrong(folder: Path) -> torch.Tensor:
+        right["files"] = sorted(p.name for p in folder.iterdir())
+        return torch.full((4, 1, 16, 16), torch.nan)
+
+    monkeypatch.setattr(exporting, "_in_fresh_process", wrong)
+    with pytest.raises(ExportError, match="differ by nan"):
+        export(net, tmp_path / "model", **settings)
+    assert right["files"] == ["README.md", "fewstep.json", "model_index.json", "pipeline.py", "unet"]
+    assert list(tmp_path.iterdir()) == []
+    before = {p: p.read_bytes() for p in exported.rglob("*") if p.is_file()}
+    with pytest.raises(ExportError, match="differ"):
+        export(net, exported, **settings, overwrite=True)
+    with pytest.raises(ExportError, match="exists; choose another folder, or replace it with overwrite=true"):
+        export(net, exported, **settings)
+    assert {p: p.read_bytes() for p in exported.rglob("*") if p.is_file()} == before
+    assert not [p.name for p in exported.parent.iterdir() if p.name.startswith(".")]
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ExportError, match="is no export, so it is not replaced"):
+        export(net, tmp_path / "mine", **settings, overwrite=True)
+    with pytest.raises(ExportError, match="2 names for 10 classes"):
+        export(net, tmp_path / "model", **settings, class_names=["a", "b"])
+
+
+def test_an_earlier_export_is_replaced_whole(tmp_path, monkeypatch):
+    net, settings = student(), {"levels": [level(EDM(), 80.0)], "card": Card(name="x")}
+    z = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        x0 = few_step(net, z, torch.arange(4), [level(EDM(), *[80.0] * 4)])
+    monkeypatch.setattr(exporting, "_in_fresh_process", lambda folder: x0 + 5e-6)
+    assert export(net, tmp_path / "model", **settings) == pytest.approx(5e-6, rel=0.1)
+    (tmp_path / "model/leftover").touch()
+    export(net, tmp_path / "model", **settings, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"] and not (tmp_path / "model/leftover").exists()
+
+
+def test_an_export_that_does_not_load_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "CHECK", "raise SystemExit('broken on purpose')")
+    with pytest.raises(ExportError, match="does not load it.*broken on purpose"):
+        export(student(), tmp_path / "model", levels=[level(EDM(), 80.0)], card=Card(name="x"))
+    assert not (tmp_path / "model").exists()
+
+
+def test_text_models_are_refused(tmp_path):
+    net = Denoiser(TextUNet(diffusers.UNet2DConditionModel(**TEXT)), DDPM(), "eps")
+    with pytest.raises(ExportError, match="UNet2DConditionModel makes latents"):
+        export(net, tmp_path / "model", levels=[level(DDPM(), 999)], card=Card(name="x"))
+
+
+def test_what_is_no_run_is_named(tmp_path, run, exported):
+    with pytest.raises(ValueError, match="no checkpoint below"):
+        open_student(tmp_path)
+    with pytest.raises(ExportError, match="exists"):
+        export_run(run, out=exported)
+    (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
+    with pytest.raises(ValueError, match="recipe.yaml"):
+        open_student(tmp_path)
+
+
+def test_sample_draws_the_classes_asked_for(exported, tmp_path, capsys):
+    out = tmp_path / "pictures/grid.png"
+    job(
+        "sample",
+        f"model={exported}",
+        "images=6",
+        "labels=[3,8]",
+        "columns=3",
+        f"out={out}",
+        f"each={tmp_path / 'each'}",
+    )
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (report["nfe"], report["images"]) == (2, 6) and report["images_per_s"] > 0
+    picture = np.array(Image.open(out))
+    assert picture.shape == (32, 48)
+    each = [np.array(Image.open(tmp_path / f"each/{i:06d}.png")) for i in range(6)]
+    assert np.array_equal(picture[16:, 32:], each[5])
+    job("sample", f"model={exported}", "images=6", f"out={tmp_path / 'all.png'}", "columns=3")
+    assert not np.array_equal(np.array(Image.open(tmp_path / "all.png")), picture)
+    for word, says in {"labels=[10]": "has 10 classes", f"model={tmp_path}": "holds no config.json"}.items():
+        words = [f"model={exported}", word] if word.startswith("labels") else [word]
+        with pytest.raises(SystemExit, match=says):
+            job("sample", *words)
