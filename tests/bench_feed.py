@@ -1,8 +1,8 @@
 """Images a second of the cluster's feeds, against a plain torch DataLoader on the same shards. Run by `make bench`.
 
 Each figure is the median over rounds of a ratio of neighbours in time: a window of our feed, then one of the
-DataLoader, each after as many batches as it keeps ready, so that only the steady state is counted. A materialised set is
-decoded when it is opened; that time is printed beside. The last line is JSON.
+DataLoader, each after as many batches as it keeps ready, so that only the steady state is counted. A materialised set
+is decoded when it is opened; that time is printed beside. The last line is JSON.
 """
 
 from __future__ import annotations

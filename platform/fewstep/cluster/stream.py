@@ -85,8 +85,9 @@ def publish(path: str | os.PathLike[str], memory_bytes: int = MEMORY_BYTES, veri
     if shards.decoded_bytes > memory_bytes:
         return Published(shards, None)
     _quiet()
+    # from_blocks and not from_arrow, which runs a task for each table's metadata and would wait for a CPU
     units = ((unit, None) for unit in range(len(shards.units)))
-    dataset = ray.data.from_arrow([read_units(task, shards) for task in _tasks(shards, units)])
+    dataset = ray.data.from_blocks([read_units(task, shards) for task in _tasks(shards, units)])
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False
     return Published(shards, dataset.materialize())
@@ -167,7 +168,7 @@ def _task(units: list[int], rows: list[np.ndarray | None]) -> pa.Table:
 def _pipeline(shards: Shards, tasks: list[pa.Table], readers: int) -> Dataset:
     """Ray Data's execution of some tasks, in their order: one block each, rows still encoded."""
     _quiet()
-    dataset = ray.data.from_arrow(tasks).map_batches(
+    dataset = ray.data.from_blocks(tasks).map_batches(
         read_units, batch_size=None, batch_format="pyarrow", fn_kwargs={"shards": shards}, num_cpus=DATA_CPUS,
         compute=TaskPoolStrategy(size=readers),
     )  # fmt: skip
