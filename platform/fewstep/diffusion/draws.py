@@ -26,7 +26,8 @@ def fold(*parts: int | str) -> int:
 class Draws:
     """The random numbers of one step.
 
-    part, parts: which slice of the global batch is ours; ranks times micro-batches. Shapes below are those of the slice.
+    part, parts: of the global batch our slice has the samples part, part + parts, and so on, as the data does; parts is
+    ranks times micro-batches. Shapes below are those of the slice.
     """
 
     seed: int

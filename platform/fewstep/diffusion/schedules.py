@@ -1,7 +1,7 @@
 """Schedules: a network's own time t and the level it stands for, in float64; the Level that leaves is float32.
 
-Each schedule has `level(t, ndim)`, its inverse `time(angle)`, the bounds `t_min` and `t_max`, and `ramp(u)`: the times at
-which it is trained and sampled when u is uniform in [0, 1], from clean to noise.
+Each schedule has `level(t, ndim)`, its inverse `time(angle)`, the bounds `t_min` and `t_max`, and `ramp(u)`: the times
+at which it is trained and sampled when u is uniform in [0, 1], from clean to noise.
 """
 
 from __future__ import annotations

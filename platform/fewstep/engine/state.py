@@ -97,8 +97,8 @@ def read(path: Path, fingerprint: str | None = None) -> tuple[dict[str, Tensor],
         raise CheckpointError(f"{path / 'state.safetensors'}: truncated or changed since it was written; {again}")
     if fingerprint is not None and manifest["fingerprint"] != fingerprint:
         raise CheckpointError(
-            f"{path}: written by another recipe (fingerprint {manifest['fingerprint']}, ours {fingerprint}); give this run "
-            "another name or out folder, or start from those weights with start.student=<run folder>"
+            f"{path}: written by another recipe (fingerprint {manifest['fingerprint']}, ours {fingerprint}); give this "
+            "run another name or out folder, or start from those weights with start.student=<run folder>"
         )
     try:
         return load_file(path / "state.safetensors"), manifest
@@ -116,7 +116,8 @@ def load_net(net: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     own = net.state_dict()
     wrong = sorted(own.keys() ^ tensors.keys()) or [k for k in own if own[k].shape != tensors[k].shape]
     if wrong:
-        raise CheckpointError(f"{where}: does not fit the network; it differs in {', '.join(wrong[:3])} of {len(wrong)}")
+        some = ", ".join(wrong[:3])
+        raise CheckpointError(f"{where}: does not fit the network; {len(wrong)} tensors differ, such as {some}")
     with torch.no_grad():
         for key, value in own.items():
             value.copy_(_like(tensors[key], value))
@@ -151,7 +152,7 @@ def writable(folder: Path) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"out: cannot write in {folder} ({error.strerror}); choose another folder with out=...") from None
+        raise ValueError(f"out: cannot write in {folder} ({error.strerror}); choose another with out=...") from None
 
 
 def settled(world: World) -> None:

@@ -60,7 +60,7 @@ class Feed(Protocol):
 
 @dataclass(frozen=True)
 class Report:
-    """What happened since the last report. images: generated and real images seen; checkpoint: saved at this step or None."""
+    """What happened since the last report. images: real images seen so far; checkpoint: saved at this step, or None."""
 
     step: int
     images: int
@@ -131,7 +131,7 @@ class Engine:
 
     nets: every role's network, the frozen teacher among them, as made (the engine places them on the world's devices).
     optims: settings for each role that trains. feed: batches of data. seed: of all randomness, with the step.
-    folder: where checkpoints go; None saves none. fingerprint: of the recipe, kept with each checkpoint and asked on resume.
+    folder: where checkpoints go; None saves none. fingerprint: of the recipe, kept in checkpoints and asked on resume.
     """
 
     def __init__(
@@ -151,9 +151,8 @@ class Engine:
         self.world = world = world or World()
         self.seed, self.folder, self.fingerprint, self.step = seed, folder, fingerprint, 0
         if train.batch % (world.size * train.accumulate):
-            raise ValueError(
-                f"train.batch: {train.batch} is not a multiple of workers x accumulate = {world.size} x {train.accumulate}"
-            )
+            share = f"workers x accumulate = {world.size} x {train.accumulate}"
+            raise ValueError(f"train.batch: {train.batch} is not a multiple of {share}")
         # the averaged copy is made before placement: a sharded module cannot be copied
         self.average = None if train.profile is None else deepcopy(nets["student"]).eval().requires_grad_(False)
         self.nets = {role: world.place(net) for role, net in nets.items()}
@@ -240,8 +239,8 @@ class Engine:
             self.world.reshard(net)
 
     def _micro(self, real: Tensor, labels: Tensor | None) -> list[Batch]:
-        """The step's micro-batches. Sample k of the global batch gets the same draws whoever holds it: part p of n has the
-        samples k = p modulo n, of the data and of the noise alike."""
+        """The step's micro-batches. Sample k of the global batch gets the same draws whoever holds it: part p of n has
+        the samples k = p modulo n, of the data and of the noise alike."""
         world, n = self.world, self.train.accumulate
         real = real.to(world.device, non_blocking=True)
         classes = self.nets["student"].classes
@@ -252,7 +251,8 @@ class Engine:
             draws = Draws(self.seed, self.step, i * world.size + world.rank, n * world.size, world.device)
             images = real[i::n]
             cond = draws.integers("cond", 0, classes - 1, len(images)) if classes else None
-            out.append(Batch(images, None if classes is None else labels[i::n], draws.normal("z", images.shape), cond, draws))
+            real_cond = None if classes is None else labels[i::n]
+            out.append(Batch(images, real_cond, draws.normal("z", images.shape), cond, draws))
         return out
 
     def _optimise(self, index: int, phase: Any, losses: list[Tensor]) -> None:
@@ -284,8 +284,9 @@ class Engine:
             step, index = divmod(int(self.bad_at), len(self.updates))
             phase = self.method.phases()[index].name
             terms = [k for k, v in metrics.items() if k.startswith(phase + "/") and not torch.isfinite(torch.tensor(v))]
+            what = ", ".join(terms) or "the loss"
             raise NonFinite(
-                f"step {step}, phase {phase}: {', '.join(terms) or 'the loss'} not finite; the weights are those before it. "
+                f"step {step}, phase {phase}: {what} not finite; the weights are those before it. "
                 f"Lower optim.{self.method.phases()[index].trains[0]}.lr, or train in fp32"
             )
         metrics |= self.clock.read()

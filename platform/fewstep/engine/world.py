@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +14,7 @@ Placement = Literal["replicate", "shard"]
 
 @dataclass(frozen=True)
 class World:
-    """rank of size, and this rank's device. `World()` is one process on the CPU; `World.current` asks torch.distributed."""
+    """rank of size, and this rank's device. `World()` is one process on the CPU; `current` asks torch.distributed."""
 
     rank: int = 0
     size: int = 1
@@ -32,7 +31,7 @@ class World:
     def place(self, net: nn.Module) -> nn.Module:
         """The network on our device, its parameters laid out over the ranks by FSDP2's fully_shard.
 
-        One wrapper serves both placements: replication is a mesh (size, 1), sharding is (1, size). A single rank needs none.
+        One wrapper serves both placements: replication is a mesh (size, 1), sharding is (1, size). One rank needs none.
         """
         net = net.to(self.device)
         if self.size == 1:
@@ -45,8 +44,8 @@ class World:
         return fully_shard(net, mesh=mesh)
 
     def reshard(self, net: nn.Module) -> None:
-        """Leaves a network's parameters as laid out by `place`: a pass without gradients leaves them whole on each rank,
-        where an optimiser, an average or a change of requires_grad would miss the ones that last."""
+        """Lays a network's parameters out again as `place` did. A pass without gradients leaves them whole on each
+        rank, and an optimiser, an average or a change of requires_grad would miss the ones that last."""
         if self.size > 1:
             for module in net.modules():
                 if hasattr(module, "reshard"):

@@ -21,8 +21,8 @@ Terms = dict[str, Tensor]
 class Batch:
     """What one step trains on, this rank's slice of it.
 
-    real: (B, C, H, W) data in codec range, real_cond their conditions. z: like real, N(0, I), the student's input noise;
-    cond: the conditions it generates for, drawn apart from the real ones. draws: all other randomness of the step.
+    real: (B, C, H, W) data in codec range, real_cond their conditions. z: like real, N(0, I), the student's input
+    noise; cond: what it generates for, drawn apart from the real ones. draws: all other randomness of the step.
     x: the generated samples, shared by the phases of the step once a method's `prepare` made them.
     """
 

@@ -46,7 +46,7 @@ class Denoising(Method):
         cond = batch.real_cond
         if cond is not None and self.drop_labels:
             drop = draws.uniform("drop", x0.shape[0]) < self.drop_labels
-            cond = torch.where(drop, net.classes, cond)
+            cond = torch.where(drop, net.null, cond)
         x0_hat = net(level.noise(x0, draws.normal("eps", x0.shape)), level, cond)
         return {"mse": denoising(x0_hat, x0, net.weight(level))}, {}
 

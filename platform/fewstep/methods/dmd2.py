@@ -22,7 +22,7 @@ Index = Annotated[int, Field(ge=0, lt=INDICES)]
 class DMD2(Method):
     """Hook for variations: `weight`, the factor on the matching gradient; 1 here (reverse KL).
 
-    Noise levels are counted in thousandths of the teacher's schedule, as published: DDPM's timesteps, EDM's Karras ramp.
+    Noise levels are counted in thousandths of the teacher's schedule, as published: DDPM's timesteps, EDM's ramp.
     """
 
     name: Literal["dmd2"] = "dmd2"
@@ -76,7 +76,7 @@ class DMD2(Method):
         return [student.schedule.level(t.expand(like.shape[0]), like.ndim) for t in times]
 
     def prepare(self, nets: Nets, batch: Batch, trains: tuple[str, ...]) -> Batch:
-        """Generates the images both updates use. Gradient flows through the last call only, and only for the student."""
+        """Generates the images of both updates. Gradient flows through the last call only, and only for the student."""
         student, draws = nets["student"], batch.draws
         levels = self.levels(student, batch.z)
         if self.backward_simulation or self.student_steps == 1:

@@ -1,4 +1,5 @@
-"""One-step diffusion with distribution matching distillation (DMD), its regression loss. Yin et al. 2024, arXiv:2311.18828.
+"""One-step diffusion with distribution matching distillation (DMD): its regression loss. Yin et al. 2024,
+arXiv:2311.18828.
 
 The student learns the teacher's own noise-to-image map from pairs. Alone it is the baseline that DMD2 does away with.
 """
