@@ -1,0 +1,267 @@
+"""What a person reads who made a mistake: every line names the dotted key, the value and the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fewstep.config import ASSETS, ConfigError, Strict, describe, nearest, override, parse, read, resolve, words
+from fewstep.methods import METHODS
+from fewstep.recipe import Recipe, load_recipe
+
+RECIPES = Path(__file__).parents[1] / "jobs" / "recipes"
+
+DISTIL = """
+teacher: shipped:fashion_mnist/teacher
+data: {path: "shipped:fashion_mnist/shards"}
+method: {name: dmd2, gan_weight: 3e-3}
+optim: {student: {lr: 1e-4}, fake: {lr: 4e-4}, disc: {lr: 4e-4}}
+train: {steps: 1000, batch: 32}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "distil.yaml").write_text(DISTIL)
+    return tmp_path
+
+
+def mistakes(folder: Path, *argv: str) -> list[str]:
+    """The lines a person reads for these words."""
+    with pytest.raises(ConfigError) as error:
+        load_recipe(list(argv), folder, "distil")
+    return str(error.value).split("\n")
+
+
+# Recipes
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_loads_and_repeats_itself(path, tmp_path):
+    recipe = load_recipe([f"recipe={path.stem}"], RECIPES, "none")
+    assert recipe.recipe == path.stem and recipe.name.startswith(path.stem + "-")
+    assert path.read_text().startswith("#"), "a recipe's head says what it reproduces"
+    again = Recipe.model_validate(recipe.model_dump())  # what is logged with a run builds the same run
+    assert again == recipe and again.fingerprint == recipe.fingerprint
+
+
+def test_overrides_change_what_they_name_and_nothing_else(folder):
+    plain = load_recipe(["name=a"], folder, "distil")
+    changed = load_recipe(["name=a", "method.gan_weight=1e-2", "optim.fake.betas=[0, 0.99]"], folder, "distil")
+    assert (plain.method.gan_weight, changed.method.gan_weight) == (3e-3, 1e-2)
+    assert changed.optim["fake"].betas == (0.0, 0.99) and changed.optim["fake"].lr == 4e-4
+    back = changed.model_dump() | {"method": plain.model_dump()["method"], "optim": plain.model_dump()["optim"]}
+    assert back == plain.model_dump()
+
+
+def test_a_fingerprint_is_of_what_decides_the_numbers(folder):
+    plain = load_recipe([], folder, "distil").fingerprint
+    for word in ("name=b", "out=elsewhere", "train.keep=9", "cluster.workers=2", "evaluate.images=10"):
+        assert load_recipe([word], folder, "distil").fingerprint == plain
+    for word in ("seed=1", "train.batch=64", "optim.fake.lr=1e-5", "method.student_steps=2", "precision=bf16"):
+        assert load_recipe([word], folder, "distil").fingerprint != plain
+
+
+def test_a_recipe_is_found_by_name_or_by_path(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert load_recipe(["recipe=distil.yaml"], RECIPES, "none").recipe == "distil"
+    assert load_recipe([f"recipe={folder / 'distil.yaml'}"], RECIPES, "none").recipe == "distil"
+    assert mistakes(folder, "recipe=distill") == [
+        "recipe: no recipe 'distill'; did you mean 'distil'? (there are distil, or give a .yaml file)"
+    ]
+    assert mistakes(folder, "recipe=other.yaml") == ["recipe: no file 'other.yaml'"]
+
+
+# Mistakes, one by one
+
+
+@pytest.mark.parametrize(
+    "words, lines",
+    [
+        (["train.stesp=3"], ["train.stesp: no such key; did you mean 'steps'?"]),
+        (["tarin.steps=3"], ["tarin: no such key; did you mean 'train'?"]),
+        (["method.guidanc=2"], ["method.guidanc: no such key; did you mean 'guidance'?"]),
+        (["optim.fake.lrr=1e-4"], ["optim.fake.lrr: no such key; did you mean 'lr'?"]),
+        (["train.x=1", "train.keep=0"], [
+            "train.keep: must be at least 1, got 0",
+            "train.x: no such key; valid: accumulate, average_decay, average_std, batch, clip, keep, report_every, "
+            "save_every, steps",
+        ]),
+        (["seed=x"], ["seed: expected a whole number, got 'x'"]),
+        (["train.steps=1.5"], ["train.steps: expected a whole number, got 1.5"]),
+        (["optim.fake.lr=fast"], ["optim.fake.lr: expected a number, got 'fast'"]),
+        (["data.flip=maybe"], ["data.flip: expected true or false, got 'maybe'"]),
+        (["data.path=5"], ["data.path: expected text, got 5"]),
+        (["data=shards"], ["data: expected fields, such as data.key=value, got 'shards'"]),
+        (["optim=1e-4"], ["optim: expected fields, such as optim.key=value, got 0.0001"]),
+        (["train=null"], ["train: expected fields, such as train.key=value, got null"]),
+        (["evaluate.metrics=fid"], ["evaluate.metrics: expected a list such as [a, b], got 'fid'"]),
+        (["evaluate.metrics=[fid, 3]"], ["evaluate.metrics.1: expected text, got 3"]),
+        (["optim.fake.betas=[0.9]"], ["optim.fake.betas: its value number 2 is missing"]),
+        (["optim.fake.betas=[0.9, 1]"], ["optim.fake.betas.1: must be below 1, got 1"]),
+        (["optim.fake.betas=[0.9, 0.9, 0.9]"], ["optim.fake.betas: expected 2 values, got 3"]),
+        (["method.match_range=[20, 1000]"], ["method.match_range.1: must be below 1000, got 1000"]),
+        (["data.max_corrupt=2"], ["data.max_corrupt: must be at most 1, got 2"]),
+        (["train.clip=0"], ["train.clip: must be above 0, got 0"]),
+        (["method.gan_weight=.inf"], ["method.gan_weight: expected a finite number, got inf"]),
+        (["method.gan_weight=.nan"], ["method.gan_weight: expected a finite number, got nan"]),
+        (["precision=fp16"], ["precision: 'fp16' is not one of fp32, bf16"]),
+        (["cluster.placement=sharded"], [
+            "cluster.placement: 'sharded' is not one of replicate, shard; did you mean 'shard'?"
+        ]),
+        (["method.name=dmd"], [
+            f"method.name: 'dmd' is not one of {', '.join(sorted(METHODS))}; did you mean 'dmd2'?"
+        ]),
+        (["method={}"], [f"method.name: missing; valid: {', '.join(sorted(METHODS))}"]),
+        (["method=dmd2"], ["method: expected fields, such as method.name=value, got 'dmd2'"]),
+        (["method.name=f_distill", "method.divergence=jss"], [
+            "method.divergence: 'jss' is not one of reverse_kl, softened_reverse_kl, js, hellinger, kl, jeffreys; "
+            "did you mean 'js'?"
+        ]),
+        (["optim.fak.lr=1e-4"], [
+            "optim.fak: no such role; dmd2 trains disc, fake, student; did you mean 'fake'?"
+        ]),
+        (["optim={student: {lr: 1e-4}, disc: {lr: 1e-4}}"], ["optim.fake: missing; dmd2 trains it"]),
+        (["method.gan_weight=0"], [
+            "optim.disc: no such role; dmd2 trains fake, student; valid: fake, student"
+        ]),
+        (["start.critic=runs/a"], ["start.critic: no such role; dmd2 trains disc, fake, student"]),
+        (["cluster.workers=3"], ["train.batch: 32 is not a multiple of workers x accumulate = 3"]),
+        (["train.save_every=75"], ["train.save_every: 75 is not a multiple of report_every 50"]),
+        (["teacher=null"], ["teacher: give either a teacher to distil or a network to train, and not both"]),
+        (["seed.x=1", "teacher.x=1"], [
+            "teacher.x: teacher is 'shipped:fashion_mnist/teacher', which has no fields to set"
+        ]),
+        (["train.steps.x.y=1"], ["train.steps.x.y: train.steps is 1000, which has no fields to set"]),
+    ],
+    ids=lambda v: " ".join(v)[:40] if "=" in v[0] else "",
+)
+def test_a_mistake_is_said_in_words(folder, words, lines):
+    assert mistakes(folder, *words) == lines
+
+
+def test_all_mistakes_are_reported_at_once(folder):
+    argv = ["seed=x", "train.stesp=3", "data.max_corrupt=2", "method.guidanc=2", "cluster.device=gpu"]
+    assert mistakes(folder, *argv) == [
+        "seed: expected a whole number, got 'x'",
+        "data.max_corrupt: must be at most 1, got 2",
+        "method.guidanc: no such key; did you mean 'guidance'?",
+        "train.stesp: no such key; did you mean 'steps'?",
+        "cluster.device: 'gpu' is not one of cpu, cuda",
+    ]
+    assert mistakes(folder, "optim.fak.lr=1e-4", "start.fak=a", "cluster.workers=3") == [
+        "optim.fak: no such role; dmd2 trains disc, fake, student; did you mean 'fake'?",
+        "start.fak: no such role; dmd2 trains disc, fake, student",
+        "train.batch: 32 is not a multiple of workers x accumulate = 3",
+    ]
+
+
+def test_all_malformed_words_are_reported_at_once():
+    with pytest.raises(ConfigError) as error:
+        words(["steps", "--dryrun", "=3", "train.=5", ".x=1", "a..b=1", "seed=1", "seed=2", "x=["])
+    form = "arguments have the form key=value or key.sub=value, such as seed=1"
+    lines = str(error.value).split("\n")
+    malformed = ("steps", "--dryrun", "=3", "train.=5", ".x=1", "a..b=1")
+    assert lines[:7] == [f"{word!r}: {form}" for word in malformed] + ["seed: given twice"]
+    assert lines[7].startswith("x: not valid YAML: ") and len(lines) == 8
+
+
+def test_a_long_value_is_cut(folder):
+    (line,) = mistakes(folder, "seed=" + "x" * 200)
+    assert line == "seed: expected a whole number, got '" + "x" * 56 + "..."
+
+
+# Words and files
+
+
+def test_words_are_yaml():
+    found = words(["a=1", "b=1e-4", "c=-2.5E+3", "d=true", "e=null", "f=[1, 2]", "g={x: 1}", "h=a=b", "i=.5e3", "j="])
+    numbers = {"a": 1, "b": 1e-4, "c": -2500.0, "i": 500.0}
+    assert found == numbers | {"d": True, "e": None, "f": [1, 2], "g": {"x": 1}, "h": "a=b", "j": None}
+    assert isinstance(found["a"], int) and isinstance(found["b"], float)
+
+
+def test_a_date_and_a_path_are_text():
+    found = words(["name=2026-01-31", "path=shipped:fashion_mnist/shards", "out=1e4/x", "tag=e5"])
+    assert found == {"name": "2026-01-31", "path": "shipped:fashion_mnist/shards", "out": "1e4/x", "tag": "e5"}
+
+
+def test_override_leaves_the_original_alone():
+    data = {"a": {"b": 1}, "c": 2}
+    assert override(data, "a.d.e", 3) == {"a": {"b": 1, "d": {"e": 3}}, "c": 2}
+    assert data == {"a": {"b": 1}, "c": 2}
+
+
+def test_files_that_are_no_settings_are_named(tmp_path):
+    path = tmp_path / "x.yaml"
+    for content, text in (
+        (None, "no such file"),
+        ("", "expected `key: value` lines, found nothing"),
+        ("- a\n- b\n", "expected `key: value` lines, found ['a', 'b']"),
+        ("a: [1", "not valid YAML: "),
+        ("a: 1\nb: {c: 1, c: 2}\n", "not valid YAML: key 'c' is given twice"),
+    ):
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(ConfigError) as error:
+            read(path)
+        assert str(error.value).startswith(f"{path}: {text}")
+
+
+def test_paths_are_absolute_and_shipped_ones_are_in_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve("runs/a") == tmp_path / "runs" / "a" and resolve("/a/b") == Path("/a/b")
+    assert resolve("~/x") == Path.home() / "x"
+    assert resolve("shipped:fashion_mnist/shards") == ASSETS / "fashion_mnist" / "shards"
+    assert (resolve("shipped:fashion_mnist/shards") / "manifest.json").is_file()
+
+
+def test_the_nearest_name_or_all_of_them():
+    assert nearest("stesp", ["steps", "batch"]) == "did you mean 'steps'?"
+    assert nearest("zzz", ["steps", "batch"]) == "valid: steps, batch"
+    assert nearest("zzz", []) == "nothing can be set here"
+
+
+# Jobs
+
+
+class Pack(Strict):
+    """Packs pictures into shards."""
+
+    source: str
+    """Where they come from."""
+    size: int = 32
+    """Pixels a side."""
+
+
+def test_a_jobs_words_become_its_settings():
+    assert parse(Pack, ["source=x", "size=64"]) == Pack(source="x", size=64)
+    assert parse(Pack, ["size=64"], source="y") == Pack(source="y", size=64)
+    with pytest.raises(ValueError, match="frozen"):
+        parse(Pack, ["source=x"]).size = 3
+
+
+def test_a_jobs_mistakes_go_to_standard_error_and_exit_with_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Pack, ["size=big", "sise=3"])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert err.splitlines() == [
+        "source: missing, and it has no default",
+        "size: expected a whole number, got 'big'",
+        "sise: no such key; did you mean 'size'?",
+    ]
+
+
+def test_help_says_what_can_be_set(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Pack, ["--help"])
+    assert stop.value.code == 0 and capsys.readouterr().out.strip() == describe(Pack)
+    assert describe(Pack).splitlines() == [
+        "Packs pictures into shards.",
+        "",
+        "Arguments are key=value words:",
+        "  source         Where they come from. (required)",
+        "  size           Pixels a side. (default 32)",
+    ]
