@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from fewstep.config import resolve
 from fewstep.data import shards as shards_module
 from fewstep.data.decode import CorruptImage, decode, decode_all, encode
 from fewstep.data.feed import MemoryFeed, StreamFeed, ahead, open_feed
@@ -303,7 +302,7 @@ def test_the_quick_look_leaves_changed_bytes_to_the_page_checksums(tmp_path):
 
 
 def test_the_shipped_images_are_whole():
-    shards = open_shards(resolve("shipped:fashion_mnist/shards"))
+    shards = open_shards("shipped:fashion_mnist/shards")
     assert (shards.rows, shards.size, shards.classes) == (10000, (1, 28, 28), 10)
     assert sum(shard.bytes for shard in shards.manifest.shards) < 6e6
     labels = np.concatenate([shards_module.labels(shards.read(unit)) for unit in range(len(shards.units))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 
 import numpy as np
@@ -27,6 +28,11 @@ def take(feed, batches, position=0, rank=0, world=1):
     return found
 
 
+def running():
+    """Threads of Ray Data's executions."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("StreamingExecutor")]
+
+
 def same(a, b):
     return all(torch.equal(x[0], y[0]) and torch.equal(x[1], y[1]) for x, y in zip(a, b, strict=True))
 
@@ -45,6 +51,7 @@ def test_published_sets_give_the_order_of_the_plan(ray_cluster, tmp_path, monkey
     for rank in range(3):
         ours = take(large.open(seed=5, flip=True), 12, position=120, rank=rank, world=3)
         assert same(ours, take(reference, 12, position=120, rank=rank, world=3))
+    assert running() == []
 
 
 def test_a_set_is_opened_in_another_process(ray_cluster, tmp_path):
@@ -97,3 +104,7 @@ def test_without_a_free_cpu_a_small_set_is_fed_and_a_stream_gives_up(ray_cluster
             take(RayFeed(shards, patience_s=2), 1)
     finally:
         ray_cluster.kill(hog)
+    deadline = time.monotonic() + 30
+    while running():
+        assert time.monotonic() < deadline, "the pipeline that was given up is still running"
+        time.sleep(0.05)

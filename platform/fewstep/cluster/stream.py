@@ -87,7 +87,7 @@ def publish(path: str | os.PathLike[str], memory_bytes: int = MEMORY_BYTES, veri
     _quiet()
     # from_blocks and not from_arrow, which runs a task for each table's metadata and would wait for a CPU
     units = ((unit, None) for unit in range(len(shards.units)))
-    dataset = ray.data.from_blocks([read_units(task, shards) for task in _tasks(shards, units)])
+    dataset = ray.data.from_blocks([_sound(read_units(task, shards)) for task in _tasks(shards, units)])
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False
     return Published(shards, dataset.materialize())
@@ -188,6 +188,11 @@ def _quiet() -> None:
 def _blocks(dataset: Dataset) -> Generator[pa.Table, None, None]:
     """A dataset's blocks in order. Raises the ShardError that a task met."""
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-        if "error" in table.column_names:
-            raise ShardError(table.column("error")[0].as_py())
-        yield table
+        yield _sound(table)
+
+
+def _sound(table: pa.Table) -> pa.Table:
+    """What read_units returned, when it is rows; raises the ShardError that it met otherwise."""
+    if "error" in table.column_names:
+        raise ShardError(table.column("error")[0].as_py())
+    return table

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from fewstep.config import Strict
+from fewstep.config import Strict, resolve
 from fewstep.data.decode import CorruptImage, decode, encode, size_of
 from fewstep.data.plan import mix
 
@@ -189,12 +189,12 @@ def _sha256(path: Path) -> str:
 
 
 def open_shards(path: str | os.PathLike[str], verify: Literal["sha256", "size"] = "sha256") -> Shards:
-    """The set in a folder, compared with its manifest.
+    """The set in a folder (`shipped:name` is the package's own), compared with its manifest.
 
     verify: "sha256" reads every byte once and looks at every label; "size" looks at file sizes, footers and columns.
     Raises ShardError naming the file and the way out.
     """
-    path = Path(path).absolute()
+    path = resolve(path)
     if verify not in ("sha256", "size"):
         raise ValueError(f"verify: {verify!r}; valid: sha256, size")
     if not path.is_dir():
