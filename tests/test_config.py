@@ -63,6 +63,11 @@ def test_a_fingerprint_is_of_what_decides_the_numbers(folder):
         assert load_recipe([word], folder, "distil").fingerprint != plain
 
 
+def test_a_term_is_switched_off_by_its_weight_alone(folder):
+    recipe = load_recipe(["method.gan_weight=0"], folder, "distil")
+    assert recipe.method.roles == ("fake", "student") and set(recipe.optim) == {"disc", "fake", "student"}
+
+
 def test_a_recipe_is_found_by_name_or_by_path(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert load_recipe(["recipe=distil.yaml"], RECIPES, "none").recipe == "distil"
@@ -123,9 +128,6 @@ def test_a_recipe_is_found_by_name_or_by_path(folder, monkeypatch):
             "optim.fak: no such role; dmd2 trains disc, fake, student; did you mean 'fake'?"
         ]),
         (["optim={student: {lr: 1e-4}, disc: {lr: 1e-4}}"], ["optim.fake: missing; dmd2 trains it"]),
-        (["method.gan_weight=0"], [
-            "optim.disc: no such role; dmd2 trains fake, student; valid: fake, student"
-        ]),
         (["start.critic=runs/a"], ["start.critic: no such role; dmd2 trains disc, fake, student"]),
         (["cluster.workers=3"], ["train.batch: 32 is not a multiple of workers x accumulate = 3"]),
         (["train.save_every=75"], ["train.save_every: 75 is not a multiple of report_every 50"]),
