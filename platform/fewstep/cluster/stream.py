@@ -186,9 +186,14 @@ def _quiet() -> None:
 
 
 def _blocks(dataset: Dataset) -> Generator[pa.Table, None, None]:
-    """A dataset's blocks in order. Raises the ShardError that a task met."""
-    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-        yield _sound(table)
+    """A dataset's blocks in order. Raises the ShardError that a task met.
+
+    Fetches them itself: the threads of `iter_batches` outlive its iterator, and one that asks for a block after
+    ray.shutdown ends the process.
+    """
+    for bundle in dataset.iter_internal_ref_bundles():
+        for entry in bundle.blocks:
+            yield _sound(ray.get(entry.ref))
 
 
 def _sound(table: pa.Table) -> pa.Table:

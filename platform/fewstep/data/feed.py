@@ -294,11 +294,13 @@ def ahead(source: Generator[T, None, None], depth: int, patience_s: float | None
 
     thread = threading.Thread(target=work, name="fewstep-feed", daemon=True)
     thread.start()
+    wait_s = 30  # for the item that is being made: what follows may close what it is made of
     try:
         while True:
             try:
                 item, error = ready.get(timeout=patience_s)
             except Empty:
+                wait_s = 0
                 raise TimeoutError(f"nothing came for {patience_s:g} s") from None
             if isinstance(error, StopIteration):
                 return
@@ -312,7 +314,7 @@ def ahead(source: Generator[T, None, None], depth: int, patience_s: float | None
                 ready.get_nowait()
             except Empty:
                 break
-        thread.join(timeout=2)
+        thread.join(wait_s)
 
 
 def _threads() -> int:
