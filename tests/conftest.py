@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 SETTINGS = {
+    "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "platform"),  # for Ray's workers and the jobs
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "RAY_AUTH_MODE": "disabled",
@@ -30,7 +32,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """A local Ray of four logical CPUs that joins no other cluster. Its folder is short: a UNIX socket path has 107 bytes."""
+    """A local Ray of four logical CPUs that joins no other cluster; its folder's path is short, as a UNIX socket's must be."""
     import ray
 
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")

@@ -24,7 +24,7 @@ from .engine.world import World
 from .metrics.base import Metric, Samples, digest
 from .metrics.build import build_metrics
 from .networks.denoiser import Denoiser, Guided
-from .networks.pretrained import new_denoiser, new_head, open_teacher
+from .networks.pretrained import locate, new_denoiser, new_head, open_teacher
 from .recipe import Data, Recipe
 
 
@@ -33,7 +33,7 @@ def make_teacher(recipe: Recipe) -> Denoiser:
     torch.manual_seed(fold(recipe.seed, "weights"))
     if recipe.network is not None:
         return new_denoiser(recipe.network, recipe.precision)
-    return open_teacher(resolve(recipe.teacher), recipe.precision)
+    return open_teacher(recipe.teacher, recipe.precision)
 
 
 def make_nets(recipe: Recipe) -> dict[str, nn.Module]:
@@ -62,7 +62,7 @@ def fingerprints(recipe: Recipe, shards: Shards) -> dict[str, str]:
     """Of recipe, data and teacher: the hashes that tell two runs' ingredients apart."""
     marks = {"recipe": recipe.fingerprint, "data": f"{fold(*[s.sha256 for s in shards.manifest.shards]):016x}"}
     if recipe.teacher is not None:
-        weights = sorted(resolve(recipe.teacher).rglob("*.safetensors"))
+        weights = sorted(locate(recipe.teacher).rglob("*.safetensors"))
         marks["teacher"] = f"{fold(*[digest(path) for path in weights]):016x}"
     return marks
 

@@ -129,10 +129,12 @@ class Recipe(Strict):
         if (self.teacher is None) == (self.network is None):
             wrong.append("teacher: give either a teacher to distil or a network to train, and not both")
         roles = self.method.roles
+        known = self.method.known_roles
         for role in self.optim:
-            if role not in roles:
-                trains = f"{self.method.tag} trains {', '.join(roles)}"
-                wrong.append(f"optim.{role}: no such role; {trains}; {nearest(role, roles)}")
+            if role not in known:
+                wrong.append(
+                    f"optim.{role}: no such role; {self.method.tag} trains {', '.join(known)}; {nearest(role, known)}"
+                )
         wrong += [f"optim.{role}: missing; {self.method.tag} trains it" for role in roles if role not in self.optim]
         for role in self.start:
             if role not in roles:

@@ -14,6 +14,7 @@ import torch
 from .. import build, run
 from ..config import resolve
 from ..engine.world import World
+from ..networks.pretrained import locate
 from ..recipe import Recipe
 from ..tracking.provenance import Provenance, provenance
 from ..tracking.store import prepare_store, tracking_uri
@@ -35,7 +36,7 @@ def localized(recipe: Recipe) -> Recipe:
     data["tracking"]["uri"] = tracking_uri(recipe.tracking.uri, base)
     data["data"]["path"] = str(resolve(recipe.data.path))
     if recipe.teacher:
-        data["teacher"] = str(resolve(recipe.teacher))
+        data["teacher"] = str(locate(recipe.teacher))
     data["start"] = {role: str(resolve(path)) for role, path in recipe.start.items()}
     for key in ("features", "reference", "inception", "inception_reference"):
         if data["evaluate"][key]:

@@ -79,6 +79,11 @@ class Method(Strict):
         """The roles that train, sorted."""
         return tuple(sorted({role for phase in self.phases() for role in phase.trains}))
 
+    @property
+    def known_roles(self) -> tuple[str, ...]:
+        """Every role that other settings of this method would train: a recipe may set their optimisers all the same."""
+        return self.roles
+
     def describe_sampler(self) -> tuple[str, int]:
         """Name of the way a trained network is sampled, and its network calls an image."""
         raise TypeError(f"{self.tag}: a method says how its student is sampled")

@@ -63,6 +63,10 @@ class DMD2(Method):
             Phase("critic", critic, self.critic_loss),
         )
 
+    @property
+    def known_roles(self) -> tuple[str, ...]:
+        return ("disc", "fake", "student")
+
     # The student's own calls
 
     def indices(self) -> list[int]:

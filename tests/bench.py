@@ -1,0 +1,82 @@
+"""The ratios that the README quotes, each side by side in one run: `make bench`. The last line is a JSON object.
+
+student against teacher, images/s at one batch size; the step under Ray against the bare loop; the share of time spent
+waiting for data; and, by bench_feed.py in a process of its own, Ray Data's feed against a torch DataLoader.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+import torch
+from fewstep.build import heun_sampler, make_engine, make_feed, make_samples, make_teacher, student_sampler
+from fewstep.cluster.train import fit
+from fewstep.recipe import Recipe, load_recipe
+from fewstep.run import read_reports
+
+ROOT = Path(__file__).resolve().parents[1]
+ROUNDS, STEPS = 3, 40
+
+
+def recipe(folder: str, name: str) -> Recipe:
+    words = [
+        *(f"out={folder}", f"name={name}", f"tracking.uri=sqlite:///{folder}/mlflow.db"),
+        *(f"train.steps={STEPS}", "train.report_every=1", f"train.save_every={STEPS}"),
+        *("evaluate.metrics=[]", "evaluate.teacher_steps=[]", "cluster.threads=1"),
+    ]
+    return load_recipe(words, ROOT / "jobs" / "recipes", "fashion_mnist")
+
+
+def sampling() -> dict[str, float]:
+    """Images/s of the one-step student over the teacher's 18 Heun steps; both networks have the teacher's shape."""
+    r = load_recipe([], ROOT / "jobs" / "recipes", "fashion_mnist")
+    net = make_teacher(r)
+    student, teacher = student_sampler(r.method, net), heun_sampler(net, 18)
+    ratios = []
+    for seed in range(ROUNDS):
+        slow = make_samples(teacher, 500, seed, 250).seconds
+        fast = make_samples(student, 2500, seed, 250).seconds / 5
+        ratios.append(slow / fast)
+    return {"student_over_teacher_images_per_s": median(ratios), "teacher_calls": teacher.calls}
+
+
+def stepping(folder: str) -> dict[str, float]:
+    """Median seconds of a step under Ray over the bare loop's, in turns; and Ray's share of time waiting for data."""
+    ratios, waits = [], []
+    for i in range(ROUNDS):
+        r = recipe(folder, f"ray-{i}")
+        torch.set_num_threads(1)
+        with make_feed(r.data, r.seed) as feed:
+            bare = [report.metrics for report in make_engine(r, feed).run()]
+        fit(r)
+        ray = [report["metrics"] for report in read_reports(r.folder)]
+        seconds = [median(1 / m["images_per_s"] for m in run[5:]) for run in (ray, bare)]
+        ratios.append(seconds[0] / seconds[1])
+        waits.append(median(m["data_wait"] for m in ray[5:]))
+    return {"ray_step_over_bare_step": median(ratios), "data_wait": median(waits)}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    found = sampling()
+    print(f"sampling: student {found['student_over_teacher_images_per_s']:.1f} x the teacher's images/s at 35 calls")
+    with tempfile.TemporaryDirectory(prefix="bench", dir="/tmp") as folder:
+        found |= stepping(folder)
+    print(f"step: Ray over bare loop {found['ray_step_over_bare_step']:.3f}, waiting for data {found['data_wait']:.4f}")
+    feed = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "bench_feed.py")], stdout=subprocess.PIPE, text=True, check=True
+    )
+    print(feed.stdout, end="")
+    print(json.dumps(found | {"feed": json.loads(feed.stdout.splitlines()[-1])}))
+
+
+if __name__ == "__main__":
+    main()
