@@ -54,14 +54,14 @@ class Cluster(Strict):
 
 
 class Evaluate(Strict):
-    """Scores of the student; at the end of the run, and every so many steps if asked."""
+    """Scores of the student; at the end of the run, and every so many images if asked."""
 
     metrics: list[str] = []
     """Names, such as fd_fashion, class_consistency, diversity, precision, recall, fid; none scores nothing."""
     images: Annotated[int, Field(ge=2)] = 2000
     """Sample count."""
-    every_steps: Annotated[int, Field(ge=1)] | None = None
-    """Steps between scores during training; null scores only the last checkpoint."""
+    every_images: Annotated[int, Field(ge=1)] | None = None
+    """Images between scores during training, taken at the next report; null scores only the last checkpoint."""
     batch: Annotated[int, Field(ge=1)] = 250
     """Images sampled at once, over all workers."""
     features: str | None = None
@@ -74,8 +74,8 @@ class Evaluate(Strict):
     """Statistics of the real images under Inception."""
     teacher_steps: list[Annotated[int, Field(ge=1)]] = []
     """Heun steps at which the teacher is scored beside the student at the end (2 steps - 1 calls an image)."""
-    grid_every_steps: Annotated[int, Field(ge=1)] | None = None
-    """Steps between sample grids in the tracker; null draws them at the start and at the end."""
+    grid_every_images: Annotated[int, Field(ge=1)] | None = None
+    """Images between sample grids in the tracker; null draws them at the start and at the end only."""
 
 
 class Tracking(Strict):

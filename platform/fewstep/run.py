@@ -133,25 +133,33 @@ def run(recipe: Recipe, feed: Feed, world: World, origin: Provenance) -> dict[st
     if checkpoint is not None:
         engine.resume(checkpoint)
     if not main:
-        for report in engine.run():
-            _sample_all(recipe, engine, report, None)
-        _finish(recipe, engine, None)
+        _train(recipe, engine, None)
         return {}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     reports = Reports(folder, engine.step)
     with open_tracker(recipe, origin) as tracker:
         tracker.rewind(engine.step)
-        book = Book(recipe, tracker, Scorer(recipe, tracker))
-        for report in engine.run():
-            reports.add(report)
-            tracker.log(report.metrics, report.step, report.images)
-            _sample_all(recipe, engine, report, book)
-        rows = _finish(recipe, engine, book)
+        book = Book(recipe, tracker, Scorer(recipe, tracker), reports)
+        rows = _train(recipe, engine, book)
         (folder / "scores.json").write_text(json.dumps(rows, indent=1))
         tracker.flush(timeout_s=30)
         run_id = tracker.run_id
     return {"run_id": run_id, "folder": str(folder), "rows": rows, "grid": str(folder / "student.png")}
+
+
+def _train(recipe: Recipe, engine: Engine, book: Book | None) -> list[dict[str, Any]]:
+    """The training itself, on any rank; `book` is rank 0's. Returns the closing table's rows."""
+    if engine.step == 0:
+        draw(recipe, engine, book)
+        draw_teacher(recipe, engine, book)
+    before = engine.images
+    for report in engine.run():
+        if book is not None:
+            book.report(report)
+        _sample_due(recipe, engine, report, before, book)
+        before = report.images
+    return _finish(recipe, engine, book)
 
 
 def open_tracker(recipe: Recipe, origin: Provenance) -> Tracker:
@@ -171,11 +179,17 @@ def open_tracker(recipe: Recipe, origin: Provenance) -> Tracker:
 
 @dataclass
 class Book:
-    """Where rank 0 puts pictures and scores."""
+    """Where rank 0 puts reports, pictures and scores."""
 
     recipe: Recipe
     tracker: Tracker
     scorer: Scorer
+    reports: Reports
+
+    def report(self, report: Report) -> None:
+        """To the run's own record and to the tracker."""
+        self.reports.add(report)
+        self.tracker.log(report.metrics, report.step, report.images)
 
     def picture(self, name: str, images: torch.Tensor, step: int) -> None:
         """A grid of uint8 (N, C, H, W), in the tracker and as the run folder's `<name>.png`, the newest one."""
@@ -189,24 +203,23 @@ class Book:
         )
 
 
-def _sample_all(recipe: Recipe, engine: Engine, report: Report, book: Book | None) -> None:
-    """Scores and grids that are due after a report; all ranks sample, rank 0 keeps."""
-    e, step = recipe.evaluate, report.step
-    if step == recipe.train.steps:
+def _sample_due(recipe: Recipe, engine: Engine, report: Report, before: int, book: Book | None) -> None:
+    """Scores and grids that fell due since `before` images; all ranks sample, rank 0 keeps. The last are _finish's."""
+    e = recipe.evaluate
+    if report.step == recipe.train.steps:
         return
-    if e.every_steps and _due(step, e.every_steps, recipe.train.report_every) and e.metrics:
-        samples = build.make_samples(
-            build.student_sampler(recipe.method, engine.student), e.images, recipe.seed, e.batch, engine.world
-        )
+    if e.metrics and _due(e.every_images, before, report.images):
+        sampler = build.student_sampler(recipe.method, engine.student)
+        samples = build.make_samples(sampler, e.images, recipe.seed, e.batch, engine.world)
         if book is not None:
-            book.scorer.add("student", samples, step)
-    if e.grid_every_steps and _due(step, e.grid_every_steps, recipe.train.report_every):
+            book.scorer.add("student", samples, report.step)
+    if _due(e.grid_every_images, before, report.images):
         draw(recipe, engine, book)
 
 
-def _due(step: int, every: int, report_every: int) -> bool:
-    """Whether a multiple of `every` was passed since the last report."""
-    return step // every > (step - report_every) // every
+def _due(every: int | None, before: int, now: int) -> bool:
+    """Whether a multiple of `every` was reached after `before`."""
+    return every is not None and now // every > before // every
 
 
 def draw(recipe: Recipe, engine: Engine, book: Book | None) -> None:
@@ -219,6 +232,15 @@ def draw(recipe: Recipe, engine: Engine, book: Book | None) -> None:
         denoised = fake_denoising(recipe, engine, student)
         if book is not None:
             book.picture("fake", to_uint8(denoised).cpu(), engine.step)
+
+
+def draw_teacher(recipe: Recipe, engine: Engine, book: Book | None) -> None:
+    """The teacher's grid by 18 Heun steps from the student's noise and labels: what it is to be compared with."""
+    if "teacher" in engine.nets:
+        sampler = build.heun_sampler(engine.nets["teacher"], 18)
+        samples = build.make_samples(sampler, GRID_IMAGES, recipe.seed, GRID_IMAGES, engine.world)
+        if book is not None:
+            book.picture("teacher", samples.images, 0)
 
 
 @torch.no_grad()
@@ -245,8 +267,6 @@ def _finish(recipe: Recipe, engine: Engine, book: Book | None) -> list[dict[str,
         samples = build.make_samples(sampler, e.images, recipe.seed, e.batch, world)
         if book is not None:
             book.scorer.add(who, samples, engine.step)
-            if who == "teacher":
-                book.picture("teacher", samples.images[:GRID_IMAGES], engine.step)
     return [] if book is None else [row.to_dict() | {"who": row.who} for row in book.scorer.close()]
 
 
