@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Distils a teacher into a few-step student on a Ray cluster, scores it beside its teacher, and exports it for diffusers.
+"""Distils a teacher into a few-step student on a Ray cluster, scores it beside its teacher, exports it for diffusers.
 
     python jobs/distill.py recipe=fashion_mnist method.critic_updates_per_student_update=5
     ray job submit --working-dir . -- python jobs/distill.py recipe=fashion_mnist
 
-Arguments are the recipe's dotted keys; recipe= names a file of jobs/recipes or a path. --dry-run checks everything, prints
-the resolved recipe and the memory each role needs on a worker, and trains nothing. The last line is a JSON object.
+Arguments are the recipe's dotted keys; recipe= names a file of jobs/recipes or a path. --dry-run checks everything,
+prints the resolved recipe and the memory each role needs on a worker, and trains nothing. It ends in a JSON object.
 """
 
 import json

@@ -3,8 +3,8 @@
 
     python jobs/teach.py recipe=fashion_mnist_teacher data.path=data/fashion_mnist
 
-Arguments and --dry-run are those of jobs/distill.py. The teacher is written to <run folder>/teacher, which recipes take as
-teacher=<that folder>. The last line is a JSON object.
+Arguments and --dry-run are those of jobs/distill.py. The teacher is written to <run folder>/teacher, which recipes take
+as teacher=<that folder>. The last line is a JSON object.
 """
 
 import json

@@ -17,6 +17,7 @@ from statistics import median
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import torch
+
 from fewstep.build import heun_sampler, make_engine, make_feed, make_samples, make_teacher, student_sampler
 from fewstep.cluster.train import fit
 from fewstep.recipe import Recipe, load_recipe

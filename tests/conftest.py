@@ -32,7 +32,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """A local Ray of four logical CPUs that joins no other cluster; its folder's path is short, as a UNIX socket's must be."""
+    """A local Ray of four logical CPUs that joins no other cluster; its folder's path is short, for UNIX sockets."""
     import ray
 
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from fewstep.build import make_engine, make_feed, make_metrics, make_samples, student_sampler
 from fewstep.recipe import load_recipe
 
@@ -19,7 +20,7 @@ def test_one_critic_update_a_student_update_at_equal_rates_collapses_and_five_do
         [
             f"method.critic_updates_per_student_update={ttur}",
             *(f"optim.{role}={OPTIM}" for role in ("student", "fake", "disc")),
-            f"train={{steps: {ttur * STUDENT_UPDATES}, batch: 32, average_decay: 0.98, report_every: 10, save_every: 10}}",
+            f"train={{steps: {ttur * STUDENT_UPDATES}, batch: 32, report_every: 10, save_every: 10}}",
             "evaluate.metrics=[fd_fashion]",
         ],
         RECIPES,

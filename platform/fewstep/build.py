@@ -136,7 +136,8 @@ def make_samples(
 ) -> Samples | None:
     """`images` samples with labels 0, 1, 2, ... in turn, the same for any world size; each rank makes its share.
 
-    Returns Samples on rank 0 and None on the others. `seconds` is the time of the sampling alone, on all ranks together.
+    Returns Samples on rank 0 and None on the others. `seconds` is the sampling's alone: batches times their
+    median, which a first call's set-up does not bend.
     """
     world = world or World()
     batch = max(batch // world.size, 1) * world.size

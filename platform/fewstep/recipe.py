@@ -65,7 +65,7 @@ class Evaluate(Strict):
     batch: Annotated[int, Field(ge=1)] = 250
     """Images sampled at once, over all workers."""
     features: str | None = None
-    """Weights of the small feature network (fd_*, precision, recall, density, coverage, class_consistency, diversity)."""
+    """Weights of the small feature network, for every metric but fid and kid."""
     reference: str | None = None
     """Statistics of the real images under that network."""
     inception: str | None = None

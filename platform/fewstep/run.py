@@ -278,6 +278,6 @@ def register(folder: Path, export: Path) -> None:
 
 
 def check(recipe: Recipe) -> None:
-    """What can be checked before anything starts: the folder and the metrics' files. Raises ValueError naming the field."""
+    """What can be checked before anything starts: folder and metrics. Raises ValueError naming the field."""
     writable(resolve(recipe.out))
     build.make_metrics(recipe)

@@ -22,7 +22,7 @@ SOURCE = Path(__file__).resolve().parents[2]
 def connect(cpus: float) -> None:
     """Joins the cluster that RAY_ADDRESS names, else starts one on this machine with at least `cpus` logical CPUs.
 
-    Logical CPUs are a count for scheduling: a laptop may declare more than it has, so that a feed has one beside the workers.
+    Logical CPUs are a count for scheduling: a laptop may declare more than it has, and so give the feed one of its own.
     """
     if ray.is_initialized():
         return

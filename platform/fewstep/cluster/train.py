@@ -81,7 +81,8 @@ def fit(recipe: Recipe, follow: Callable[[dict[str, Any]], None] = lambda report
             resources_per_worker={"CPU": c.cpus_per_worker, **({"GPU": 1} if device == "cuda" else {})},
         ),
         run_config=RunConfig(
-            name=f"{recipe.name}-{time.time_ns():x}",  # checkpoints are the engine's: Ray's own resume must not interfere
+            # a new name each time: checkpoints are the engine's, and Ray's own resume must not interfere
+            name=f"{recipe.name}-{time.time_ns():x}",
             storage_path=str(recipe.folder / "ray"),
             failure_config=FailureConfig(max_failures=c.max_failures, controller_failure_limit=3),
         ),
@@ -102,7 +103,7 @@ def _unwrapped(fit: Callable[[], Any]) -> dict[str, Any]:
 
 
 def await_resources(recipe: Recipe, device: str) -> None:
-    """Waits until the cluster has what the workers ask for. Raises Unplaceable after `cluster.wait_s`, saying what is short."""
+    """Waits until what the workers ask for is free. Raises Unplaceable after `cluster.wait_s`, saying what is short."""
     import ray
 
     c = recipe.cluster
@@ -115,8 +116,8 @@ def await_resources(recipe: Recipe, device: str) -> None:
             return
         if time.monotonic() > deadline:
             raise Unplaceable(
-                f"cluster.workers: {c.workers} workers need {'; '.join(short)}, waited {c.wait_s:g} s. Use fewer workers or a "
-                "smaller cluster.cpus_per_worker, free the cluster, or add nodes (ray start --address=...)"
+                f"cluster.workers: {c.workers} workers need {'; '.join(short)}, waited {c.wait_s:g} s. Use fewer workers "
+                "or a smaller cluster.cpus_per_worker, free the cluster, or add nodes (ray start --address=...)"
             )
         time.sleep(POLL_S)
 
