@@ -74,13 +74,17 @@ class Draws:
 INDICES = 1000  # the published methods count noise levels in thousandths of the schedule's ramp
 
 
-def index_level(draws: Draws, name: str, schedule: Schedule, low: int, high: int, like: Tensor) -> Level:
-    """Levels at a uniform integer index of the schedule's thousand, in [low, high] both included (DMD2's draw).
+def index_level(
+    draws: Draws, name: str, schedule: Schedule, low: int, high: int, like: Tensor, power: float = 1.0
+) -> Level:
+    """Levels at an integer index of the schedule's thousand, in [low, high] both included; power 1 is DMD2's uniform draw.
 
-    For DDPM the index is the timestep; for EDM it is the ascending Karras ramp from sigma 0.002 to 80.
+    For DDPM the index is the timestep; for EDM it is the ascending Karras ramp from sigma 0.002 to 80. power > 1 draws
+    low + (high - low) u^power: the lower half of the range then gets the share 2^(-1/power), 0.71 for a power of 2.
     """
-    index = draws.integers(name, low, high, like.shape[0])
-    return schedule.level(schedule.ramp(index.double() / (INDICES - 1)), like.ndim)
+    u = draws.uniform(name, like.shape[0])
+    index = (low + (high + 1 - low) * u**power).floor()
+    return schedule.level(schedule.ramp(index / (INDICES - 1)), like.ndim)
 
 
 def lognormal_level(draws: Draws, name: str, mean: float, std: float, ramp_share: float, schedule: Schedule, like):

@@ -38,6 +38,8 @@ class DMD2(Method):
     """Guidance scale of the teacher in the matching term; the critic is never guided."""
     match_range: tuple[Index, Index] = (20, 980)
     """Levels of the matching term, both ends included; the critic learns on all."""
+    match_power: Annotated[float, Field(ge=1)] = 1.0
+    """Skews the matching term's levels towards low noise, where texture is decided; 1 is uniform, as published."""
     conditioning: Index = INDICES - 1
     """Level at which the student is first called: 999, or 399 against block artefacts (appendix F.4)."""
     student_steps: Annotated[int, Field(ge=1, le=8)] = 1
@@ -121,7 +123,7 @@ class DMD2(Method):
         x, draws, schedule = batch.x, batch.draws, nets["teacher"].schedule
         terms, health = {}, _statistics(x, batch.real)
         if self.matching_weight:
-            level = index_level(draws, "match/t", schedule, *self.match_range, x)
+            level = index_level(draws, "match/t", schedule, *self.match_range, x, self.match_power)
             with torch.no_grad():
                 x_t = level.noise(x, draws.normal("match/eps", x.shape))
                 real = nets["teacher"](x_t, level, batch.cond)
