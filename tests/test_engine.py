@@ -427,7 +427,7 @@ def fails(path: Path) -> str:
     return str(error.value)
 
 
-AGAIN = "remove that folder to resume from the one before it, or start anew with resume=never"
+AGAIN = "remove that folder to resume from the one before it, or start anew under another name=..."
 
 
 def test_a_truncated_checkpoint_is_refused(saved):

@@ -116,8 +116,8 @@ def await_resources(recipe: Recipe, device: str) -> None:
             return
         if time.monotonic() > deadline:
             raise Unplaceable(
-                f"cluster.workers: {c.workers} workers need {'; '.join(short)}, waited {c.wait_s:g} s. Use fewer workers "
-                "or a smaller cluster.cpus_per_worker, free the cluster, or add nodes (ray start --address=...)"
+                f"cluster.workers: {c.workers} workers need {'; '.join(short)}, waited {c.wait_s:g} s. Use fewer "
+                "workers or a smaller cluster.cpus_per_worker, free the cluster, or add nodes (ray start --address=...)"
             )
         time.sleep(POLL_S)
 

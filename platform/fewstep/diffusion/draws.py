@@ -77,7 +77,7 @@ INDICES = 1000  # the published methods count noise levels in thousandths of the
 def index_level(
     draws: Draws, name: str, schedule: Schedule, low: int, high: int, like: Tensor, power: float = 1.0
 ) -> Level:
-    """Levels at an integer index of the schedule's thousand, in [low, high] both included; power 1 is DMD2's uniform draw.
+    """Levels at an integer index of the schedule's thousand, in [low, high] both included; power 1 is DMD2's draw.
 
     For DDPM the index is the timestep; for EDM it is the ascending Karras ramp from sigma 0.002 to 80. power > 1 draws
     low + (high - low) u^power: the lower half of the range then gets the share 2^(-1/power), 0.71 for a power of 2.

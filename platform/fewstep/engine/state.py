@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .world import World, full
+from .world import full
 
 FORMAT = 1
 MANIFEST = ("format", "step", "images", "updates", "fingerprint", "sha256")
@@ -78,7 +78,7 @@ def read(path: Path, fingerprint: str | None = None) -> tuple[dict[str, Tensor],
 
     fingerprint: of the recipe that means to go on from it; None takes any. Raises CheckpointError.
     """
-    again = "remove that folder to resume from the one before it, or start anew with resume=never"
+    again = "remove that folder to resume from the one before it, or start anew under another name=..."
     file = path / "manifest.json"
     try:
         manifest = json.loads(file.read_text())
@@ -153,8 +153,3 @@ def writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"out: cannot write in {folder} ({error.strerror}); choose another with out=...") from None
-
-
-def settled(world: World) -> None:
-    """Every rank waits until rank 0's files are visible."""
-    world.barrier()
