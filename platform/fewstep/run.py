@@ -81,8 +81,8 @@ def read_reports(folder: Path) -> Iterator[dict[str, Any]]:
 class Scorer:
     """Scores samples on a thread of rank 0, so that training goes on: the ranks stop for the sampling only."""
 
-    def __init__(self, recipe: Recipe, tracker: Tracker):
-        self.metrics, self.tracker = build.make_metrics(recipe), tracker
+    def __init__(self, recipe: Recipe, tracker: Tracker, device: torch.device):
+        self.metrics, self.tracker = build.make_metrics(recipe, device), tracker
         self.rows: list[Row] = []
         self.error: BaseException | None = None
         self._queue: queue.Queue = queue.Queue()
@@ -140,7 +140,7 @@ def run(recipe: Recipe, feed: Feed, world: World, origin: Provenance) -> dict[st
     reports = Reports(folder, engine.step)
     with open_tracker(recipe, origin) as tracker:
         tracker.rewind(engine.step)
-        book = Book(recipe, tracker, Scorer(recipe, tracker), reports)
+        book = Book(recipe, tracker, Scorer(recipe, tracker, world.device), reports)
         rows = _train(recipe, engine, book)
         (folder / "scores.json").write_text(json.dumps(rows, indent=1))
         tracker.flush(timeout_s=30)

@@ -116,7 +116,7 @@ class Guided(nn.Module):
         if mode != "x0" or self.scale == 1:
             return self.denoiser(x_t, level, cond, mode)
         twice = Level(*(torch.cat([v.expand(len(x_t), *v.shape[1:])] * 2) for v in (level.alpha, level.sigma)))
-        null = self.null if self.null is not None else torch.full_like(cond, self.denoiser.classes)
+        null = torch.full_like(cond, self.denoiser.null) if self.null is None else self.null
         x0, x0_null = self.denoiser(torch.cat([x_t, x_t]), twice, _cat(cond, null)).chunk(2)
         return x0_null + self.scale * (x0 - x0_null)
 
