@@ -18,13 +18,14 @@ sys.path.insert(0, str(ROOT / "platform"))
 
 def main(argv: list[str]) -> None:
     from fewstep.cluster import jobs
+    from fewstep.config import plain_errors
     from fewstep.run import register
     from fewstep.students import export_run
 
     result = jobs.train(argv, __doc__, ROOT / "jobs" / "recipes", "fashion_mnist")
     if result is None:
         return
-    with jobs.plain_errors():
+    with plain_errors():
         export = export_run(result["folder"], result["rows"])
     register(Path(result["folder"]), Path(export["folder"]))
     last = {row["who"]: row for row in result["rows"]}

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "platform"))
 
 from pydantic import Field
 
-from fewstep.config import Strict, parse
+from fewstep.config import Strict, parse, plain_errors
 
 
 class Evaluate(Strict):
@@ -66,13 +66,11 @@ def main(argv: list[str]) -> None:
 
     torch.set_num_threads(job.threads)
     world = World(device=torch.device(job.device))
-    try:
+    with plain_errors():
         metrics = build_metrics(
             job.metrics, job.features, job.reference, job.inception, job.inception_reference, world.device
         )
         samplers = [open_sampler(job.model, steps, job.guidance, world.device) for steps in job.steps]
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
     rows, scores = [], []
     for sampler in {s.name: s for s in samplers}.values():  # a student's is the same for any number of steps
         samples = make_samples(sampler, job.images, job.seed, job.batch, world)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ STEPS = 6
 
 def words(tmp: Path, *more: str) -> list[str]:
     """A demo recipe of six small steps that reports each one."""
-    return [
+    small = [
         f"out={tmp / 'runs'}",
         f"tracking.uri=sqlite:///{tmp / 'mlflow.db'}",
         f"train.steps={STEPS}",
@@ -37,8 +38,8 @@ def words(tmp: Path, *more: str) -> list[str]:
         "cluster.wait_s=5",
         "evaluate.metrics=[]",
         "evaluate.teacher_steps=[]",
-        *more,
     ]
+    return list({word.split("=")[0]: word for word in (*small, *more)}.values())
 
 
 def recipe(tmp: Path, *more: str) -> Recipe:
@@ -121,13 +122,15 @@ def test_the_literal_ray_job_submit_gives_the_losses_of_the_bare_loop(ray_cluste
     address = ray_cluster._private.worker._global_node.address_info["webui_url"]
     script = ROOT / "jobs" / "distill.py"
     command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", f"http://{address}"]
-    done = subprocess.run(
-        [*command, str(script), *words(tmp_path, "name=job")],
-        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    deadline = time.monotonic() + 90
+    while True:
+        done = subprocess.run(
+            [*command, str(script), *words(tmp_path, "name=job")], env=environment, capture_output=True, text=True
+        )
+        if "No available agent" not in done.stderr or time.monotonic() > deadline:  # a young cluster has none yet
+            break
+        time.sleep(2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert losses(tmp_path / "runs" / "job") == bare
     lines = done.stdout.splitlines()
@@ -149,9 +152,8 @@ def test_the_literal_ray_job_submit_gives_the_losses_of_the_bare_loop(ray_cluste
     ],
 )
 def test_dry_run_refuses_what_a_run_would(tmp_path, capsys, word, text):
-    out = [w for w in words(tmp_path) if not w.startswith(word.split("=")[0] + "=")]
     with pytest.raises(SystemExit) as stop:
-        jobs.train(["--dry-run", *out, word], "", RECIPES, "fashion_mnist")
+        jobs.train(["--dry-run", *words(tmp_path, word)], "", RECIPES, "fashion_mnist")
     assert stop.value.code == 2
     assert text in capsys.readouterr().err
 

@@ -6,10 +6,11 @@ mistake is reported at once, with its dotted key, the value and the nearest vali
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -249,6 +250,19 @@ def parse(model: type[M], argv: Sequence[str] | None = None, **defaults: Any) ->
             data = override(data, key, value)
         return validate(model, data)
     except ConfigError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def plain_errors(*others: type[Exception]) -> Iterator[None]:
+    """Mistakes that a person can mend, printed as they are, and exit status 2; anything else keeps its traceback.
+
+    Those are ValueError, FileNotFoundError and FloatingPointError, and `others`.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError, FloatingPointError, *others) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
 

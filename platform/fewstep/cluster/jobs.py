@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..config import plain_errors
 from ..dryrun import describe
 from ..recipe import load_recipe
 from .progress import Progress, table
+from .stream import NotEnoughCPUs
 from .train import Unplaceable, fit
-
-
-@contextlib.contextmanager
-def plain_errors() -> Iterator[None]:
-    """Mistakes that a person can mend, printed as they are, and exit status 2; anything else keeps its traceback."""
-    try:
-        yield
-    except (ValueError, Unplaceable, FloatingPointError) as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def train(argv: list[str], doc: str, recipes: Path, default: str) -> dict[str, Any] | None:
@@ -32,7 +21,7 @@ def train(argv: list[str], doc: str, recipes: Path, default: str) -> dict[str, A
     if {"--help", "-h"} & set(argv):
         print(doc)
         return None
-    with plain_errors():
+    with plain_errors(Unplaceable, NotEnoughCPUs):
         recipe = load_recipe([word for word in argv if word != "--dry-run"], recipes, default)
         if "--dry-run" in argv:
             print(describe(recipe))
