@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 SETTINGS = {
@@ -20,6 +21,8 @@ SETTINGS = {
 }
 for key, value in SETTINGS.items():
     os.environ.setdefault(key, value)
+# a submitted job runs under the cluster's PATH: this environment's python comes first, as after `activate`
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 import shutil  # noqa: E402
 import tempfile  # noqa: E402

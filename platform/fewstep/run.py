@@ -84,6 +84,7 @@ class Scorer:
     def __init__(self, recipe: Recipe, tracker: Tracker, device: torch.device):
         self.metrics, self.tracker = build.make_metrics(recipe, device), tracker
         self.rows: list[Row] = []
+        self.last = recipe.train.steps
         self.error: BaseException | None = None
         self._queue: queue.Queue = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="fewstep-scores", daemon=True)
@@ -104,7 +105,8 @@ class Scorer:
         scores = evaluate(self.metrics, samples)
         for score in scores:
             self.tracker.score(_named(score, who), step=step)
-        self.rows.append(Row.of(who, samples, scores))
+        if step == self.last:  # the closing table is of the last checkpoint only
+            self.rows.append(Row.of(who, samples, scores))
 
     def close(self) -> list[Row]:
         """Waits for what is still being scored. Raises what went wrong there."""
