@@ -50,3 +50,13 @@ def ray_cluster():
     yield ray
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory) -> str:
+    """URI of one MLflow database for all runs of the session: its seventy migrations take seconds."""
+    from fewstep.tracking.store import prepare_store
+
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+    prepare_store(uri)
+    return uri

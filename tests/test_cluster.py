@@ -28,7 +28,6 @@ def words(tmp: Path, *more: str) -> list[str]:
     """A demo recipe of six small steps that reports each one."""
     small = [
         f"out={tmp / 'runs'}",
-        f"tracking.uri=sqlite:///{tmp / 'mlflow.db'}",
         f"train.steps={STEPS}",
         "train.batch=8",
         "train.report_every=1",
@@ -61,30 +60,30 @@ def bare(tmp_path_factory) -> list[dict[str, float]]:
     return [{k: v for k, v in report.metrics.items() if not k.endswith(timing)} for report in reports]
 
 
-def test_ray_gives_the_losses_of_the_bare_loop_and_a_folder_keeps_its_recipe(ray_cluster, bare, tmp_path):
+def test_ray_gives_the_losses_of_the_bare_loop_and_a_folder_keeps_its_recipe(ray_cluster, store, bare, tmp_path):
     seen = []
-    result = fit(recipe(tmp_path, "name=whole"), seen.append)
+    result = fit(recipe(tmp_path, "name=whole", f"tracking.uri={store}"), seen.append)
     assert losses(tmp_path / "runs" / "whole") == bare
     assert [report["step"] for report in seen] == list(range(1, STEPS + 1))
-    history = mlflow_history(tmp_path, result["run_id"], "student/match")
+    history = mlflow_history(store, result["run_id"], "student/match")
     assert history == [(i + 1, loss["student/match"]) for i, loss in enumerate(bare)]
-    images = mlflow_history(tmp_path, result["run_id"], "by_images/student/match")
+    images = mlflow_history(store, result["run_id"], "by_images/student/match")
     assert images == [(8 * (i + 1), loss["student/match"]) for i, loss in enumerate(bare)]
     for grid in ("student", "teacher", "fake"):
         assert (tmp_path / "runs" / "whole" / f"{grid}.png").is_file()
     with pytest.raises(ValueError, match="written by another recipe"):  # the worker's own words, not Ray's about them
-        fit(recipe(tmp_path, "name=whole", "seed=1"))
+        fit(recipe(tmp_path, "name=whole", "seed=1", f"tracking.uri={store}"))
 
 
-def mlflow_history(tmp: Path, run_id: str, key: str) -> list[tuple[int, float]]:
+def mlflow_history(store: str, run_id: str, key: str) -> list[tuple[int, float]]:
     from mlflow import MlflowClient
 
-    history = MlflowClient(f"sqlite:///{tmp / 'mlflow.db'}").get_metric_history(run_id, key)
+    history = MlflowClient(store).get_metric_history(run_id, key)
     return sorted((m.step, m.value) for m in history)
 
 
-def test_two_workers_train_on_the_global_batch_of_one(ray_cluster, bare, tmp_path):
-    fit(recipe(tmp_path, "name=two", "cluster.workers=2", "cluster.placement=shard"))
+def test_two_workers_train_on_the_global_batch_of_one(ray_cluster, store, bare, tmp_path):
+    fit(recipe(tmp_path, "name=two", "cluster.workers=2", "cluster.placement=shard", f"tracking.uri={store}"))
     two = losses(tmp_path / "runs" / "two")
     assert [set(a) for a in two] == [set(b) for b in bare]
     for key, value in bare[0].items():  # before any update: the same sums in another order
@@ -116,16 +115,15 @@ def test_a_busy_cluster_is_waited_for_and_then_named(ray_cluster, tmp_path):
         ray.kill(busy)
 
 
-def test_the_literal_ray_job_submit_gives_the_losses_of_the_bare_loop(ray_cluster, bare, tmp_path):
+def test_the_literal_ray_job_submit_gives_the_losses_of_the_bare_loop(ray_cluster, store, bare, tmp_path):
     """As in the README: a script of the repository, its arguments as key=value, on a cluster started from the root."""
     address = ray_cluster._private.worker._global_node.address_info["webui_url"]
     script = ROOT / "jobs" / "distill.py"
     command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", f"http://{address}"]
+    arguments = words(tmp_path, "name=job", f"tracking.uri={store}")
     deadline = time.monotonic() + 90
     while True:
-        done = subprocess.run(
-            [*command, str(script), *words(tmp_path, "name=job")], capture_output=True, text=True
-        )
+        done = subprocess.run([*command, str(script), *arguments], capture_output=True, text=True)
         if "No available agent" not in done.stderr or time.monotonic() > deadline:  # a young cluster has none yet
             break
         time.sleep(2)

@@ -25,8 +25,8 @@ def closing(capsys) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_a_teacher_is_trained_scored_and_sampled(ray_cluster, tmp_path, capsys):
-    out = [f"out={tmp_path / 'runs'}", f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"]
+def test_a_teacher_is_trained_scored_and_sampled(ray_cluster, store, tmp_path, capsys):
+    out = [f"out={tmp_path / 'runs'}", f"tracking.uri={store}"]
     small = ["train.steps=4", "train.batch=8", "train.report_every=2", "train.save_every=4", "evaluate.metrics=[]"]
     job("teach", *out, *small, "name=small", "method.steps=2")
     taught = closing(capsys)
