@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# a worker sets its own threads (cluster.threads); OMP_WAIT_POLICY stays unset: with PASSIVE two threads are slower than one
 export OMP_NUM_THREADS ?= 1
-export OMP_WAIT_POLICY ?= PASSIVE
 export RAY_USAGE_STATS_ENABLED ?= 0
 export MLFLOW_DISABLE_TELEMETRY ?= true
 # freed pages are kept: small networks allocate the same few megabytes every step
