@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_worker_niceness", "0")  # workers and the bare loop compete as equals for the cores
 
 import torch
 
