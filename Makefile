@@ -13,7 +13,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo       train a one-step Fashion-MNIST generator and score it (about 15 minutes on two cores)"
+	@echo "make demo       train a one-step Fashion-MNIST generator and score it (about 10 minutes on two cores)"
 	@echo "make test       the test suite (under 12 minutes on two cores)"
 	@echo "make test-slow  the checks that take minutes each"
 	@echo "make lint       ruff"
