@@ -19,6 +19,7 @@ from ..diffusion.losses import finite
 from ..methods.base import Batch, Method
 from ..networks.average import Exponential, Power, Profile, average
 from . import state
+from .guard import Alarm, Guard, Watch
 from .optim import Optim, grad_norm
 from .world import World
 
@@ -59,17 +60,35 @@ class Feed(Protocol):
 
 
 @dataclass(frozen=True)
+class Event:
+    """Something that a person should know of a run. kind: collapse, roll_back, ...; step: the one it speaks of."""
+
+    kind: str
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Report:
-    """What happened since the last report. images: real images seen so far; checkpoint: saved at this step, or None."""
+    """What happened since the last report.
+
+    images: real images seen so far. checkpoint: of this step, which may still be on its way to the disk, or None.
+    After an event of kind roll_back, training goes on from that event's step.
+    """
 
     step: int
     images: int
     metrics: dict[str, float]
     checkpoint: Path | None = None
+    events: tuple[Event, ...] = ()
 
 
 class NonFinite(FloatingPointError):
     """A loss or a gradient was not finite; no optimiser stepped from that phase on, on any rank."""
+
+
+class Collapsed(RuntimeError):
+    """The student collapsed, and the guard's policy, or its patience, says to stop."""
 
 
 @dataclass
@@ -126,6 +145,31 @@ class Clock:
         return out
 
 
+class Delayed:
+    """A number on the device, known to the host a step later, by when it has long arrived: nothing waits for it."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.hosts = [torch.zeros((), pin_memory=self.cuda) for _ in range(2)]
+        self.arrived = [torch.cuda.Event() for _ in range(2)] if self.cuda else []
+        self.count = 0
+
+    def put(self, value: Tensor) -> float:
+        """Sends this step's number and returns the step's before it; 0 at first."""
+        here, before = self.count % 2, (self.count + 1) % 2
+        self.hosts[here].copy_(value, non_blocking=True)
+        if self.cuda:
+            self.arrived[here].record()
+            if self.count:
+                self.arrived[before].synchronize()
+        self.count += 1
+        return self.hosts[before].item() if self.count > 1 else 0.0
+
+
+CURE = "Raise method.critic_updates_per_student_update, or lower optim.student.lr"
+STOP, SAVE_FAILED = 1, 2  # what one rank may have to tell all others; the largest is heard
+
+
 class Engine:
     """Trains a method's networks.
 
@@ -146,6 +190,7 @@ class Engine:
         world: World | None = None,
         folder: Path | None = None,
         fingerprint: str = "",
+        guard: Guard | None = None,
     ):
         self.method, self.settings, self.feed, self.train = method, dict(optims), feed, train
         self.world = world = world or World()
@@ -171,6 +216,15 @@ class Engine:
         self.bad = torch.zeros((), device=world.device)  # 1 from the first phase that was not finite
         self.bad_at = torch.zeros((), device=world.device, dtype=torch.int64)
         self.updates = dict.fromkeys((p.name for p in method.phases()), 0)
+        self.rates = dict.fromkeys(method.roles, 1.0)  # factors on the learning rates, which roll-backs lower
+        self.roll_backs = 0
+        self.saver = None
+        self.watch = None if guard is None or guard.policy == "off" else Watch(guard)
+        self.health = Meter(world.device)  # what the guard looks at, between reports
+        self.stopping = False
+        self.heard = torch.zeros((), device=world.device)  # the largest of what all ranks had to say
+        self.hearing = Delayed(world.device)
+        self.place, self.place_since = "set-up", time.monotonic()
 
     @property
     def images(self) -> int:
@@ -182,26 +236,66 @@ class Engine:
         """The network to score and export: the average where there is one."""
         return self.nets["student"] if self.average is None else self.average
 
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done."""
+        return self.step >= self.train.steps
+
+    def stop(self) -> None:
+        """Asks all ranks to finish the step at hand, save and end; any rank and any thread may ask."""
+        self.stopping = True
+
+    def at(self, place: str) -> None:
+        """Notes where this rank is, for whoever asks why nothing moves."""
+        self.place, self.place_since = place, time.monotonic()
+
     def run(self) -> Iterator[Report]:
-        """Trains to the last step, yielding a report every `report_every` steps and at the end. Raises NonFinite."""
-        train, world = self.train, self.world
-        stream = self.feed.batches(self.images, train.batch, world.rank, world.size)
+        """Trains to the last step, or to a stop, yielding a report every `report_every` steps and at the end.
+
+        Raises NonFinite, Collapsed, and CheckpointError where a checkpoint could not be written; on all ranks together.
+        """
+        train = self.train
+        if self.step == 0 and self.folder and self.watch is not None and self.watch.guard.policy == "roll_back":
+            self.save()  # there is always a place to go back to
+        stream = self._stream()
         wall, waited_s, seen = time.perf_counter(), 0.0, 0
-        while self.step < train.steps:
+        while not self.finished:
+            self.at(f"step {self.step}, waiting for data")
             start = time.perf_counter()
             real, labels = next(stream)
             waited_s += time.perf_counter() - start
             self.update(real, labels)
             seen += train.batch
-            last = self.step == train.steps
-            if self.step % train.report_every and not last:
+            stops = self._hear()
+            alarm = self._look()
+            if not (self.finished or stops or alarm or self.step % train.report_every == 0):
                 continue
             metrics = self.read()
             now = time.perf_counter()
             metrics |= {"images_per_s": seen / (now - wall), "data_wait": waited_s / (now - wall)}
-            saves = last or self.step % train.save_every == 0
-            yield Report(self.step, self.images, metrics, self.save() if saves and self.folder else None)
+            step, images, path = self.step, self.images, None
+            events = () if alarm is None else self._answer(alarm)
+            if self.step < step:  # rolled back
+                stream.close()
+                stream = self._stream()
+            elif self.folder and (self.finished or stops or self.step % train.save_every == 0):
+                path = self.save()
+            if self.finished or stops:
+                self.wait()
+            yield Report(step, images, metrics, path, events)
+            if stops:
+                return
             wall, waited_s, seen = time.perf_counter(), 0.0, 0
+
+    def _stream(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.feed.batches(self.images, self.train.batch, self.world.rank, self.world.size)
+
+    def _hear(self) -> bool:
+        """Whether to stop, as all ranks agreed on in the step before; none waits for its device to know."""
+        said = self.hearing.put(self.heard)
+        if said == SAVE_FAILED:
+            self.wait()
+        return said == STOP
 
     def update(self, real: Tensor, labels: Tensor | None) -> None:
         """One step on this rank's share of a batch: real (B, C, H, W) in codec range, labels (B,) or None."""
@@ -211,6 +305,7 @@ class Engine:
             if self.step % phase.every:
                 continue
             mark = self.clock.now()
+            self.at(f"step {self.step}, phase {phase.name}")
             for role, net in self.nets.items():
                 wanted = role in phase.trains
                 if next(net.parameters()).requires_grad != wanted:
@@ -225,6 +320,8 @@ class Engine:
                 losses.append(loss.detach())
                 micro[i] = batch.detached()
                 self.meter.add({f"{phase.name}/{k}": v for k, v in (terms | health).items()})
+                if self.watch is not None:
+                    self.health.add({f"{phase.name}/{k}": v for k, v in health.items()})
             self._rest()
             self._optimise(index, phase, losses)
             self.clock.lap(f"{phase.name}_s", mark)
@@ -261,7 +358,9 @@ class Engine:
         The decision stays on the device (`found_inf` cancels a fused AdamW's update), so the host need not wait for it.
         """
         norm = grad_norm((self.nets[r] for r in phase.trains), self.world.device)
-        bad = self.world.any((~finite(norm, *losses)).float())
+        # one reduction carries both what is not finite and what a rank has to say to the others
+        says = SAVE_FAILED if self.saver and self.saver.failed else STOP if self.stopping else 0
+        bad, self.heard = self.world.any(torch.stack([(~finite(norm, *losses)).float(), torch.full_like(norm, says)]))
         first = (bad > 0) & (self.bad == 0)
         self.bad_at = torch.where(first, self.step * len(self.updates) + index, self.bad_at)
         self.bad = torch.maximum(self.bad, bad)
@@ -271,7 +370,7 @@ class Engine:
             grads = [p.grad for p in net.parameters() if p.grad is not None]
             torch._foreach_mul_(grads, scale)
             for group in optim.param_groups:
-                group["lr"] = self.settings[role].at(self.step, self.train.steps)
+                group["lr"] = self.settings[role].at(self.step, self.train.steps) * self.rates[role]
             optim.found_inf = self.bad
             optim.step()
             optim.zero_grad(set_to_none=True)
@@ -292,6 +391,41 @@ class Engine:
         metrics |= self.clock.read()
         return metrics | {f"updates/{name}": float(n) for name, n in self.updates.items()}
 
+    # The guard
+
+    def _look(self) -> Alarm | None:
+        """What the guard says, every so many steps; the same on all ranks."""
+        if self.watch is None or self.step % self.watch.guard.every:
+            return None
+        return self.watch.look(self.step, self.health.read(self.world))
+
+    def _answer(self, alarm: Alarm) -> tuple[Event, ...]:
+        """What the guard's policy does about an alarm. Raises Collapsed."""
+        policy, collapse = self.watch.guard.policy, Event("collapse", alarm.step, alarm.reason)
+        if policy == "warn":
+            return (collapse,)
+        if policy == "stop":
+            raise Collapsed(f"step {alarm.step}: {alarm.reason}. {CURE}, or choose failure.collapse.policy=roll_back")
+        if self.roll_backs == self.watch.guard.max_roll_backs:
+            raise Collapsed(f"step {alarm.step}: {alarm.reason}, after {self.roll_backs} roll-backs. {CURE}")
+        return collapse, self._roll_back(alarm)
+
+    def _roll_back(self, alarm: Alarm) -> Event:
+        """Back to the newest checkpoint from before the trouble, with a lower rate for the student."""
+        if self.folder is None:
+            raise Collapsed(f"step {alarm.step}: {alarm.reason}, and without a folder there is nothing to go back to")
+        self.wait()
+        older = [path for path in state.checkpoints(self.folder) if state.step_of(path) < max(alarm.since, 1)]
+        if not older:
+            raise Collapsed(f"step {alarm.step}: {alarm.reason}, and no checkpoint is older. {CURE}")
+        rate, roll_backs = self.rates["student"] * self.watch.guard.rate, self.roll_backs + 1
+        self.resume(older[-1])
+        self.saver.remove_after(self.step)  # a restart must not go on from what was left behind
+        self.rates["student"], self.roll_backs = rate, roll_backs
+        self.watch.reset(self.step)
+        lower = f"the student's rate is now {rate:g} of optim.student.lr"
+        return Event("roll_back", self.step, f"from step {alarm.step} to the checkpoint of step {self.step}; {lower}")
+
     # State
 
     def _parts(self) -> dict[str, nn.Module]:
@@ -308,6 +442,11 @@ class Engine:
             state.save(self.folder, tensors, manifest, self.train.keep)
         self.world.barrier()
         return path
+
+    def wait(self) -> None:
+        """Until what was saved is complete. Raises CheckpointError, on all ranks together."""
+        if self.saver is not None:
+            self.saver.wait()
 
     def resume(self, path: Path) -> None:
         """Goes on from a checkpoint of the same recipe, exactly. Raises CheckpointError."""
