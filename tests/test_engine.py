@@ -92,7 +92,7 @@ def test_a_changed_rate_takes_effect_on_resume(tmp_path):
 # AdamW with a floor of 1 is smooth in the gradient; with the usual floor the sign of a rounding error decides
 SMOOTH = {"eps": 1.0}
 PLAIN = [GAN, DMD2(gan_weight=0.05, student_steps=2, backward_simulation=False), METHODS["denoising"]()]
-SLICED = ("student_std", "real_std")  # a standard deviation is no mean over slices
+SLICED = ("_std", "_spread")  # a standard deviation is no mean over slices
 
 
 def without(metrics: dict[str, float], ends: tuple[str, ...]) -> dict[str, float]:

@@ -157,7 +157,7 @@ class DMD2(Method):
             real_features = fake(real_t, level, batch.real_cond, "features")
             d_real, d_fake = nets["disc"](torch.cat([real_features, features])).chunk(2)
             terms["gan"] = self.critic_gan_weight * gan_discriminator(d_real, d_fake)
-            health = {"d_real": d_real.detach().sigmoid().mean(), "d_fake": d_fake.detach().sigmoid().mean()}
+            health = _verdicts(d_real.detach(), d_fake.detach())
         return terms, health
 
 
@@ -166,12 +166,25 @@ def _pair(level: Level) -> tuple[Tensor, Tensor]:
 
 
 def _statistics(x: Tensor, real: Tensor) -> Terms:
-    """Brightness and contrast of the student against the data; the share of pixels beyond the range by a grey level."""
+    """Brightness, contrast and diversity of the student against the data; the shares of values beyond [-1, 1] by a grey
+    level, which for data in pixels is none. Diversity, `spread`, is the standard deviation of a pixel over the batch,
+    averaged over pixels; a batch of one image has none to report."""
     x = x.detach()
-    return {
+    health = {
         "student_mean": x.mean(),
         "student_std": x.std(),
         "real_mean": real.mean(),
         "real_std": real.std(),
         "saturated": (x.abs() > 1 + 2 / 255).float().mean(),
+        "real_saturated": (real.abs() > 1 + 2 / 255).float().mean(),
     }
+    if len(x) > 1:
+        health |= {"student_spread": x.std(dim=0).mean(), "real_spread": real.std(dim=0).mean()}
+    return health
+
+
+def _verdicts(real: Tensor, fake: Tensor) -> Terms:
+    """Of the discriminator's logits: mean probability that an image is real, and the share of logits on the right side
+    (one half when it cannot tell; a logit of exactly 0 is on neither)."""
+    right = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
+    return {"d_real": real.sigmoid().mean(), "d_fake": fake.sigmoid().mean(), "d_accuracy": right}
