@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,23 +36,36 @@ def saved_bytes(net: nn.Module, inputs: tuple[Any, ...]) -> int:
     return total
 
 
+def activations(forward: Callable[[int], int], count: int) -> int:
+    """Bytes kept for a micro-batch of `count`, from passes on two and three samples: no large batch is run here.
+
+    forward: samples -> `saved_bytes`. From the second sample on each adds the same, so this is exact for two or more.
+    """
+    two, three = forward(2), forward(3)
+    return two + (count - 2) * (three - two)
+
+
 def memory(recipe: Recipe) -> list[dict[str, Any]]:
-    """Bytes each role needs on a worker: weights, gradients, optimiser, activations of one micro-batch (measured)."""
+    """Bytes each role needs on a worker: weights, gradients, optimiser, activations of one micro-batch."""
     nets = build.make_nets(recipe)
     shards = recipe.cluster.workers if recipe.cluster.placement == "shard" else 1
     count = recipe.train.batch // (recipe.cluster.workers * recipe.train.accumulate)
     student = nets["student"]
-    x = torch.randn(count, *student.shape)
-    one = torch.ones(count, 1, 1, 1)
-    cond = torch.zeros(count, dtype=torch.int64) if student.classes else None
+
+    def inputs(net: nn.Module, samples: int) -> tuple[Any, ...]:
+        x, one = torch.randn(samples, *student.shape), torch.ones(samples, 1, 1, 1)
+        cond = torch.zeros(samples, dtype=torch.int64) if student.classes else None
+        if isinstance(net, Denoiser):
+            return x, Level(one, one), cond
+        with torch.no_grad():
+            return (student(x, Level(one, one), cond, "features"),)
+
     rows = []
-    with torch.no_grad():
-        features = student(x, Level(one, one), cond, "features")
     for role, net in nets.items():
         trains = role in recipe.method.roles
         net.eval().requires_grad_(trains)
         size = sum(p.numel() * p.element_size() for p in net.parameters())
-        inputs = (features,) if not isinstance(net, Denoiser) else (x, Level(one, one), cond)
+        forward = lambda samples, net=net: saved_bytes(net, inputs(net, samples))
         rows.append(
             {
                 "role": role,
@@ -59,7 +73,7 @@ def memory(recipe: Recipe) -> list[dict[str, Any]]:
                 "weights": size * (2 if role == "student" and recipe.train.profile else 1) // shards,
                 "gradients": size // shards if trains else 0,
                 "optimiser": 2 * size // shards if trains else 0,
-                "activations": saved_bytes(net, inputs) if trains else 0,
+                "activations": activations(forward, count) if trains else 0,
             }
         )
     return rows
