@@ -10,15 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import toy
-from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.diffusion.draws import Draws
 from fewstep.engine import state
 from fewstep.engine.optim import Optim
-from fewstep.engine.state import CheckpointError
 from fewstep.engine.train import Engine, NonFinite, Train
-from fewstep.engine.world import World
+from fewstep.engine.world import Layout, World
 from fewstep.methods import METHODS
 
 DMD2 = METHODS["dmd2"]
@@ -68,7 +66,7 @@ def test_sixty_steps_equal_forty_and_twenty_more_after_a_resume(tmp_path, method
     assert second.step == 40 and second.images == 320
     assert toy.finish(second) == reports[2:]
     assert toy.same(everything(second), everything(whole))
-    assert toy.same(load_file(tmp_path / "a/step-00000060/state.safetensors"), everything(second))
+    assert toy.same(state.read_weights(tmp_path / "a/step-00000060"), everything(second))
 
 
 def test_a_run_is_a_function_of_its_seed():
@@ -130,7 +128,7 @@ def one_of_two(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     train = {"steps": 8, "batch": 16, "optim": SMOOTH, "report_every": 8, "save_every": 8, "keep": 5}
     for placement in ("replicate", "shard"):
-        world, out = World.current(placement=placement), Path(folder, placement)
+        world, out = World.current(layout=Layout(placement=placement)), Path(folder, placement)
         engine = toy.make_engine(GAN, world=world, folder=out, **train)
         metrics = toy.finish(engine)[-1]
         if rank == 0:
@@ -158,8 +156,8 @@ def test_two_processes_equal_one_replicated_or_sharded(tmp_path):
     toy.finish(longer)
     for placement in ("replicate", "shard"):
         out = tmp_path / placement
-        assert_near(load_file(out / "step-00000008/state.safetensors"), everything(one), atol=1e-6)
-        assert_near(load_file(out / "step-00000016/state.safetensors"), everything(longer), atol=1e-6)
+        assert_near(state.read_weights(out / "step-00000008"), everything(one), atol=1e-6)
+        assert_near(state.read_weights(out / "step-00000016"), everything(longer), atol=1e-6)
         theirs = json.loads((out / "metrics.json").read_text())
         assert without(theirs, SLICED) == pytest.approx(without(metrics, SLICED), rel=1e-4, abs=1e-6)
     for rank in (0, 1):  # both ranks stop, at the same step and phase
@@ -342,7 +340,7 @@ def test_without_an_average_the_student_itself_is_scored(tmp_path):
     engine = toy.make_engine(GAN, steps=2, average_decay=None, folder=tmp_path)
     toy.finish(engine)
     assert engine.student is engine.nets["student"]
-    assert not any("average" in key for key in load_file(tmp_path / "step-00000002/state.safetensors"))
+    assert not any("average" in key for key in state.read_weights(tmp_path / "step-00000002"))
 
 
 # Reports
@@ -405,132 +403,3 @@ def test_the_watch_for_waits_sees_them():
     for wait in (lambda x: x.item(), bool, float, lambda x: x.nonzero(), lambda x: 1 if x > 0 else 0):
         with Waits(), pytest.raises(AssertionError, match="asks the device"):
             wait(torch.ones(()))
-
-
-# Checkpoints
-
-
-@pytest.fixture
-def saved(tmp_path) -> Path:
-    engine = toy.make_engine(GAN, steps=2, folder=tmp_path)
-    toy.finish(engine)
-    return tmp_path / "step-00000002"
-
-
-def fails(path: Path) -> str:
-    """The text with which a resume from `path` is refused; the engine keeps its weights."""
-    engine = toy.make_engine(GAN, steps=4)
-    before = everything(engine)
-    with pytest.raises(CheckpointError) as error:
-        engine.resume(path)
-    assert engine.step == 0 and toy.same(before, everything(engine))
-    return str(error.value)
-
-
-AGAIN = "remove that folder to resume from the one before it, or start anew under another name=..."
-
-
-def test_a_truncated_checkpoint_is_refused(saved):
-    file = saved / "state.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    assert fails(saved) == f"{file}: truncated or changed since it was written; {AGAIN}"
-
-
-def test_one_flipped_bit_is_noticed(saved):
-    file = saved / "state.safetensors"
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-    assert fails(saved) == f"{file}: truncated or changed since it was written; {AGAIN}"
-
-
-@pytest.mark.parametrize("name", ["manifest.json", "state.safetensors"])
-def test_a_missing_file_is_named(saved, name):
-    (saved / name).unlink()
-    assert fails(saved) == f"{saved / name}: no such file, so {saved} is no complete checkpoint; {AGAIN}"
-
-
-@pytest.mark.parametrize("content", [b'{"format": 1', b"[]", b"{}", b"7", b'{"format": 1, "step": \xff}', b""])
-def test_a_damaged_manifest_is_named(saved, content):
-    (saved / "manifest.json").write_bytes(content)
-    text = fails(saved)
-    assert text.startswith(f"{saved / 'manifest.json'}: damaged (") and text.endswith(AGAIN)
-
-
-def test_a_manifest_without_a_step_is_refused(saved):
-    manifest = json.loads((saved / "manifest.json").read_text())
-    del manifest["step"]
-    (saved / "manifest.json").write_text(json.dumps(manifest))
-    assert fails(saved) == f"{saved / 'manifest.json'}: damaged ('step' is missing); {AGAIN}"
-
-
-def test_a_checkpoint_of_another_recipe_is_refused(saved):
-    manifest = json.loads((saved / "manifest.json").read_text())
-    (saved / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "other"}))
-    text = fails(saved)
-    assert text.startswith(f"{saved}: written by another recipe (fingerprint other, ours toy); give this run another")
-    assert "start.student=<run folder>" in text
-
-
-def test_a_checkpoint_of_another_format_is_refused(saved):
-    manifest = json.loads((saved / "manifest.json").read_text())
-    (saved / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
-    assert fails(saved).startswith(f"{saved}: checkpoint format 2, this version reads 1")
-
-
-def test_a_checkpoint_of_another_network_is_refused(saved):
-    tensors, _ = state.read(saved)
-    net = toy.denoiser(width=16)
-    text = r"there: does not fit the network; 7 tensors differ, such as backbone.encoder.0.weight, "
-    with pytest.raises(CheckpointError, match=text):
-        state.load_net(net, state.part(tensors, "net.student"), "there")
-
-
-def test_a_checkpoint_holds_what_it_says(saved):
-    tensors, manifest = state.read(saved, "toy")
-    assert (manifest["step"], manifest["images"]) == (2, 32)
-    assert manifest["updates"] == {"student": 1, "critic": 2}
-    parts = {".".join(key.split(".")[:2]) for key in tensors}
-    roles = ("student", "fake", "disc")
-    assert parts == {f"net.{r}" for r in (*roles, "average")} | {f"optim.{r}" for r in roles}
-    assert tensors["optim.fake.backbone.decoder.0.weight.step"] == 2
-
-
-SOME = {"images": 0, "updates": {}, "fingerprint": ""}
-
-
-def test_a_half_written_checkpoint_is_not_visible(tmp_path, monkeypatch):
-    tensors, manifest = {"x": torch.ones(3)}, SOME | {"step": 5}
-
-    def lost(path):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(state, "_sha256", lost)
-        state.save(tmp_path, tensors, manifest, keep=2)
-    assert state.checkpoints(tmp_path) == []
-    (tmp_path / "step-00000004").mkdir()  # one whose manifest has not arrived yet
-    assert state.checkpoints(tmp_path) == []
-    path = state.save(tmp_path, tensors, manifest, keep=2)
-    assert state.checkpoints(tmp_path) == [path] and torch.equal(state.read(path)[0]["x"], torch.ones(3))
-
-
-def test_the_newest_checkpoints_are_kept(tmp_path):
-    engine = toy.make_engine("denoising", steps=12, report_every=2, save_every=2, keep=3, batch=2, folder=tmp_path)
-    toy.finish(engine)
-    assert [p.name for p in state.checkpoints(tmp_path)] == ["step-00000008", "step-00000010", "step-00000012"]
-
-
-def test_a_step_saved_twice_replaces_itself(tmp_path):
-    for value in (1.0, 2.0):
-        path = state.save(tmp_path, {"x": torch.tensor(value)}, SOME | {"step": 1}, keep=1)
-    assert state.read(path)[0]["x"] == 2
-
-
-def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path):
-    state.writable(tmp_path / "new" / "run")
-    assert list((tmp_path / "new" / "run").iterdir()) == []
-    (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ValueError, match=rf"out: cannot write in {folder} \(.*\); choose another with out="):
-            state.writable(folder)

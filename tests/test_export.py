@@ -61,8 +61,10 @@ def run(tmp_path_factory) -> Path:
     }
     recipe = validate(Recipe, recipe)
     nets = {"student": student(1), "average": student(2)}
-    manifest = {"step": 30, "images": 960, "updates": {}, "fingerprint": recipe.fingerprint}
-    state.save(folder / "checkpoints", state.tensors_of(nets, {}), manifest, keep=1)
+    manifest = {"step": 30, "images": 960, "updates": {}, "recipe": recipe.numbers}
+    saver = state.Saver(folder / "checkpoints")
+    saver.save(nets, {}, manifest)
+    saver.wait()
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     (folder / "scores.json").write_text(json.dumps(ROWS))
     return folder

@@ -154,7 +154,7 @@ def make_engine(
     optims = {role: Optim(lr=rates[role], **(optim or {})) for role in method.roles}
     settings = Train(**{"steps": 10, "batch": 16, "report_every": 5, "save_every": 10} | train)
     feed = Feed(data or teacher)
-    return Engine(method, nets, optims, feed, settings, seed=seed, world=world, folder=folder, fingerprint="toy")
+    return Engine(method, nets, optims, feed, settings, seed=seed, world=world, folder=folder, recipe={"toy": 1})
 
 
 def finish(engine: Engine) -> list[dict[str, float]]:

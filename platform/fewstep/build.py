@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .config import resolve
+from .config import read, resolve, validate
 from .data.feed import Feed, open_feed
 from .data.shards import Shards
 from .diffusion.draws import Draws, fold
@@ -41,21 +41,24 @@ def make_nets(recipe: Recipe) -> dict[str, nn.Module]:
     teacher = make_teacher(recipe)
     nets = recipe.method.nets(teacher, lambda: new_head(teacher))
     for role, folder in recipe.start.items():
-        path = latest(resolve(folder))
+        path = latest(folder if "://" in folder else resolve(folder))
         if path is None:
             raise ValueError(f"start.{role}: no checkpoint below {folder!r}; give the folder of a run")
-        tensors, _ = state.read(path)
-        state.load_net(nets[role], state.part(tensors, f"net.{role}"), str(path))
+        state.load_net(nets[role], state.read_weights(path, f"net.{role}"), str(path))
     if recipe.network is None:
         guidance = getattr(recipe.method, "guidance", 1.0)
         nets["teacher"] = Guided(teacher, guidance) if guidance > 1 else teacher
     return nets
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest checkpoint of a run's folder, or None."""
-    found = state.checkpoints(folder / "checkpoints")
-    return found[-1] if found else None
+def latest(folder: Path | str) -> Path | str | None:
+    """The newest checkpoint of a run's folder, wherever its recipe keeps them, or of a URL; None where none is."""
+    if "://" in str(folder):
+        return state.newest(folder)
+    found, recipe = state.newest(Path(folder) / "checkpoints"), Path(folder) / "recipe.yaml"
+    if found is None and recipe.is_file():
+        found = state.newest(validate(Recipe, read(recipe)).checkpoints)
+    return found
 
 
 def fingerprints(recipe: Recipe, shards: Shards) -> dict[str, str]:
@@ -98,7 +101,8 @@ def make_engine(recipe: Recipe, feed: Feed, world: World | None = None, folder: 
         seed=recipe.seed,
         world=world,
         folder=folder,
-        fingerprint=recipe.fingerprint,
+        recipe=recipe.numbers,
+        resume_allow=recipe.resume_allow,
     )
 
 
@@ -132,17 +136,24 @@ def heun_sampler(net: nn.Module, steps: int, guidance: float = 1.0) -> Sampler:
 
 @torch.no_grad()
 def make_samples(
-    sampler: Sampler, images: int, seed: int = 0, batch: int = 250, world: World | None = None, checkpoint: str = "last"
+    sampler: Sampler,
+    images: int,
+    seed: int = 0,
+    batch: int = 250,
+    world: World | None = None,
+    checkpoint: str = "last",
+    alive: Callable[[], None] = lambda: None,
 ) -> Samples | None:
     """`images` samples with labels 0, 1, 2, ... in turn, the same for any world size; each rank makes its share.
 
     Returns Samples on rank 0 and None on the others. `seconds` is the sampling's alone: batches times their
-    median, which a first call's set-up does not bend.
+    median, which a first call's set-up does not bend. alive: called before each batch.
     """
     world = world or World()
     batch = max(batch // world.size, 1) * world.size
     mine, laps = [], []
     for first in range(0, images, batch):
+        alive()
         start = time.perf_counter()
         draws = Draws(fold(seed, "samples"), first, world.rank, world.size, world.device)
         z = draws.normal("z", (batch // world.size, *sampler.shape))

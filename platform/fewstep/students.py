@@ -28,11 +28,15 @@ from .recipe import Recipe
 
 @dataclass(frozen=True)
 class Student:
-    """A trained network and what made it. averaged: whether these are the running average's weights."""
+    """A trained network and what made it.
+
+    folder: the run's. checkpoint: path or URL. averaged: whether these are the running average's weights.
+    """
 
     net: Denoiser
     recipe: Recipe
-    checkpoint: Path
+    folder: Path
+    checkpoint: Path | str
     step: int
     averaged: bool
 
@@ -48,30 +52,35 @@ def open_student(folder: str | Path, average: bool | None = None) -> Student:
     average: the running average's weights or the raw ones; None takes the average where the run kept one.
     Raises ValueError naming the file at fault.
     """
+    if "://" in str(folder):
+        raise ValueError(
+            f"run: {str(folder)!r} is not on this machine; give the run's folder, whose recipe.yaml says where its "
+            "checkpoints are"
+        )
     folder = resolve(folder)
-    checkpoint = folder if _is_checkpoint(folder) else build.latest(folder)
+    if state.complete(folder):
+        checkpoint, folder = folder, folder.parents[1]
+    else:
+        checkpoint = build.latest(folder)
     if checkpoint is None:
         raise ValueError(
             f"run: no checkpoint below {str(folder)!r}; give a run's folder or one of its checkpoints/step-*"
         )
-    path = checkpoint.parents[1] / "recipe.yaml"
+    path = folder / "recipe.yaml"
     try:
         recipe = validate(Recipe, read(path))
     except ConfigError as error:
         raise ValueError(f"run: {path}: {error}") from None
-    tensors, manifest = state.read(checkpoint)
-    weights = {name: state.part(tensors, f"net.{name}") for name in ("average", "student")}
-    if average and not weights["average"]:
+    manifest = state.read_manifest(checkpoint)
+    kept = any(name.startswith("net.average.") for name in manifest["tensors"])
+    if average and not kept:
         raise ValueError(f"average: {checkpoint} holds none, as train.average_decay was null; give average=false")
-    averaged = bool(weights["average"]) if average is None else average
+    averaged = kept if average is None else average
     teacher = build.make_teacher(recipe)
     net = recipe.method.nets(teacher, lambda: new_head(teacher))["student"]
-    state.load_net(net, weights["average" if averaged else "student"], str(checkpoint))
-    return Student(net.eval().requires_grad_(False), recipe, checkpoint, manifest["step"], averaged)
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / "state.safetensors").is_file()
+    weights = state.read_weights(checkpoint, "net.average" if averaged else "net.student")
+    state.load_net(net, weights, str(checkpoint))
+    return Student(net.eval().requires_grad_(False), recipe, folder, checkpoint, manifest["step"], averaged)
 
 
 def open_sampler(ref: str, steps: int = 18, guidance: float = 1.0, device: torch.device | str = "cpu") -> build.Sampler:
@@ -80,7 +89,7 @@ def open_sampler(ref: str, steps: int = 18, guidance: float = 1.0, device: torch
     steps, guidance: of the solver, for a teacher alone. Raises ValueError naming the file at fault.
     """
     folder = locate(ref)
-    if (folder / "recipe.yaml").is_file() or _is_checkpoint(folder):
+    if (folder / "recipe.yaml").is_file() or state.complete(folder):
         student = open_student(folder)
         student.net.to(device)
         return student.sampler
@@ -151,7 +160,7 @@ def export_run(
     Returns what a job prints: folder, step, averaged, calls, max_difference. Raises ValueError.
     """
     student = open_student(run, average)
-    recipe, folder = student.recipe, student.checkpoint.parents[1]
+    recipe, folder = student.recipe, student.folder
     scores = folder / "scores.json"
     if not rows and scores.is_file():
         rows = json.loads(scores.read_text())

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -21,6 +20,7 @@ from ..networks.average import Exponential, Power, Profile, average
 from . import state
 from .guard import Alarm, Guard, Watch
 from .optim import Optim, grad_norm
+from .storage import Ref
 from .world import World
 
 
@@ -44,7 +44,15 @@ class Train(Strict):
     save_every: Annotated[int, Field(ge=1)] = 500
     """Steps between checkpoints; a multiple of report_every. The last step is always saved."""
     keep: Annotated[int, Field(ge=1)] = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    keep_best: Annotated[int, Field(ge=0)] = 0
+    """Best checkpoints kept beside the newest."""
+    keep_best_by: str | None = None
+    """The score that says which are best, one of evaluate.metrics."""
+    keep_best_mode: Literal["min", "max"] = "min"
+    """Whether low or high scores are good."""
+    keep_every_images: Annotated[int, Field(ge=1)] | None = None
+    """Keep for ever the first checkpoint after each multiple of so many images."""
 
     @property
     def profile(self) -> Profile | None:
@@ -79,7 +87,7 @@ class Report:
     step: int
     images: int
     metrics: dict[str, float]
-    checkpoint: Path | None = None
+    checkpoint: Ref | None = None
     events: tuple[Event, ...] = ()
 
 
@@ -175,7 +183,8 @@ class Engine:
 
     nets: every role's network, the frozen teacher among them, as made (the engine places them on the world's devices).
     optims: settings for each role that trains. feed: batches of data. seed: of all randomness, with the step.
-    folder: where checkpoints go; None saves none. fingerprint: of the recipe, kept in checkpoints and asked on resume.
+    folder: path or URL where checkpoints go; None saves none. recipe: what decides the numbers, kept in checkpoints; a
+    resume refuses another one, but for the dotted keys in `resume_allow`.
     """
 
     def __init__(
@@ -188,21 +197,23 @@ class Engine:
         *,
         seed: int = 0,
         world: World | None = None,
-        folder: Path | None = None,
-        fingerprint: str = "",
+        folder: Ref | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        resume_allow: Iterable[str] = (),
         guard: Guard | None = None,
     ):
         self.method, self.settings, self.feed, self.train = method, dict(optims), feed, train
         self.world = world = world or World()
-        self.seed, self.folder, self.fingerprint, self.step = seed, folder, fingerprint, 0
+        self.seed, self.folder, self.step = seed, folder, 0
+        self.recipe, self.resume_allow = dict(recipe or {}), tuple(resume_allow)
         if train.batch % (world.size * train.accumulate):
             share = f"workers x accumulate = {world.size} x {train.accumulate}"
             raise ValueError(f"train.batch: {train.batch} is not a multiple of {share}")
         # the averaged copy is made before placement: a sharded module cannot be copied
         self.average = None if train.profile is None else deepcopy(nets["student"]).eval().requires_grad_(False)
-        self.nets = {role: world.place(net) for role, net in nets.items()}
+        self.nets = {role: world.place(role, net) for role, net in nets.items()}
         if self.average is not None:
-            self.average = world.place(self.average)
+            self.average = world.place("average", self.average)
         for role, net in self.nets.items():
             net.eval()  # dropout stays off for all, as published
             net.requires_grad_(False)
@@ -218,7 +229,13 @@ class Engine:
         self.updates = dict.fromkeys((p.name for p in method.phases()), 0)
         self.rates = dict.fromkeys(method.roles, 1.0)  # factors on the learning rates, which roll-backs lower
         self.roll_backs = 0
-        self.saver = None
+        keep = state.Keep(
+            last=train.keep,
+            best=train.keep_best,
+            every_images=train.keep_every_images,
+            higher=train.keep_best_mode == "max",
+        )
+        self.saver = None if folder is None else state.Saver(folder, world, keep)
         self.watch = None if guard is None or guard.policy == "off" else Watch(guard)
         self.health = Meter(world.device)  # what the guard looks at, between reports
         self.stopping = False
@@ -432,27 +449,20 @@ class Engine:
         trained = {role: self.nets[role] for role in self.method.roles}
         return trained if self.average is None else trained | {"average": self.average}
 
-    def save(self) -> Path:
-        """Saves everything this run needs to go on; a collective. Returns the checkpoint's folder."""
+    def save(self) -> Ref:
+        """Begins to save everything this run needs to go on; a collective. Returns where the checkpoint will be."""
         self._rest()
-        tensors = state.tensors_of(self._parts(), self.optims)
-        manifest = {"step": self.step, "images": self.images, "updates": self.updates, "fingerprint": self.fingerprint}
-        path = self.folder / f"step-{self.step:08d}"
-        if self.world.rank == 0:
-            state.save(self.folder, tensors, manifest, self.train.keep)
-        self.world.barrier()
-        return path
+        manifest = {"step": self.step, "images": self.images, "updates": self.updates, "recipe": self.recipe}
+        manifest |= {"rates": self.rates, "roll_backs": self.roll_backs}
+        return self.saver.save(self._parts(), self.optims, manifest)
 
     def wait(self) -> None:
         """Until what was saved is complete. Raises CheckpointError, on all ranks together."""
         if self.saver is not None:
             self.saver.wait()
 
-    def resume(self, path: Path) -> None:
-        """Goes on from a checkpoint of the same recipe, exactly. Raises CheckpointError."""
-        tensors, manifest = state.read(path, self.fingerprint)
-        for name, net in self._parts().items():
-            state.load_net(net, state.part(tensors, f"net.{name}"), str(path))
-        for role, optim in self.optims.items():
-            state.load_optim(optim, self.nets[role], state.part(tensors, f"optim.{role}"))
+    def resume(self, path: Ref) -> None:
+        """Goes on from a checkpoint of the same recipe, exactly; a collective. Raises CheckpointError."""
+        manifest = state.load(path, self._parts(), self.optims, self.world, self.recipe, self.resume_allow)
         self.step, self.updates = manifest["step"], dict(manifest["updates"])
+        self.rates, self.roll_backs = dict(manifest["rates"]), manifest["roll_backs"]
