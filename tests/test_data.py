@@ -120,12 +120,20 @@ def test_flips_are_a_fair_coin_per_epoch_and_row():
     assert np.array_equal(plan.flips(np.zeros(10, int), rows[:10]), first[:10])
 
 
-def test_stand_ins_are_the_rest_of_the_unit_in_its_order():
-    plan = Plan([4, 6], seed=5)
-    for row in range(10):
-        unit, _ = plan.unit(row)
-        others = list(plan.stand_ins(7, row))
+def test_stand_ins_are_the_rest_of_the_unit_and_then_the_units_that_follow_in_the_epoch():
+    plan = Plan([4, 6, 3], seed=5)
+    for row in range(13):
+        unit, inside = plan.unit(row)
+        (own, others), *following = plan.stand_ins(7, row)
+        assert own == unit and plan.unit(int(following[0][1][0])) == (
+            following[0][0],
+            inside % [4, 6, 3][following[0][0]],
+        )
         assert sorted([*others, row]) == list(range(int(plan.first[unit]), int(plan.first[unit + 1])))
+        order = plan._epoch(7)[0].tolist()
+        assert [u for u, _ in following] == (2 * order)[order.index(unit) + 1 :][:2]
+        for u, ids in following:
+            assert sorted(ids.tolist()) == list(range(int(plan.first[u]), int(plan.first[u + 1])))
 
 
 @pytest.mark.parametrize("batch, rank, world", [(10, 0, 3), (8, 2, 2), (0, 0, 1), (4, 0, 0)])
@@ -340,6 +348,24 @@ def test_a_resumed_stream_continues_where_it_was(tmp_path, kind):
         assert same(take(kind(shards, seed=1), 20 - done, position=24 * done), whole[done:])
 
 
+@pytest.mark.parametrize("kind", [MemoryFeed, StreamFeed])
+def test_another_world_goes_on_at_the_first_unseen_row(tmp_path, kind):
+    """Two ranks consume the first 72 images; worlds of 1 to 4 give the other 178 of the epoch, then the next one."""
+    shards = write(tmp_path / "set", rows=250)
+    plan = kind(shards, seed=6).plan
+
+    def images(position, batches, world):
+        parts = [take(kind(shards, seed=6), batches, position, rank=rank, world=world) for rank in range(world)]
+        return torch.cat([torch.stack([part[i][0] for part in parts], 1).flatten(0, 1) for i in range(batches)])
+
+    values = lambda x: ((x[:, 0, 0, 0] + 1) * 127.5).round().long().tolist()
+    seen = values(images(0, 3, world=2))
+    tails = [values(images(72, 12, world)) for world in (1, 2, 3, 4)]
+    assert tails[1:] == tails[:1] * 3
+    assert sorted(seen + tails[0][:178]) == list(range(250))
+    assert sorted(plan.rows(0, 72).tolist() + plan.at(np.arange(72, 250)).tolist()) == list(range(250))
+
+
 def test_flipped_images_are_mirrored(tmp_path):
     ramp = np.broadcast_to(np.arange(12, dtype=np.uint8), (1, 12, 12))
     with ShardWriter(tmp_path / "set", (1, 12, 12)) as writer:
@@ -410,18 +436,114 @@ def test_too_many_corrupt_rows_stop_and_are_listed(tmp_path, monkeypatch, kind):
         take(kind(shards, max_corrupt=0.015), 25)
 
 
-@pytest.mark.parametrize("damage", ["removed", "cut short"])
-def test_a_shard_lost_in_mid_run_is_an_error_that_names_it(tmp_path, damage):
+LOSSES = {
+    "removed": lambda file: file.unlink(),
+    "cut short": lambda file: file.write_bytes(file.read_bytes()[:-100]),
+    "emptied": lambda file: file.write_bytes(b""),
+}
+
+
+def lost_rows(shards, number):
+    """The row ids of a shard."""
+    first = sum(shard.rows for shard in shards.manifest.shards[:number])
+    return range(first, first + shards.manifest.shards[number].rows)
+
+
+@pytest.mark.parametrize("damage", LOSSES)
+def test_a_shard_lost_in_mid_run_stops_it_above_the_limit_and_is_named_with_its_rows(tmp_path, damage):
     shards = write(tmp_path / "set", rows=2000)
-    batches = StreamFeed(shards).batches(0, 24)
+    feed = StreamFeed(shards, max_corrupt=0.01)
+    batches = feed.batches(0, 24)
     next(batches)
-    for file in (tmp_path / "set").glob("*.parquet"):
-        file.unlink() if damage == "removed" else file.write_bytes(file.read_bytes()[:50])
+    LOSSES[damage](tmp_path / "set" / "shard-00003.parquet")
+    count = len(lost_rows(shards, 3))
     started = time.perf_counter()
-    with pytest.raises(ShardError, match=r"shard-000\d\d.parquet: row group \d+ cannot be read"):
+    wanted = rf"{count} corrupt rows, 20 allowed; restore them or raise max_corrupt:\n  {count} rows: "
+    with pytest.raises(CorruptRows, match=wanted + r".*shard-00003.parquet: row group \d+ cannot be read.*prepare.py"):
         for _ in batches:
             pass
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 5 and feed.corrupt_rows == count > 20
+
+
+@pytest.mark.parametrize("damage", LOSSES)
+def test_rows_of_a_lost_shard_are_replaced_alike_for_every_world(tmp_path, caplog, damage):
+    """Position k holds the plan's row, or for a lost one the row of its number in the next unit that can be read."""
+    shards = write(tmp_path / "set", rows=250)
+    pixels = np.concatenate([[decode(data, shards.size)[0, 0, 0] for data in shards.read(u).column("image").to_pylist()]
+                             for u in range(len(shards.units))])  # fmt: skip
+    feed = StreamFeed(shards, seed=3, flip=True, max_corrupt=0.9, ahead_bytes=1)
+    batches = feed.batches(0, 24)
+    whole = [next(batches)]
+    LOSSES[damage](tmp_path / "set" / "shard-00001.parquet")
+    whole += itertools.islice(batches, 30)  # three epochs
+    lost, plan = set(lost_rows(shards, 1)), feed.plan
+
+    def expected(position):
+        row, epoch = int(plan.at([position])[0]), position // plan.rows_total
+        unit, inside = plan.unit(row)
+        units = (u for u in plan.units_from(epoch, unit) if int(plan.first[u]) not in lost)
+        unit = next(units)
+        return pixels[plan.first[unit] + inside % plan.units[unit]]
+
+    # what was read before the loss is still used; from the second epoch on every read comes after it
+    values = torch.cat([((images[:, 0, 0, 0] + 1) * 127.5).round().long() for images, _ in whole]).tolist()
+    assert values[250:] == [expected(position) for position in range(250, 31 * 24)]
+    assert torch.cat([labels for _, labels in whole]).tolist() == [value % 10 for value in values]
+    for world in (1, 2, 3, 4):
+        parts = [StreamFeed(shards, seed=3, flip=True, max_corrupt=0.9) for _ in range(world)]
+        parts = [take(part, 19, position=288, rank=rank, world=world) for rank, part in enumerate(parts)]
+        assert all(
+            torch.equal(torch.stack([part[i][k] for part in parts], 1).flatten(0, 1), whole[12 + i][k])
+            for i in range(19)
+            for k in (0, 1)
+        )
+    assert feed.corrupt_rows == len(lost) and feed.corrupt[0].startswith(f"{len(lost)} rows: ")
+    warnings = [record.getMessage() for record in caplog.records if record.name == "fewstep.data"]
+    assert len(warnings) == 11 and all("shard-00001.parquet" in text and "max_corrupt" in text for text in warnings)
+
+
+def test_a_damaged_row_group_costs_its_own_rows_and_a_stand_in_may_be_corrupt_itself(tmp_path, monkeypatch):
+    bad = tuple(range(0, 200, 9))
+    write(tmp_path / "set", rows=200, bad=bad, monkeypatch=monkeypatch)
+    _flip_byte(tmp_path / "set")
+    shards = open_shards(tmp_path / "set", verify="size")
+    feed = StreamFeed(shards, max_corrupt=0.5)
+    whole = take(feed, 25)
+    values = torch.cat([((images[:, 0, 0, 0] + 1) * 127.5).round().long() for images, _ in whole])
+    assert not set(values.tolist()) & set(bad) and torch.equal(torch.cat([x for _, x in whole]), values % 10)
+    damaged = next(i for i, unit in enumerate(shards.units) if (unit.file, unit.group) == ("shard-00001.parquet", 1))
+    readable = [decode_all(shards.read(u).column("image").to_pylist(), shards.size)[1]
+                for u in range(len(shards.units)) if u != damaged]  # fmt: skip
+    assert feed.corrupt_rows == shards.units[damaged].rows + sum(map(len, readable))
+    for world in (2, 3):
+        parts = [take(StreamFeed(shards, max_corrupt=0.5), 25, rank=rank, world=world) for rank in range(world)]
+        for batches in zip(whole, *parts, strict=True):
+            assert torch.equal(torch.stack([part[0] for part in batches[1:]], 1).flatten(0, 1), batches[0][0])
+
+
+def test_what_is_back_when_it_is_tried_again_is_used_and_said(tmp_path, monkeypatch, caplog):
+    shards = write(tmp_path / "set")
+    expected = take(StreamFeed(shards), 20)
+    read, failed = shards.read, []
+
+    def once(unit, rows=None):
+        if unit not in failed:
+            failed.append(unit)
+            raise ShardError(f"{shards.units[unit].file}: row group {shards.units[unit].group} cannot be read")
+        return read(unit, rows)
+
+    monkeypatch.setattr(shards, "read", once)
+    feed = StreamFeed(shards)
+    assert same(take(feed, 20), expected) and feed.corrupt_rows == 0 and len(failed) == len(shards.units)
+    assert len(caplog.records) == len(shards.manifest.shards) and "tried again" in caplog.text
+
+
+def test_nothing_is_left_when_everything_is_lost(tmp_path):
+    feed = StreamFeed(write(tmp_path / "set"), max_corrupt=1.0)
+    for file in (tmp_path / "set").glob("*.parquet"):
+        file.unlink()
+    with pytest.raises(CorruptRows, match="no row is left to take a corrupt one's place: 200 corrupt rows"):
+        take(feed, 1)
 
 
 def test_closing_a_feed_ends_its_threads(tmp_path):

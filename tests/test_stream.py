@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from ray.exceptions import RayTaskError
 
 from fewstep.cluster.stream import NotEnoughCPUs, Published, RayFeed, check_cpus, publish
-from fewstep.data.feed import MemoryFeed
-from fewstep.data.shards import ShardError, ShardWriter, open_shards
+from fewstep.data.feed import MemoryFeed, StreamFeed
+from fewstep.data.shards import ShardError, Shards, ShardWriter, open_shards
 
 
 def write(path, rows):
@@ -77,6 +80,65 @@ def test_a_shard_lost_in_mid_run_is_named_in_seconds(ray_cluster, tmp_path, monk
         for _ in batches:
             pass
     assert time.perf_counter() - started < 20
+
+
+def test_a_lost_shard_below_the_limit_is_replaced_as_without_ray(ray_cluster, tmp_path, caplog):
+    shards = write(tmp_path / "set", 200)
+    (shards.path / "shard-00001.parquet").unlink()
+    expected = take(StreamFeed(shards, seed=5, max_corrupt=0.9), 20)
+    feed = RayFeed(shards, seed=5, max_corrupt=0.9)
+    assert same(take(feed, 20), expected) and feed.corrupt_rows == shards.manifest.shards[1].rows
+    assert len(caplog.records) == 2 and "shard-00001.parquet" in caplog.text  # one for each feed
+
+
+def test_a_reading_process_that_is_killed_is_replaced(ray_cluster, tmp_path):
+    readers = tmp_path / "readers"
+    readers.mkdir()
+
+    class Slow(Shards):
+        """The first process that reads leaves its number and hangs. A local class, so that tasks can unpickle it."""
+
+        def read(self, unit, rows=None):
+            first = not any(readers.iterdir())
+            (readers / str(os.getpid())).touch()
+            time.sleep(60 if first else 0)
+            return super().read(unit, rows)
+
+    shards = write(tmp_path / "set", 100)
+    expected = take(MemoryFeed(shards, seed=3), 3)
+    stream = RayFeed(Slow(shards.path, shards.manifest), seed=3).batches(0, 24)
+    killed = []
+
+    def kill():
+        deadline = time.monotonic() + 60
+        while not killed and time.monotonic() < deadline:
+            for found in list(readers.iterdir())[:1]:
+                reader = psutil.Process(int(found.name))
+                killed.append(" ".join(reader.cmdline()))
+                reader.kill()
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    started = time.perf_counter()
+    assert same(list(itertools.islice(stream, 3)), expected)
+    stream.close()
+    killer.join()
+    assert killed and killed[0].startswith("ray::MapBatches(read_units)")
+    assert time.perf_counter() - started < 30
+    assert len(list(readers.iterdir())) > 1  # another process read what the killed one was reading
+
+
+def test_a_task_that_fails_is_raised_and_not_waited_for(ray_cluster, tmp_path):
+    class Broken(Shards):
+        def read(self, unit, rows=None):
+            raise RuntimeError("the disk controller is on fire")
+
+    shards = write(tmp_path / "set", 100)
+    started = time.perf_counter()
+    with pytest.raises(RayTaskError, match="the disk controller is on fire"):
+        take(RayFeed(Broken(shards.path, shards.manifest)), 1)
+    assert time.perf_counter() - started < 30
 
 
 def test_workers_that_leave_no_cpu_are_refused(ray_cluster):

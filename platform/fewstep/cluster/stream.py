@@ -26,8 +26,7 @@ import ray
 from ray.data import Dataset, ExecutionResources, TaskPoolStrategy
 from ray.util import log_once
 
-from fewstep.data.feed import MEMORY_BYTES, Feed, MemoryFeed, StreamFeed, ahead
-from fewstep.data.plan import Piece
+from fewstep.data.feed import MEMORY_BYTES, Feed, MemoryFeed, Read, StreamFeed, ahead
 from fewstep.data.shards import ShardError, Shards, open_shards, read_units
 
 DATA_CPUS = 1  # what a streaming pipeline needs beside the workers
@@ -87,7 +86,7 @@ def publish(path: str | os.PathLike[str], memory_bytes: int = MEMORY_BYTES, veri
     _quiet()
     # from_blocks and not from_arrow, which runs a task for each table's metadata and would wait for a CPU
     units = ((unit, None) for unit in range(len(shards.units)))
-    dataset = ray.data.from_blocks([_sound(read_units(task, shards)) for task in _tasks(shards, units)])
+    dataset = ray.data.from_blocks([_whole(read_units(task, shards)) for task in _tasks(shards, units)])
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False
     return Published(shards, dataset.materialize())
@@ -96,6 +95,8 @@ def publish(path: str | os.PathLike[str], memory_bytes: int = MEMORY_BYTES, veri
 class RayFeed(StreamFeed):
     """A set of any size whose row groups are read by Ray Data, for one rank.
 
+    A task whose process dies is run again by Ray; what a task cannot read the worker tries itself, and then treats as
+    every feed does. Whatever else fails in Ray Data is raised here.
     readers: tasks that read at a time; store_bytes: the most that blocks on their way hold of the object store.
     patience_s: how long no row group may come before the feed gives up with an error that shows the cluster's CPUs.
     """
@@ -112,7 +113,7 @@ class RayFeed(StreamFeed):
         super().__init__(shards, *args, **options)
         self.readers, self.store_bytes, self.patience_s = readers, store_bytes, patience_s
 
-    def _tables(self, position: int, rank: int, world: int) -> Generator[tuple[Piece, pa.Table], None, None]:
+    def _tables(self, position: int, rank: int, world: int) -> Generator[Read, None, None]:
         blocks = ahead(self._executions(position, rank, world), 2, self.patience_s)
         rest = pa.table({})
         try:
@@ -122,8 +123,9 @@ class RayFeed(StreamFeed):
                 rows = len(piece.rows)
                 if rest.column("unit")[0].as_py() != piece.unit or rest.num_rows < rows:
                     raise RuntimeError(f"Ray Data gave row group {rest.column('unit')[0]} where {piece.unit} is next")
-                yield piece, rest.slice(0, rows).select(self.shards.columns)
-                rest = rest.slice(rows)
+                here, rest = rest.slice(0, rows), rest.slice(rows)
+                reason = here.column("error")[0].as_py()
+                yield piece, here.select(self.shards.columns) if reason is None else ShardError(reason)
         except TimeoutError as error:
             raise TimeoutError(
                 f"data: {error} from Ray Data; free CPUs now: {ray.available_resources().get('CPU', 0):g} of "
@@ -186,18 +188,19 @@ def _quiet() -> None:
 
 
 def _blocks(dataset: Dataset) -> Generator[pa.Table, None, None]:
-    """A dataset's blocks in order. Raises the ShardError that a task met.
+    """A dataset's blocks in order.
 
     Fetches them itself: the threads of `iter_batches` outlive its iterator, and one that asks for a block after
     ray.shutdown ends the process.
     """
     for bundle in dataset.iter_internal_ref_bundles():
         for entry in bundle.blocks:
-            yield _sound(ray.get(entry.ref))
+            yield ray.get(entry.ref)
 
 
-def _sound(table: pa.Table) -> pa.Table:
-    """What read_units returned, when it is rows; raises the ShardError that it met otherwise."""
-    if "error" in table.column_names:
-        raise ShardError(table.column("error")[0].as_py())
+def _whole(table: pa.Table) -> pa.Table:
+    """What read_units returned; raises the ShardError that it met."""
+    reasons = table.column("error").drop_null()
+    if len(reasons):
+        raise ShardError(reasons[0].as_py())
     return table

@@ -5,10 +5,17 @@
 
 `position` is the number of images that all ranks together have consumed, the whole state of a feed: the stream from a
 position is the same whether it was reached in one run or in ten, by one rank or by eight.
+
+A row that cannot be used is replaced, never left out: a batch is full on every rank, so no rank waits for another's
+rows. What replaces it is a function of the plan, the row, and which row groups can be read at that moment; no rank's
+memory of earlier failures enters, so ranks, restarts and world sizes agree as soon as they see the same files. While
+they do not (one rank had read a shard before it vanished) they differ in that row alone, which no other rank ever asks
+about.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import weakref
@@ -26,9 +33,12 @@ import torch
 
 from fewstep.data.decode import CorruptImage, decode, decode_all
 from fewstep.data.plan import Piece, Plan, check
-from fewstep.data.shards import CorruptRows, Shards, labels, latents, open_shards, refuse
+from fewstep.data.shards import CorruptRows, ShardError, Shards, labels, latents, open_shards, refuse
+
+log = logging.getLogger("fewstep.data")
 
 MEMORY_BYTES = 512 << 20
+Read = tuple[Piece, pa.Table | ShardError]  # what a piece holds, or why it cannot be read
 T = TypeVar("T")
 
 
@@ -37,8 +47,10 @@ class Feed(ABC):
 
     seed: of the order. flip: mirror half of the images, chosen anew each epoch.
     captions: batches are (images, labels, captions) and not (images, labels).
-    max_corrupt: the part of the rows that may lack a usable image. Such a row is named in `corrupt`, and the next good
-        row of its row group (in the order of the epoch) takes its place: batches stay full, whatever the world.
+    max_corrupt: the part of the rows that may lack a usable image, on their own or because their shard was lost. They
+        are named in `corrupt` and counted in `corrupt_rows`, each rank's by itself, and others take their place: the
+        next good row of the row group in the order of the epoch; of a row group that is lost, the row of the same
+        number (modulo its rows) of the next one that can be read.
     Raises CorruptRows where more rows than that are found, ValueError for a flip of latents.
     """
 
@@ -55,12 +67,22 @@ class Feed(ABC):
         self.class_names = shards.manifest.class_names
         self.allowed = int(max_corrupt * shards.rows)
         self._corrupt: dict[int, str] = {}
+        self._lost: dict[int, str] = {}  # units, and the shard's error
+        self._warned: set[str] = set()
         self._live: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
     @property
     def corrupt(self) -> list[str]:
-        """The rows without a usable image that were met so far, by file and row, with the reason."""
-        return [self._corrupt[row] for row in sorted(self._corrupt)]
+        """The rows without a usable image that were met so far, by file and row, with the reason; then lost shards."""
+        rows: dict[str, int] = {}
+        for unit, reason in sorted(self._lost.items()):
+            rows[reason] = rows.get(reason, 0) + self.shards.units[unit].rows
+        return [self._corrupt[row] for row in sorted(self._corrupt)] + [f"{n} rows: {r}" for r, n in rows.items()]
+
+    @property
+    def corrupt_rows(self) -> int:
+        """How many rows without a usable image were met so far, those of lost shards among them."""
+        return len(self._corrupt) + sum(self.shards.units[unit].rows for unit in list(self._lost))
 
     def batches(self, position: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Any, ...]]:
         """The rank's part of one global batch after another, from a position on, without end.
@@ -91,15 +113,34 @@ class Feed(ABC):
 
     def _note(self, row: int, reason: str) -> None:
         """Counts a row as corrupt."""
-        if row not in self._corrupt:
+        if row not in self._corrupt and self.plan.unit(row)[0] not in self._lost:
             self._corrupt[row] = f"{self.shards.name(*self.plan.unit(row))}: {reason}"
-            if len(self._corrupt) > self.allowed:
-                raise refuse(self.corrupt, self.allowed, str(self.shards.path))
+            self._check_limit()
 
-    def _no_stand_in(self, row: int) -> CorruptRows:
-        unit = self.shards.units[self.plan.unit(row)[0]]
-        where = f"{self.shards.path / unit.file}, row group {unit.group}: no row is left to take a corrupt one's place"
-        return refuse(self.corrupt, self.allowed, where)
+    def _lose(self, unit: int, error: ShardError) -> None:
+        """Counts the rows of a unit that cannot be read as corrupt, and those of its shard where all of it is lost."""
+        if unit in self._lost:
+            return
+        self._lost |= {other: str(error) for other in self.shards.lost_with(unit) if other not in self._lost}
+        for row in [row for row in self._corrupt if self.plan.unit(row)[0] in self._lost]:
+            del self._corrupt[row]  # counted with its shard
+        self._check_limit()
+        self._warn(unit, f"{error}; other rows take the place of its own while max_corrupt allows it")
+
+    def _warn(self, unit: int, text: str) -> None:
+        """A line in the log, once a shard."""
+        file = self.shards.units[unit].file
+        if file not in self._warned:
+            self._warned.add(file)
+            log.warning(text)
+
+    def _check_limit(self) -> None:
+        if self.corrupt_rows > self.allowed:
+            raise refuse(self.corrupt, self.allowed, str(self.shards.path), self.corrupt_rows)
+
+    def _nothing_left(self) -> CorruptRows:
+        where = f"{self.shards.path}: no row is left to take a corrupt one's place"
+        return refuse(self.corrupt, self.allowed, where, self.corrupt_rows)
 
     def _finish(
         self, values: torch.Tensor, found: np.ndarray, texts: list[str] | None, epochs: np.ndarray, rows: np.ndarray
@@ -160,10 +201,11 @@ class MemoryFeed(Feed):
             yield self._finish(self._values[torch.from_numpy(used)], self._labels[used], texts, epochs, rows)
 
     def _stand_in(self, epoch: int, row: int) -> int:
-        for other in self.plan.stand_ins(epoch, row):
-            if other not in self._corrupt:
-                return other
-        raise self._no_stand_in(row)
+        for _, others in self.plan.stand_ins(epoch, row):
+            for other in others.tolist():
+                if other not in self._corrupt:
+                    return other
+        raise self._nothing_left()
 
 
 class StreamFeed(Feed):
@@ -184,22 +226,45 @@ class StreamFeed(Feed):
         depth = min(max(self.ahead_bytes // (4 * size * int(np.prod(self.shape))), 2), 16)
         return ahead(self._decoded(position, size, rank, world), depth)
 
-    def _tables(self, position: int, rank: int, world: int) -> Generator[tuple[Piece, pa.Table], None, None]:
-        """The plan's pieces with their rows; the next two are read while one is used."""
+    def _tables(self, position: int, rank: int, world: int) -> Generator[Read, None, None]:
+        """The plan's pieces with what was read; the next two are read while one is used."""
         pieces = self.plan.pieces(position, rank, world)
         waiting: deque[tuple[Piece, Any]] = deque()
         with ThreadPoolExecutor(1) as pool:
             for piece in pieces:
                 waiting.append((piece, pool.submit(self.shards.read, piece.unit, piece.rows)))
                 if len(waiting) > 2:
-                    done, table = waiting.popleft()
-                    yield done, table.result()
+                    done, reading = waiting.popleft()
+                    error = reading.exception()
+                    yield done, error if isinstance(error, ShardError) else reading.result()
+
+    def _sound(self, read: Iterable[Read]) -> Iterator[tuple[Piece, pa.Table]]:
+        """The pieces with rows that can be used, the id of each in a column `row`."""
+        for piece, table in read:
+            unit, rows = piece.unit, piece.rows
+            if isinstance(table, ShardError):
+                unit, rows, table = self._replaced(piece, table)
+            yield piece, table.append_column("row", pa.array(self.plan.first[unit] + rows))
+
+    def _replaced(self, piece: Piece, error: ShardError) -> tuple[int, np.ndarray, pa.Table]:
+        """Unit, row numbers and rows for a piece that could not be read: tried once more here, then another unit's."""
+        for unit in self.plan.units_from(piece.epoch, piece.unit):
+            rows = piece.rows % self.plan.units[unit]
+            try:
+                table = self.shards.read(unit, rows)
+            except ShardError as found:
+                self._lose(unit, found)
+                continue
+            if unit == piece.unit:
+                self._warn(unit, f"{error}; it could be read when it was tried again")
+            return unit, rows, table
+        raise self._nothing_left()
 
     def _decoded(self, position: int, size: int, rank: int, world: int) -> Generator[tuple[Any, ...], None, None]:
         tables = self._tables(position, rank, world)
         with ThreadPoolExecutor(self.threads) as pool:
             try:
-                for epochs, rows, table in assemble(self.plan, tables, size):
+                for epochs, rows, table in assemble(self.plan, self._sound(tables), size):
                     yield self._decode(epochs, rows, table, pool)
             finally:
                 tables.close()
@@ -211,9 +276,9 @@ class StreamFeed(Feed):
             return self._finish(torch.from_numpy(latents(table, self.shape).copy()), found, texts, epochs, rows)
         values, bad = decode_all(table.column("image").to_pylist(), self.shape, pool, self.threads)
         if bad:
-            found = found.copy()
+            found, used = found.copy(), table.column("row").to_numpy()
         for i, reason in bad:
-            self._note(int(rows[i]), reason)
+            self._note(int(used[i]), reason)
             values[i], other = self._stand_in(int(epochs[i]), int(rows[i]))
             found[i] = labels(other)[0]
             if texts is not None:
@@ -222,15 +287,19 @@ class StreamFeed(Feed):
 
     def _stand_in(self, epoch: int, row: int) -> tuple[np.ndarray, pa.Table]:
         """The pixels and the row that replace a corrupt one; its row group is read once more."""
-        unit, _ = self.plan.unit(row)
-        whole = self.shards.read(unit)
-        for other in self.plan.stand_ins(epoch, row):
-            candidate = whole.slice(other - int(self.plan.first[unit]), 1)
+        for unit, others in self.plan.stand_ins(epoch, row):
             try:
-                return decode(candidate.column("image")[0].as_py() or b"", self.shape), candidate
-            except CorruptImage as error:
-                self._note(other, str(error))
-        raise self._no_stand_in(row)
+                whole = self.shards.read(unit)
+            except ShardError as error:
+                self._lose(unit, error)
+                continue
+            for other in others.tolist():
+                candidate = whole.slice(other - int(self.plan.first[unit]), 1)
+                try:
+                    return decode(candidate.column("image")[0].as_py() or b"", self.shape), candidate
+                except CorruptImage as error:
+                    self._note(other, str(error))
+        raise self._nothing_left()
 
 
 def assemble(

@@ -119,16 +119,23 @@ class Plan:
         """Which rows are mirrored in their epoch: bool (n,), a fair coin per (seed, epoch, row)."""
         return (mix(self.seed, _FLIPS, epochs, rows) >> np.uint64(63)).astype(bool)
 
-    def stand_ins(self, epoch: int, row: int) -> Iterator[int]:
-        """Row ids that replace a row which cannot be used, best first: those after it in its unit's order.
+    def units_from(self, epoch: int, unit: int) -> Iterator[int]:
+        """The units in the order of an epoch from `unit` on, round to the one before it."""
+        order, _ = self._epoch(epoch)
+        yield from np.roll(order, -int(np.flatnonzero(order == unit)[0])).tolist()
 
-        They wrap round at the unit's end. Another unit is never needed, so the answer is the same on every rank.
+    def stand_ins(self, epoch: int, row: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Row ids (n,) that replace a row which cannot be used, best first, unit by unit: (unit, ids).
+
+        Those after it in its unit's order, round to the one before it; then, for each unit that follows in the epoch,
+        the row of the same number modulo that unit's rows, and those after it. Every rank walks the same way.
         """
         unit, inside = self.unit(row)
-        order = self._inside(epoch, unit)
-        here = int(np.flatnonzero(order == inside)[0])
-        for number in np.roll(order, -here)[1:].tolist():
-            yield int(self.first[unit]) + number
+        for other in self.units_from(epoch, unit):
+            order = self._inside(epoch, other)
+            here = int(np.flatnonzero(order == inside % self.units[other])[0])
+            ids = self.first[other] + np.roll(order, -here)
+            yield other, ids[1:] if other == unit else ids
 
     def pieces(self, position: int, rank: int = 0, world: int = 1) -> Iterator[Piece]:
         """What rank must read from `position` on, without end, in the order in which it is first needed."""

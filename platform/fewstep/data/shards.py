@@ -38,11 +38,15 @@ class CorruptRows(ShardError):
     """More rows without a usable image than `max_corrupt` allows; the text lists them."""
 
 
-def refuse(names: Sequence[str], allowed: int, where: str) -> CorruptRows:
-    """The error of a set with too many corrupt rows: what was found, what is allowed, how to go on."""
+def refuse(names: Sequence[str], allowed: int, where: str, rows: int | None = None) -> CorruptRows:
+    """The error of a set with too many corrupt rows: what was found, what is allowed, how to go on.
+
+    rows: how many they are, where a name stands for more than one.
+    """
     listed = "\n  ".join(names[:50]) + (f"\n  and {len(names) - 50} more" if len(names) > 50 else "")
+    rows = len(names) if rows is None else rows
     return CorruptRows(
-        f"{where}: {len(names)} corrupt rows, {allowed} allowed; restore them or raise max_corrupt:\n  {listed}"
+        f"{where}: {rows} corrupt rows, {allowed} allowed; restore them or raise max_corrupt:\n  {listed}"
     )
 
 
@@ -145,6 +149,16 @@ class Shards:
             )
         return table if rows is None else table.take(pa.array(rows))
 
+    def lost_with(self, unit: int) -> list[int]:
+        """The units that are lost when one cannot be read: all of its file where that is gone or has another size."""
+        file = self.units[unit].file
+        shard = next(shard for shard in self.manifest.shards if shard.file == file)
+        try:
+            whole = (self.path / file).stat().st_size == shard.bytes
+        except OSError:
+            whole = False
+        return [unit] if whole else [other for other, where in enumerate(self.units) if where.file == file]
+
     def name(self, unit: int, row: int) -> str:
         """How errors and reports name a row: its file, and its number in the file from 0."""
         return f"{self.units[unit].file} row {self.units[unit].first + row}"
@@ -154,15 +168,19 @@ def read_units(task: pa.Table, shards: Shards) -> pa.Table:
     """Rows of several units, with the unit each came from: what a task does for a training worker, without torch.
 
     task: `unit`, and `rows`, the row numbers inside it in the order wanted; null is all of them.
-    A ShardError comes back as the one row of a column `error`, so that its text reaches the worker whole.
+    The rows of a unit that cannot be read come back empty, with the text of the ShardError in the column `error`.
     """
-    parts = []
+    schema, parts = _schema(shards.manifest), []
     for unit, rows in zip(task.column("unit").to_pylist(), task.column("rows"), strict=True):
+        count = len(rows.values) if rows.is_valid else shards.units[unit].rows
+        reason = None
         try:
             table = shards.read(unit, rows.values.to_numpy() if rows.is_valid else None)
         except ShardError as error:
-            return pa.table({"error": [str(error)]})
-        parts.append(table.append_column("unit", pa.array(np.full(table.num_rows, unit, np.int32))))
+            reason = str(error)
+            table = pa.table([pa.nulls(count, field.type) for field in schema], schema=schema)
+        table = table.append_column("unit", pa.array(np.full(count, unit, np.int32)))
+        parts.append(table.append_column("error", pa.array([reason] * count, pa.string())))
     return pa.concat_tables(parts)
 
 
