@@ -25,7 +25,7 @@ FLOORS = [
     {"recipe"},
     {"build"},
     {"students", "tracking"},
-    {"run"},
+    {"run", "compare"},
     {"dryrun"},
     {"cluster"},
 ]

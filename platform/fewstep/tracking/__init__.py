@@ -1,14 +1,16 @@
 """Tracking of runs with MLflow: what is reported is on disk at once and on the server when the server answers."""
 
 from .provenance import Provenance, provenance
-from .runs import Run, find_run
+from .runs import Point, Run, Store, find_run
 from .store import prepare_store, tracking_uri
 from .tracker import Sent, Tracker, send
 
 __all__ = [
+    "Point",
     "Provenance",
     "Run",
     "Sent",
+    "Store",
     "Tracker",
     "find_run",
     "prepare_store",

@@ -1,20 +1,27 @@
-"""Reading runs back, for the jobs that continue with what another job made."""
+"""Reading runs back, for the jobs that continue with what another job made, and for those that look at it."""
 
 from __future__ import annotations
 
+import difflib
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from .store import database, prepare_store, tracking_uri
+from .store import database, prepare_store, tracking_uri, without_password
+
+NEWEST = ["attributes.start_time DESC"]
+PAGE = 1000  # runs asked for at once
 
 
 @dataclass(frozen=True)
 class Run:
-    """A tracked run. params and tags: text by name; metrics: the last value by name.
+    """A tracked run. params and tags: text by name; metrics: the last value by name; start_ms: since the epoch.
 
     folder: where the run's checkpoints and journal were written, None for a run that was not made here. It may lie on
     another machine: check that it exists.
@@ -23,6 +30,7 @@ class Run:
     run_id: str
     name: str
     status: str
+    start_ms: int
     params: dict[str, str]
     tags: dict[str, str]
     metrics: dict[str, float]
@@ -30,45 +38,106 @@ class Run:
     folder: Path | None
 
 
-def find_run(uri: str | None, ref: str, experiment: str | None = None) -> Run:
-    """The run that `ref` means: a run's id, a run's name, or `last` for the one started last.
+class Point(NamedTuple):
+    """One report of a metric: when it was made, at which step (or image count, under `by_images/`), and its value."""
 
-    uri: see `tracking_uri`. experiment: look in this experiment only, default in all.
-    Raises ValueError when no run, or more than one, is meant; the text names those that could be.
+    step: int
+    value: float
+    time_ms: int
+
+
+class Store:
+    """The runs of one tracking store, to be read.
+
+    uri: see `tracking_uri`; experiment: look in this experiment only, default in all.
+    Raises ValueError when there is no such database or experiment.
     """
-    uri = tracking_uri(uri)
-    path = database(uri)
-    if path and not path.is_file():
-        raise ValueError(
-            f"tracking.uri: no runs yet, {str(path)!r} does not exist; set MLFLOW_TRACKING_URI or train first"
-        )
-    client = prepare_store(uri)
-    known = client.search_experiments()
-    experiments = [e.experiment_id for e in known if experiment in (None, e.name)]
-    if not experiments:
-        raise ValueError(f"experiment: no {experiment!r} in {uri}; there are: {', '.join(e.name for e in known)}")
-    if re.fullmatch(r"[0-9a-f]{32}", ref):
-        try:
-            return _run(client.get_run(ref))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-    newest = ["attributes.start_time DESC"]
-    if ref == "last":
-        found = client.search_runs(experiments, max_results=1, order_by=newest)
-    else:
-        quoted = '"' if "'" in ref else "'"
-        named = f"attributes.run_name = {quoted}{ref}{quoted}"
-        found = client.search_runs(experiments, named, max_results=5, order_by=newest)
-    if len(found) == 1:
-        return _run(found[0])
-    if found:
-        raise ValueError(
-            f"run: {ref!r} is the name of several runs; give an id: {', '.join(r.info.run_id for r in found)}"
-        )
-    latest = client.search_runs(experiments, max_results=5, order_by=newest)
-    names = ", ".join(r.info.run_name for r in latest) or "no run at all"
-    raise ValueError(f"run: no run has the id or name {ref!r} in {uri}; the latest are: {names}")
+
+    def __init__(self, uri: str | None = None, experiment: str | None = None):
+        uri = tracking_uri(uri)
+        path = database(uri)
+        if path and not path.is_file():
+            raise ValueError(
+                f"tracking.uri: no runs yet, {str(path)!r} does not exist; set MLFLOW_TRACKING_URI or train first"
+            )
+        self.uri = without_password(uri)
+        self._client = prepare_store(uri)
+        known = self._client.search_experiments()
+        self._experiments = [e.experiment_id for e in known if experiment in (None, e.name)]
+        if not self._experiments:
+            raise ValueError(
+                f"experiment: no {experiment!r} in {self.uri}; there are: {', '.join(e.name for e in known)}"
+            )
+
+    def find(self, ref: str) -> Run:
+        """The run that `ref` means: a run's id, a run's name, or `last` for the one started last.
+
+        Raises ValueError when no run, or more than one, is meant; the text names those that could be.
+        """
+        if re.fullmatch(r"[0-9a-f]{32}", ref):
+            try:
+                return _run(self._client.get_run(ref))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+        if ref == "last":
+            found = self._search("", 1)
+        else:
+            quoted = '"' if "'" in ref else "'"
+            found = self._search(f"attributes.run_name = {quoted}{ref}{quoted}", 5)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ValueError(
+                f"run: {ref!r} is the name of several runs; give an id: {', '.join(r.run_id for r in found)}"
+            )
+        names = [run.name for run in self._search("", PAGE)]
+        hint = "".join(f"did you mean {name!r}? " for name in difflib.get_close_matches(ref, names, n=1))
+        latest = ", ".join(names[:5]) or "no run at all"
+        raise ValueError(f"run: no run has the id or name {ref!r} in {self.uri}; {hint}the latest are: {latest}")
+
+    def children(self, parent: Run) -> list[Run]:
+        """The runs that were started as parts of `parent`, such as a sweep's trials, oldest first."""
+        found = self._search(f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent.run_id}'", None)
+        return sorted(found, key=lambda run: run.start_ms)
+
+    def history(self, run: Run, metric: str) -> list[Point]:
+        """Every report of a metric, in the order of steps; of those at one step the newest, as MLflow's page shows."""
+        found = self._client.get_metric_history(run.run_id, metric)
+        newest = {m.step: Point(m.step, m.value, m.timestamp) for m in sorted(found, key=lambda m: m.timestamp)}
+        return [newest[step] for step in sorted(newest)]
+
+    def files(self, run: Run, folder: str = "") -> list[str]:
+        """Paths of the run's artifact files directly in `folder`; none where there is no such folder."""
+        return [f.path for f in self._client.list_artifacts(run.run_id, folder or None) if not f.is_dir]
+
+    def read(self, run: Run, path: str) -> bytes:
+        """One artifact file."""
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(self._client.download_artifacts(run.run_id, path, folder)).read_bytes()
+
+    def grids(self, run: Run, name: str) -> dict[int, str]:
+        """The artifact paths of the images that the run reported under `name`, by step."""
+        found = [(re.fullmatch(r".*/step-(\d+)\.png", path), path) for path in self.files(run, f"grids/{name}")]
+        return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+    def _search(self, query: str, limit: int | None) -> list[Run]:
+        """The newest `limit` runs that fit a query, or all of them."""
+        found, token = [], None
+        while limit is None or len(found) < limit:
+            page = self._client.search_runs(
+                self._experiments, query, max_results=limit or PAGE, order_by=NEWEST, page_token=token
+            )
+            found += [_run(run) for run in page]
+            token = page.token
+            if not token:
+                break
+        return found[:limit]
+
+
+def find_run(uri: str | None, ref: str, experiment: str | None = None) -> Run:
+    """The run that `ref` means; see `Store` and `Store.find`, which say what it raises."""
+    return Store(uri, experiment).find(ref)
 
 
 def _run(run: MlflowRun) -> Run:
@@ -77,6 +146,7 @@ def _run(run: MlflowRun) -> Run:
         run_id=run.info.run_id,
         name=run.info.run_name,
         status=run.info.status,
+        start_ms=run.info.start_time,
         params=dict(run.data.params),
         tags=dict(run.data.tags),
         metrics=dict(run.data.metrics),

@@ -1,0 +1,304 @@
+"""Runs beside each other: what was changed between them, what came of it, and one page that shows both."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .tracking.runs import Run, Store
+
+SEED = "seed"
+PLACE = re.compile(r"(name|out|tracking\..*)")  # where a run is kept and what it is called, which changes no number
+CURVE_POINTS = 1000  # of a curve, on the page
+LABEL_SETTINGS = 3  # a label names what varies, as long as that is no more than this
+FIRST = ("score/", "student/match_gradient", "critic/denoise", "student/grad_norm", "critic/grad_norm")
+LAST = ("score/teacher/", "updates/", "critic_s", "student_s", "data_wait", "images_per_s")
+SHOWN_CURVES = 6  # that the page shows before anybody chooses
+LOWER, HIGHER = r"fid|kid|fd_.*", "class_consistency|diversity|precision|recall|density|coverage"
+COMPARABLE = ("images", "extractor", "reference", "reference_images")  # scores that differ in these do not compare
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is compared of one run.
+
+    settings: what decides its numbers, as text by dotted key, without the seed. seed: "" where it has none.
+    axes: the (N,) steps, images and hours at which something was reported; curves: by metric its axis' index and (N,)
+    values, nan where a value was not finite. scores: the newest of each name, as `scores.json` has them.
+    grids: PNG files by step; teacher: the teacher's, from the same noise.
+    """
+
+    run: Run
+    seed: str
+    settings: dict[str, str]
+    axes: list[Mapping[str, np.ndarray]]
+    curves: dict[str, tuple[int, np.ndarray]]
+    scores: list[dict[str, Any]]
+    grids: dict[int, bytes]
+    teacher: bytes | None
+
+
+def collect(store: Store, run: Run, *, grid: str = "student", grids: int = 24) -> Record:
+    """Reads one run. grid: name of the images to show; grids: how many at most, evenly spaced, both ends included."""
+    clock = _clock(store, run)
+    axes, curves = [], {}
+    for name in sorted(name for name in run.metrics if not name.startswith("by_images/")):
+        points = _thinned(store.history(run, name), CURVE_POINTS)
+        steps = np.array([p.step for p in points])
+        values = np.array([p.value for p in points])
+        values[np.abs(values) > 1e300] = np.nan  # an SQL store keeps an infinity as the largest float64
+        index = next((i for i, axis in enumerate(axes) if np.array_equal(axis["steps"], steps)), len(axes))
+        if index == len(axes):
+            at = {unit: np.interp(steps, clock["steps"], clock[unit], right=np.nan) for unit in ("images", "hours")}
+            axes.append({"steps": steps} | at)
+        curves[name] = (index, values)
+    scores = json.loads(store.read(run, "scores.json")) if "scores.json" in store.files(run) else []
+    pictures = _thinned(list(store.grids(run, grid).items()), grids)
+    teacher = list(store.grids(run, "teacher").values())
+    return Record(
+        run=run,
+        seed=run.params.get(SEED, ""),
+        settings={k: v for k, v in run.params.items() if k != SEED and not PLACE.fullmatch(k)},
+        axes=axes,
+        curves=curves,
+        scores=list({s["name"]: s for s in sorted(scores, key=lambda s: s["step"])}.values()),
+        grids={step: store.read(run, path) for step, path in pictures},
+        teacher=store.read(run, teacher[-1]) if teacher else None,
+    )
+
+
+def _clock(store: Store, run: Run) -> dict[str, np.ndarray]:
+    """Steps, and the images and hours of training they stand for; from the reports that carry `images_per_s`.
+
+    Hours are the sum of what the reports took, so neither scoring nor the time a run lay interrupted counts. A run
+    without such reports has steps only, and no curve of it is drawn against the others.
+    """
+    # the two names of one report share its time; of several within a millisecond the order tells which is which
+    speeds = sorted(store.history(run, "images_per_s"), key=lambda p: (p.time_ms, p.step))
+    counts = sorted(store.history(run, "by_images/images_per_s"), key=lambda p: (p.time_ms, p.step))
+    if not speeds or [p.time_ms for p in speeds] != [p.time_ms for p in counts]:
+        return {unit: np.zeros(1) for unit in ("steps", "images", "hours")}
+    images = np.array([0] + [p.step for p in counts], dtype=float)
+    hours = np.cumsum([0, *(np.diff(images) / [p.value for p in speeds] / 3600)])
+    return {"steps": np.array([0] + [p.step for p in speeds]), "images": images, "hours": hours}
+
+
+def _thinned(items: Sequence, most: int) -> list:
+    """At most `most` of the items, evenly spaced, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
+
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+
+def changed(records: Sequence[Record]) -> list[str]:
+    """The settings that are not the same in all runs, in the order in which the runs have them."""
+    keys = list(dict.fromkeys(key for record in records for key in record.settings))
+    return [key for key in keys if len({record.settings.get(key) for record in records}) > 1]
+
+
+def short(keys: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+    """Each key's shortest end that is the end of no other known key: `fake.lr` of `optim.fake.lr`."""
+    known = set(known)
+
+    def ends(key: str) -> list[str]:
+        parts = key.split(".")
+        return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+
+    taken = [end for key in known for end in ends(key)]
+    return {key: next((end for end in ends(key) if taken.count(end) == 1), key) for key in keys}
+
+
+def groups(records: Sequence[Record]) -> list[list[int]]:
+    """Indices of the runs that differ in nothing but the seed, in the order in which they are given."""
+    found: dict[str, list[int]] = {}
+    for i, record in enumerate(records):
+        found.setdefault(json.dumps(record.settings, sort_keys=True), []).append(i)
+    return list(found.values())
+
+
+def _labels(records: Sequence[Record], grouped: list[list[int]], keys: list[str]) -> list[dict[str, str]]:
+    """{setting: value} of what varies, when that is short; else the recipe's name where it tells the groups apart, or
+    the first run's."""
+    firsts = [records[group[0]] for group in grouped]
+    if 0 < len(keys) <= LABEL_SETTINGS:
+        return [{key: record.settings[key] for key in keys if key in record.settings} for record in firsts]
+    recipes = {record.settings.get("recipe", "") for record in firsts}
+    return [{"recipe": r.settings["recipe"]} if len(recipes) == len(firsts) > 1 else {"": r.run.name} for r in firsts]
+
+
+# ---------------------------------------------------------------------------------------------------- scores
+
+
+def _spread(values: Mapping[int, float], seeds: Sequence[str]) -> dict[str, Any]:
+    """values: by index of the run; seeds: of all runs. Runs that share a seed count as one, by their mean."""
+    by_seed: dict[Any, list[float]] = {}
+    for run, value in values.items():
+        by_seed.setdefault(seeds[run] or run, []).append(value)
+    means = [statistics.fmean(same) for same in by_seed.values()]
+    return {
+        "mean": statistics.fmean(means),
+        "std": statistics.stdev(means) if len(means) > 1 else None,
+        "seeds": len(means),
+        "values": [{"run": run, "value": value} for run, value in values.items()],
+    }
+
+
+def scores(records: Sequence[Record], grouped: list[list[int]]) -> dict[str, Any]:
+    """The table of scores: one column a metric, sample count and reference, for only such scores compare.
+
+    Rows are the teachers' samplers, over all runs, then the groups. A cell has mean, sample standard deviation over the
+    seeds (n - 1; None for one seed), the number of seeds, the single values, and `mark`: "best", or "close" where its
+    mean is off the best one by no more than the larger of their two standard deviations. Teachers get no mark.
+    """
+    group_of = {i: g for g, members in enumerate(grouped) for i in members}
+    columns: list[dict[str, Any]] = []
+    rows: dict[tuple, dict[str, Any]] = {}
+    for i, record in enumerate(records):
+        for score in record.scores:
+            who, name = re.fullmatch(r"(?:(teacher)/.*/)?(.*)", score["name"]).groups()
+            column = {"name": name, "better": _better(name)} | {key: score.get(key) for key in COMPARABLE}
+            if column not in columns:
+                columns.append(column)
+            about = {key: score.get(key) for key in ("sampler", "calls", "checkpoint")}
+            row = rows.setdefault(
+                (who and record.settings.get("teacher"), None if who else group_of[i], *about.values()),
+                {"teacher": bool(who), "group": None if who else group_of[i], **about, "images": set(), "values": {}},
+            )
+            row["values"].setdefault(columns.index(column), {})[i] = score["value"]
+            row["images"] |= {_images_at(record, score["step"])} - {None}
+    order = sorted(range(len(columns)), key=lambda c: _place(f"score/{columns[c]['name']}"))
+    seeds = [record.seed for record in records]
+    table = []
+    for row in sorted(rows.values(), key=lambda r: (not r["teacher"], r["group"] or 0, r["calls"] or 0)):
+        values = row.pop("values")
+        cells = [_spread(values[c], seeds) if c in values else None for c in order]
+        table.append(row | {"images": sorted(row["images"]), "cells": cells})
+    for place, c in enumerate(order):
+        students = [row["cells"][place] for row in table if not row["teacher"] and row["cells"][place]]
+        _mark(students, columns[c]["better"])
+    return {"columns": [columns[c] for c in order], "rows": table}
+
+
+def _better(name: str) -> str | None:
+    """Whether less or more of a metric is better; None where that is not known."""
+    return "lower" if re.fullmatch(LOWER, name) else "higher" if re.fullmatch(HIGHER, name) else None
+
+
+def _mark(cells: list[dict[str, Any]], better: str | None) -> None:
+    if better is None or len(cells) < 2:
+        return
+    best = (min if better == "lower" else max)(cells, key=lambda cell: cell["mean"])
+    for cell in cells:
+        spread = max(cell["std"] or 0.0, best["std"] or 0.0)
+        if cell is best:
+            cell["mark"] = "best"
+        elif abs(cell["mean"] - best["mean"]) <= spread:
+            cell["mark"] = "close"
+
+
+def _images_at(record: Record, step: int) -> int | None:
+    for axis in record.axes:
+        if step in axis["steps"]:
+            images = float(axis["images"][list(axis["steps"]).index(step)])
+            return round(images) if np.isfinite(images) else None
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- the page
+
+
+def _place(name: str) -> tuple:
+    """Where a metric stands in a list: scores, what tells of a distillation's health, the rest, bookkeeping."""
+    last = name.startswith(LAST)
+    first = next((i for i, start in enumerate(FIRST) if name.startswith(start)), len(FIRST))
+    return (last, first, 0 if _better(name.rpartition("/")[2]) == "lower" else 1, name)
+
+
+def compare(records: Sequence[Record], *, what: str, store: str) -> dict[str, Any]:
+    """Everything the page shows, as plain values. what: how the runs were chosen; store: where they are kept.
+
+    Raises ValueError where there is no run, or one is given twice.
+    """
+    ids = [record.run.run_id for record in records]
+    if not ids:
+        raise ValueError("runs: none to compare")
+    if twice := sorted({record.run.name for record in records if ids.count(record.run.run_id) > 1}):
+        raise ValueError(f"runs: {', '.join(twice)}: given twice")
+    keys, known = changed(records), {key for record in records for key in record.settings}
+    grouped, names = groups(records), short(keys, known)
+    group_of = {i: g for g, members in enumerate(grouped) for i in members}
+    pictures: dict[str, str] = {}
+    metrics = sorted({name for record in records for name in record.curves}, key=_place)
+    return {
+        "what": what,
+        "store": store,
+        "made": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "settings": [{"key": key, "short": names[key]} for key in keys],
+        "same": [[key, records[0].settings[key]] for key in sorted(known - set(keys))],
+        "groups": [
+            {"label": [[names.get(key, ""), value] for key, value in label.items()]}
+            for label in _labels(records, grouped, keys)
+        ],
+        "runs": [_plain(record, group_of[i], pictures) for i, record in enumerate(records)],
+        "scores": scores(records, grouped),
+        "metrics": metrics,
+        "shown": metrics[:SHOWN_CURVES],
+        "curve_points": CURVE_POINTS,
+        "pictures": list(pictures.values()),
+    }
+
+
+def _plain(record: Record, group: int, pictures: dict[str, str]) -> dict[str, Any]:
+    """A record as JSON types; its pictures as indices of `pictures`, which holds each different one once, as base64."""
+
+    def picture(png: bytes) -> int:
+        digest = hashlib.sha256(png).hexdigest()
+        pictures.setdefault(digest, base64.b64encode(png).decode())
+        return list(pictures).index(digest)
+
+    run = record.run
+    return {
+        "id": run.run_id,
+        "name": run.name,
+        "status": run.status,
+        "started": time.strftime("%Y-%m-%d %H:%M", time.localtime(run.start_ms / 1000)),
+        "group": group,
+        "seed": record.seed,
+        "settings": record.settings,
+        "axes": [{name: _finite(x) for name, x in axis.items()} for axis in record.axes],
+        "curves": {name: [axis, _finite(values)] for name, (axis, values) in record.curves.items()},
+        "grids": [[step, picture(png)] for step, png in record.grids.items()],
+        "teacher": None if record.teacher is None else picture(record.teacher),
+    }
+
+
+def _finite(values: np.ndarray) -> list[float | None]:
+    """JSON has no nan."""
+    return [value if np.isfinite(value) else None for value in values.tolist()]
+
+
+def page(data: Mapping[str, Any], template: Path) -> str:
+    """The page: the HTML file `template` with its style, its script and the data put in; it asks for nothing else.
+
+    Text of a run cannot end the element it stands in: `<` is written as an escape, and the script never makes markup
+    of text.
+    """
+    parts = {
+        "style": template.with_suffix(".css").read_text(encoding="utf-8"),
+        "script": template.with_suffix(".js").read_text(encoding="utf-8"),
+        "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
+    }
+    return re.sub(r"\{\{(style|script|data)\}\}", lambda match: parts[match[1]], template.read_text(encoding="utf-8"))
