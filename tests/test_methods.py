@@ -311,6 +311,8 @@ def test_the_adversarial_terms_are_the_papers_formula():
     torch.testing.assert_close(terms["gan"], 0.7 * expected)
     torch.testing.assert_close(health["d_real"], d_real.sigmoid().mean())
     torch.testing.assert_close(health["d_fake"], d_fake.sigmoid().mean())
+    right = torch.cat([d_real > 0, d_fake < 0]).float().mean()
+    torch.testing.assert_close(health["d_accuracy"], right)
     fake_pass, real_pass = calls.of("fake", "features")
     own = torch.cat([nets["disc"](real_pass.out), nets["disc"](fake_pass.out)])  # one batch of both equals two
     torch.testing.assert_close(torch.cat([d_real, d_fake]), own)
