@@ -485,7 +485,7 @@ def _failure(path: Place, future: Future) -> CheckpointError | None:
         return None
     return CheckpointError(
         f"{path}: not saved ({who}); the checkpoints before it are intact. "
-        "Free some space, or let storage=... name another place, and start again"
+        "Mend that, or let storage=... name another place, and start again"
     )
 
 

@@ -1,0 +1,613 @@
+"""Checkpoints: exact on any number of ranks, whole or not there, on a disk and in an object store."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+import torch.distributed as dist
+import toy
+from safetensors.torch import load_file
+
+from fewstep.engine import state
+from fewstep.engine.state import CheckpointError, Keep, Saver
+from fewstep.engine.world import Layout, World, full
+from fewstep.methods import METHODS
+
+GAN = METHODS["dmd2"](critic_updates_per_student_update=2, gan_weight=0.05)
+AGAIN = "remove that folder to resume from the one before it, or start anew under another name=..."
+
+
+class Run:
+    """Two networks and their optimisers, of which only the student's has stepped."""
+
+    def __init__(self, seed: int = 0, world: World | None = None, steps: int = 2):
+        self.world = world or World()
+        self.nets = {"student": toy.denoiser(seed), "disc": toy.head(seed)}
+        self.nets = {role: self.world.place(role, net) for role, net in self.nets.items()}
+        self.optims = {r: torch.optim.AdamW(net.parameters(), lr=1e-2, fused=True) for r, net in self.nets.items()}
+        for _ in range(steps):
+            self.step()
+
+    def step(self) -> None:
+        for i, param in enumerate(self.nets["student"].parameters()):
+            param.grad = torch.sin(param.detach() + i)
+        self.optims["student"].step()
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """All of it, whole, by name."""
+        return {k: full(v).clone() for k, v in state.tensors_of(self.nets, self.optims).items()}
+
+    def save(self, saver: Saver, step: int, recipe: dict | None = None, images: int | None = None, wait: bool = True):
+        manifest = {"step": step, "images": 10 * step if images is None else images, "updates": {"student": step}}
+        path = saver.save(self.nets, self.optims, manifest | {"recipe": recipe or {}})
+        if wait:
+            saver.wait()
+        return path
+
+    def load(self, path, **kwargs) -> dict:
+        return state.load(path, self.nets, self.optims, self.world, **kwargs)
+
+
+def steps(folder) -> list[int]:
+    return [state.step_of(path) for path in state.checkpoints(folder)]
+
+
+# One process
+
+
+def test_what_is_loaded_is_what_was_saved_bit_for_bit(tmp_path):
+    run, other = Run(), Run(seed=1, steps=5)
+    path = run.save(Saver(tmp_path), 7, {"a": 1})
+    assert path == tmp_path / "step-00000007" and state.complete(path) and state.newest(tmp_path) == path
+    manifest = other.load(path, recipe={"a": 1})
+    assert toy.same(other.named(), run.named())
+    assert {k: manifest[k] for k in ("step", "images", "updates", "world")} == {
+        "step": 7,
+        "images": 70,
+        "updates": {"student": 7},
+        "world": 1,
+    }
+    run.step(), other.step()
+    assert toy.same(other.named(), run.named())
+
+
+def test_what_was_never_trained_has_no_optimiser_state_before_and_after(tmp_path):
+    run, other = Run(), Run(seed=1)
+    disc = torch.stack([p.square().sum() for p in other.nets["disc"].parameters()]).sum()
+    disc.backward()
+    other.optims["disc"].step()
+    assert other.optims["disc"].state
+    other.load(run.save(Saver(tmp_path), 1))
+    assert not other.optims["disc"].state and toy.same(other.named(), run.named())
+
+
+def test_a_file_is_plain_safetensors_and_no_pickle_is_written(tmp_path):
+    run = Run()
+    run.nets["student"].register_buffer("counts", torch.arange(3))
+    run.nets["student"].register_buffer("halves", torch.tensor([0.5, -1.5, 3.0], dtype=torch.bfloat16))
+    run.nets["student"].register_buffer("flag", torch.tensor(True))
+    path = run.save(Saver(tmp_path), 1)
+    assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "rank-00000.safetensors"]
+    assert toy.same(load_file(path / "rank-00000.safetensors"), run.named())
+    assert toy.same(state.read_weights(path), run.named())
+    assert toy.same(state.read_weights(path, "net.disc"), toy.weights(run.nets["disc"]))
+
+
+def test_what_is_saved_is_the_state_at_the_call(tmp_path, monkeypatch):
+    run, saver = Run(), Saver(tmp_path)
+    write = state.write_tensors
+    monkeypatch.setattr(state, "write_tensors", lambda *args: time.sleep(0.2) or write(*args))
+    before, updates = run.named(), {"student": 1}
+    path = saver.save(run.nets, run.optims, {"step": 1, "images": 1, "updates": updates, "recipe": {}})
+    assert not state.complete(path) and saver.failed is None
+    run.step()
+    updates["student"] = 2
+    saver.wait()
+    assert toy.same(state.read_weights(path), before)
+    assert state.read_manifest(path)["updates"] == {"student": 1}
+
+
+def test_a_step_saved_twice_replaces_itself(tmp_path):
+    saver, run = Saver(tmp_path), Run()
+    for _ in range(2):
+        run.step()
+        path = run.save(saver, 1)
+    assert toy.same(state.read_weights(path), run.named())
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+# Damage
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    return Run().save(Saver(tmp_path), 2, {"train": {"batch": 32}, "optim": {"student": {"lr": 1e-3}}})
+
+
+def fails(path: Path, **kwargs) -> str:
+    """The text with which a load is refused."""
+    run = Run(seed=1)
+    before = run.named()
+    with pytest.raises(CheckpointError) as error:
+        run.load(path, **kwargs)
+    assert toy.same(run.named(), before)
+    return str(error.value)
+
+
+def test_a_truncated_or_changed_file_is_named(saved):
+    file = saved / "rank-00000.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    assert fails(saved) == f"{file}: truncated or changed since it was written; {AGAIN}"
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    file.write_bytes(flipped)
+    assert fails(saved) == f"{file}: truncated or changed since it was written; {AGAIN}"
+    with pytest.raises(CheckpointError, match="truncated or changed"):
+        state.read_weights(saved, "net.disc")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank-00000.safetensors"])
+def test_a_missing_file_is_named(saved, name):
+    (saved / name).unlink()
+    assert fails(saved) == f"{saved / name}: no such file, so {saved} is no complete checkpoint; {AGAIN}"
+
+
+@pytest.mark.parametrize("content", [b'{"format": 2', b"[]", b"{}", b"7", b'{"format": 2, "step": \xff}', b""])
+def test_a_damaged_manifest_is_named(saved, content):
+    (saved / "manifest.json").write_bytes(content)
+    text = fails(saved)
+    assert text.startswith(f"{saved / 'manifest.json'}: damaged (") and text.endswith(AGAIN)
+
+
+def change(path: Path, **entries) -> None:
+    manifest = json.loads((path / "manifest.json").read_text()) | entries
+    (path / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if v is not None}))
+
+
+def test_a_manifest_without_a_step_or_of_another_format_is_refused(saved):
+    change(saved, step=None)
+    assert fails(saved) == f"{saved / 'manifest.json'}: damaged ('step' is missing); {AGAIN}"
+    change(saved, format=1)
+    assert fails(saved) == f"{saved}: checkpoint format 1, this version reads 2"
+
+
+def test_a_checkpoint_of_other_networks_is_refused(saved):
+    run = Run(seed=1)
+    run.nets["student"] = toy.denoiser(width=16)
+    text = r"step-00000002, student: does not fit the network; 7 tensors differ, such as backbone.encoder.0.weight, "
+    with pytest.raises(CheckpointError, match=text):
+        run.load(saved)
+    with pytest.raises(CheckpointError, match="there: does not fit the network; 2 tensors differ"):
+        weights = state.read_weights(saved, "net.disc")
+        state.load_net(toy.head(), {k: v for k, v in weights.items() if "bias" in k}, "there")
+    tensors = state.read_manifest(saved)["tensors"]
+    name = "optim.student.backbone.encoder.0.weight.exp_avg"
+    change(saved, tensors={k.replace(name, "optim.student.nothing.exp_avg"): v for k, v in tensors.items()})
+    assert "does not fit the optimiser; optim.student.nothing.exp_avg belongs to no parameter" in fails(saved)
+
+
+# Another recipe
+
+
+def test_a_changed_recipe_is_refused_with_the_changed_fields(saved):
+    new = {"train": {"batch": 64, "clip": [1, 2]}, "optim": {"student": {"lr": 2e-3}}}
+    assert fails(saved, recipe=new) == (
+        f"{saved}: written by another recipe:\n"
+        "  optim.student.lr: 0.001 -> 0.002\n"
+        "  train.batch: 32 -> 64\n"
+        "  train.clip: not there -> [1, 2]\n"
+        "If that is meant, go on with resume_allow=[optim.student.lr,train.batch,train.clip]; else give this run "
+        "another name or out folder, or start from those weights with start.student=<run folder>"
+    )
+    assert "train.clip" not in fails(saved, recipe=new, allow=["train.clip", "optim.student"])
+    assert "optim" not in fails(saved, recipe=new, allow=["optim"])
+    run = Run(seed=1)
+    run.load(saved, recipe=new, allow=["optim.student.lr", "train"])
+    assert toy.same(run.named(), Run().named())
+
+
+def test_differences_are_of_values_and_not_of_spellings():
+    old = {"a": {"b": 1, "c": [0.9, 0.999]}, "d": None, "e": {}}
+    assert state.differences(old, {"e": {}, "d": None, "a": {"c": (0.9, 0.999), "b": 1}}) == []
+    assert state.differences(old, old | {"e": {"f": 1}}) == ["e: {} -> not there", "e.f: not there -> 1"]
+    assert state.differences(old, old | {"a": {"b": 1}}, allow=["a.c"]) == []
+    assert state.differences({"ab": 1}, {"ab": 2}, allow=["a"]) == ["ab: 1 -> 2"]
+
+
+# What stays
+
+
+def test_which_checkpoints_stay():
+    images = {step: 100 * step for step in range(1, 11)}
+    scores = {2: 0.5, 3: 0.1, 5: float("nan"), 7: 0.3, 9: 0.9}
+    assert Keep(last=2).choose(images, scores) == {9, 10}
+    assert Keep(last=20).choose(images, scores) == set(images)
+    assert Keep(last=1, best=2).choose(images, scores) == {3, 7, 10}
+    assert Keep(last=1, best=2, higher=True).choose(images, scores) == {2, 9, 10}
+    assert Keep(last=1, best=9).choose(images, scores) == {2, 3, 7, 9, 10}
+    assert Keep(last=1).choose(images, scores, pending=[4, 40]) == {4, 10}
+    assert Keep(last=1, every_images=300).choose(images, {}) == {3, 6, 9, 10}
+    assert Keep(last=1, every_images=250).choose(images, {}) == {3, 5, 8, 10}  # the first after 250, 500, 750, 1000
+
+
+def test_retention_follows_the_scores_and_survives_a_restart(tmp_path):
+    run, keep = Run(), Keep(last=1, best=1, every_images=100)
+    saver = Saver(tmp_path, keep=keep)
+    for step in range(1, 7):
+        saver.pending(step)
+        run.save(saver, step)
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
+    for step in (1, 2, 3, 4, 5):
+        saver.scored(step, abs(step - 3))
+    run.save(saver, 7)
+    assert steps(tmp_path) == [3, 6, 7]  # the best, one that still waits for its score, the newest
+    saver = Saver(tmp_path, keep=keep)
+    for step in (8, 9, 10, 11):
+        run.save(saver, step)
+    assert steps(tmp_path) == [3, 10, 11]
+    saver.scored(11, 0.0)
+    Saver(tmp_path, keep=Keep(last=1)).remove_after(10)
+    assert steps(tmp_path) == [3, 10]
+
+
+def test_an_engine_keeps_what_its_settings_say(tmp_path):
+    train = {"steps": 12, "report_every": 2, "save_every": 2, "batch": 2, "keep": 2, "keep_every_images": 8}
+    toy.finish(toy.make_engine("denoising", folder=tmp_path, **train))
+    assert steps(tmp_path) == [4, 8, 10, 12]
+
+
+# Where nothing can be written
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path):
+    state.writable(tmp_path / "new" / "run")
+    assert list((tmp_path / "new" / "run").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        text = rf"storage: cannot write in {folder} \(.*\); choose another with storage="
+        with pytest.raises(ValueError, match=text):
+            state.writable(folder, "storage")
+    with pytest.raises(ValueError, match=r"gs://bucket/x: gs:// needs another package: pip install gcsfs"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "gcsfs", None)
+            state.writable("gs://bucket/x")
+    with pytest.raises(ValueError, match="nowhere://x: .*; give a path, or a URL such as s3://bucket/folder"):
+        state.writable("nowhere://x")
+
+
+def test_a_failed_write_is_known_at_once_and_raised_when_waited_for(tmp_path, monkeypatch):
+    saver, run = Saver(tmp_path), Run()
+    first = run.save(saver, 1)
+
+    def lost(*args):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "write_tensors", lost)
+        second = run.save(saver, 2, wait=False)
+        deadline = time.monotonic() + 20
+        while saver.failed is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        text = (
+            f"{second}: not saved (rank 0: {tmp_path}/.step-00000002/rank-00000.safetensors: Read-only file system); "
+            "the checkpoints before it are intact. Mend that, or let storage=... name another place, and start again"
+        )
+        assert str(saver.failed) == text
+        with pytest.raises(CheckpointError) as error:
+            run.save(saver, 3)
+        assert str(error.value) == text and saver.failed is None
+    assert steps(tmp_path) == [1] and toy.same(state.read_weights(first), run.named())
+    assert (tmp_path / ".step-00000002").exists()
+    run.save(saver, 3)
+    assert steps(tmp_path) == [1, 3] and len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_a_killed_write_left_is_removed_at_the_start(tmp_path):
+    run = Run()
+    run.save(Saver(tmp_path), 1)
+    for name in (".step-00000002", ".step-00000003.1234", "step-00000004", ".step-00000005.removed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rank-00000.safetensors").write_bytes(b"half")
+    (tmp_path / "step-00000001").rename(tmp_path / ".step-00000001.replaced")  # killed between two renames
+    (tmp_path / "notes").mkdir()
+    assert steps(tmp_path) == []
+    Saver(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step-00000001"]
+    assert toy.same(state.read_weights(tmp_path / "step-00000001"), run.named())
+
+
+# Object stores
+
+
+def store_round(folder: str) -> None:
+    """Save, replace, retain, load and clear, where nothing can be renamed."""
+    run, saver = Run(), Saver(folder, keep=Keep(last=1, best=1))
+    for step in (1, 2, 3):
+        run.step()
+        path = run.save(saver, step)
+        if step == 1:
+            saver.scored(1, 0.5)
+            first = run.named()
+    assert path == f"{folder}/step-00000003" and state.newest(folder) == path
+    assert state.checkpoints(folder) == [f"{folder}/step-00000001", path]
+    assert toy.same(state.read_weights(f"{folder}/step-00000001"), first)
+    other = Run(seed=1)
+    assert other.load(path, recipe={}, verify_all=True)["step"] == 3
+    assert toy.same(other.named(), run.named())
+    run.step()
+    run.save(saver, 3)
+    assert toy.same(state.read_weights(path), run.named())
+
+    fs, inside = fsspec.url_to_fs(folder)
+    fs.pipe_file(f"{inside}/step-00000009/rank-00000.safetensors", b"half")  # its manifest never came
+    assert state.newest(folder) == path
+    content = fs.cat_file(f"{inside}/step-00000003/rank-00000.safetensors")
+    saver = Saver(folder, keep=Keep(last=1, best=1))  # a restart: it knows the scores
+    assert not fs.exists(f"{inside}/step-00000009/rank-00000.safetensors")
+    run.save(saver, 4)
+    assert steps(folder) == [1, 4] and not fs.exists(f"{inside}/step-00000003/rank-00000.safetensors")
+    fs.pipe_file(f"{inside}/step-00000004/rank-00000.safetensors", content[:-1])
+    file = "step-00000004/rank-00000.safetensors"
+    with pytest.raises(CheckpointError, match=f"{folder}/{file}: truncated or changed"):
+        state.read_weights(state.newest(folder))
+    fs.rm(f"{inside}/{file}")
+    with pytest.raises(CheckpointError, match=f"{folder}/{file}: no such file, so {folder}/step-00000004 is no compl"):
+        state.read_weights(f"{folder}/step-00000004")
+    state.writable(folder)
+
+
+def test_a_store_without_renames():
+    store_round("memory:///bucket/run")
+
+
+@pytest.fixture
+def bucket(monkeypatch) -> str:
+    """A bucket of an S3 server on this machine."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    fs = fsspec.filesystem("s3", skip_instance_cache=True)
+    fs.mkdir("bucket")
+    yield "s3://bucket"
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    server.stop()
+
+
+def test_checkpoints_in_s3(bucket):
+    store_round(f"{bucket}/runs/one")
+    with pytest.raises(ValueError, match=r"storage: cannot write in s3://nowhere/x \(.*\); choose another"):
+        state.writable("s3://nowhere/x", "storage")
+
+
+# Several processes
+
+CONTEXT = torch.multiprocessing.get_context("forkserver")  # imports once, then each process costs little
+CONTEXT.set_forkserver_preload(["toy", "fewstep.engine.state"])
+
+
+def processes(target: Callable, count: int, *args) -> list[int]:
+    """Runs target(rank, *args) in `count` processes; their exit codes."""
+    ranks = [CONTEXT.Process(target=target, args=(rank, *map(str, args))) for rank in range(count)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    return [process.exitcode for process in ranks]
+
+
+def meet(folder: str, name: str, rank: int, size: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=size)
+
+
+def slow(seconds: float) -> None:
+    """Makes the writing slow, so that the training overtakes it."""
+    write = state.write_tensors
+    state.write_tensors = lambda *args: time.sleep(seconds) or write(*args)
+
+
+def reshards(rank: int, folder: str) -> None:
+    """Ranks 0 and 1 save sharded and replicated, and load again; then all four load what those two saved."""
+    if rank < 2:
+        meet(folder, "two", rank, 2)
+        for placement in ("shard", "replicate"):
+            run = Run(world=World.current(layout=Layout(placement=placement)))
+            whole = run.named()
+            path = run.save(Saver(f"{folder}/{placement}", run.world), 1)
+            again = Run(1, run.world, steps=3)
+            again.load(path)
+            assert toy.same(again.named(), whole)
+            again.step(), run.step()
+            assert toy.same(again.named(), run.named())
+        dist.destroy_process_group()
+        Path(folder, f"ready-{rank}").touch()
+    while not all(Path(folder, f"ready-{r}").exists() for r in (0, 1)):
+        time.sleep(0.02)
+    meet(folder, "four", rank, 4)
+    for saved in ("shard", "replicate"):
+        run = Run(1, World.current(layout=Layout(placement="shard")), steps=3)
+        run.load(f"{folder}/{saved}/step-00000001", verify_all=True)
+        assert toy.same(run.named(), Run().named())
+    Path(folder, "shard/step-00000001/rank-00001.safetensors").write_bytes(b"short")
+    dist.barrier()
+    try:
+        run.load(f"{folder}/shard/step-00000001")
+    except CheckpointError as error:
+        Path(folder, f"error-{rank}").write_text(str(error))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_save_and_one_two_or_four_load(tmp_path):
+    assert processes(reshards, 4, tmp_path) == [0] * 4
+    whole = Run().named()
+    path = tmp_path / "replicate" / "step-00000001"
+    assert toy.same(state.read_weights(path), whole)
+    one = Run(seed=1)
+    assert one.load(path)["world"] == 2
+    assert toy.same(one.named(), whole)
+    manifest = state.read_manifest(path)
+    assert sorted(manifest["files"]) == ["rank-00000.safetensors", "rank-00001.safetensors"]
+    sizes = [entry["bytes"] for entry in manifest["files"].values()]
+    assert max(sizes) < 0.6 * sum(sizes)  # what both hold is written once, half by each
+    sharded = state.read_manifest(tmp_path / "shard" / "step-00000001")["tensors"]
+    chunks = sharded["net.student.backbone.encoder.0.weight"]["chunks"]
+    assert [(chunk["offsets"], chunk["sizes"]) for chunk in chunks] == [([0, 0], [24, 11]), ([24, 0], [24, 11])]
+    file = tmp_path / "shard/step-00000001/rank-00001.safetensors"
+    for rank in range(4):  # all are told, whoever read the file
+        assert f"{file}: truncated or changed since it was written" in (tmp_path / f"error-{rank}").read_text()
+
+
+def overtakes(rank: int, folder: str) -> None:
+    """Trains sharded with every step saved by a slow writer, and without."""
+    meet(folder, "meet", rank, 2)
+    world, every = World.current(layout=Layout(placement="shard")), {"report_every": 1, "save_every": 1, "steps": 6}
+    plain = toy.make_engine(GAN, world=world, **every)
+    toy.finish(plain)
+    slow(0.1 + 0.1 * rank)
+    engine = toy.make_engine(GAN, world=world, folder=Path(folder, "run"), **every)
+    overlapped = 0
+    for report in engine.run():
+        overlapped += not state.complete(report.checkpoint)
+    assert overlapped == 5  # all but the last, for which a run waits
+    a, b = state.tensors_of(engine._parts(), engine.optims), state.tensors_of(plain._parts(), plain.optims)
+    whole = {k: full(v) for k, v in a.items()}
+    assert toy.same(whole, {k: full(v) for k, v in b.items()})
+    assert toy.same(state.read_weights(Path(folder, "run/step-00000006")), whole)
+    dist.destroy_process_group()
+
+
+def test_saving_behind_the_training_changes_no_number_and_meets_none_of_its_collectives(tmp_path):
+    assert processes(overtakes, 2, tmp_path) == [0, 0]
+    assert steps(tmp_path / "run") == [5, 6]
+
+
+def kill(*args, **kwargs) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before_its_file(*args) -> None:
+    state.write_tensors = kill
+
+
+def after_its_file(*args) -> None:
+    write = state.write_tensors
+    state.write_tensors = lambda *args: (write(*args), kill())
+
+
+def before_the_manifest() -> None:
+    state.Writer.finish = kill
+
+
+def before_the_rename() -> None:
+    state.Writer._rename = kill
+
+
+POINTS = [before_its_file, before_the_manifest, before_the_rename]
+
+
+def dies(rank: int, folder: str) -> None:
+    point = POINTS[rank]
+    saver, run = Saver(Path(folder, point.__name__)), Run()
+    run.save(saver, 1)
+    point()
+    run.save(saver, 2)
+
+
+def test_a_writer_killed_at_three_points_leaves_the_checkpoint_before(tmp_path):
+    assert processes(dies, 3, tmp_path) == [-signal.SIGKILL] * 3
+    left = [["step-00000001", ".step-00000002"], [], ["rank-00000.safetensors"], ["manifest.json"]]
+    for point, files in zip(POINTS, left[1:], strict=True):
+        folder = tmp_path / point.__name__
+        assert sorted(p.name for p in folder.iterdir()) == sorted(left[0])
+        assert set(files) <= {p.name for p in (folder / ".step-00000002").iterdir()}
+        assert steps(folder) == [1]
+        run = Run(seed=1)
+        run.load(state.newest(folder))
+        assert toy.same(run.named(), Run().named())
+        run.save(Saver(folder), 2)
+        assert sorted(p.name for p in folder.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def loses_a_rank(rank: int, folder: str) -> None:
+    meet(folder, "meet", rank, 2)
+    run = Run(world=World.current(layout=Layout(placement="shard")))
+    saver = Saver(f"{folder}/run", run.world)
+    run.save(saver, 1)
+    if rank == 1:
+        after_its_file()
+    start = time.monotonic()
+    try:
+        run.save(saver, 2)
+    except CheckpointError as error:
+        Path(folder, "error").write_text(str(error))
+    assert time.monotonic() - start < 20
+    os._exit(0)  # the group has lost a member and cannot be left in order
+
+
+def test_a_rank_killed_while_it_writes_is_an_error_on_the_others_and_no_hang(tmp_path):
+    assert processes(loses_a_rank, 2, tmp_path) == [0, -signal.SIGKILL]
+    assert f"{tmp_path}/run/step-00000002: not saved (" in (tmp_path / "error").read_text()
+    assert steps(tmp_path / "run") == [1]
+    assert toy.same(state.read_weights(tmp_path / "run/step-00000001"), Run().named())
+
+
+def small_disk(folder: Path, size: int) -> str:
+    """A tmpfs that only this process and its children see; where that is not allowed, a limit on files. Its error."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_mounts, new_user, private = 0x00020000, 0x10000000, 1 << 18 | 1 << 14
+    for flags in (new_mounts, new_mounts | new_user):
+        if libc.unshare(flags) == 0 and libc.mount(b"none", b"/", None, private, None) == 0:
+            if libc.mount(b"none", os.fsencode(folder), b"tmpfs", 0, f"size={size}".encode()) == 0:
+                return os.strerror(errno.ENOSPC)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 4, size // 4))
+    return os.strerror(errno.EFBIG)
+
+
+def fills(_: int, folder: str) -> None:
+    """Two ranks on a disk that has room for one checkpoint: the file of the second rank is the larger."""
+    disk = Path(folder, "disk")
+    reason = small_disk(disk, 400 << 10)
+    child = os.fork()
+    rank = int(child == 0)
+    meet(folder, "meet", rank, 2)
+    run = Run(world=World.current(layout=Layout(placement="shard")))
+    saver = Saver(disk, run.world)
+    path, whole = run.save(saver, 1), run.named()
+    if rank == 1:  # a part that only this rank has
+        run.nets["large"] = torch.nn.Module()
+        run.nets["large"].register_buffer("weight", torch.ones(200_000))
+    with pytest.raises(CheckpointError) as error:
+        run.save(saver, 2)
+    says = f"{path.parent}/step-00000002: not saved (rank 1: {disk}/.step-00000002/rank-00001.safetensors: {reason})"
+    assert str(error.value).startswith(says), error.value
+    assert steps(disk) == [1] and toy.same(state.read_weights(path), whole)
+    dist.barrier()
+    dist.destroy_process_group()
+    if child:
+        _, status = os.waitpid(child, 0)
+        os._exit(os.waitstatus_to_exitcode(status))
+    os._exit(0)
+
+
+def test_a_full_disk_is_an_error_on_all_ranks_and_the_checkpoint_before_stays(tmp_path):
+    (tmp_path / "disk").mkdir()
+    assert processes(fills, 1, tmp_path) == [0]
