@@ -180,6 +180,10 @@ def change(path: Path, **entries) -> None:
 def test_a_manifest_without_a_step_or_of_another_format_is_refused(saved):
     change(saved, step=None)
     assert fails(saved) == f"{saved / 'manifest.json'}: damaged ('step' is missing); {AGAIN}"
+    change(saved, format=2, step=2, tensors={"net.disc.layers.0.bias": {"dtype": "F32", "shape": [48]}})
+    file = saved / "manifest.json"
+    with pytest.raises(CheckpointError, match=rf"{file}: damaged \(KeyError\('chunks'\)\)"):
+        state.read_weights(saved)
     change(saved, format=1)
     assert fails(saved) == f"{saved}: checkpoint format 1, this version reads 2"
 
@@ -400,8 +404,19 @@ def test_checkpoints_in_s3(bucket):
 
 # Several processes
 
-CONTEXT = torch.multiprocessing.get_context("forkserver")  # imports once, then each process costs little
-CONTEXT.set_forkserver_preload(["toy", "fewstep.engine.state"])
+# A server imports once what costs most, and each process is a fork of it
+CONTEXT = torch.multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        "torch",
+        "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
+        "pytest",
+        "safetensors.torch",
+        "fsspec",
+        "pydantic",
+    ]
+)
 
 
 def processes(target: Callable, count: int, *args) -> list[int]:

@@ -53,6 +53,7 @@ __all__ = [
     "Saver",
     "checkpoints",
     "differences",
+    "fingerprint",
     "complete",
     "load",
     "load_net",
@@ -539,6 +540,20 @@ def _missing(file: Place, checkpoint: Place) -> CheckpointError:
     return CheckpointError(f"{file}: no such file, so {checkpoint} is no complete checkpoint; {AGAIN}")
 
 
+def _metadata(entries: Mapping[str, Any]) -> Metadata:
+    """What a manifest says of its tensors, as the planner wants it; of each chunk (file, key)."""
+    tensors, chunks = {}, {}
+    for name, entry in entries.items():
+        where = []
+        for chunk in entry["chunks"]:
+            offsets = torch.Size(chunk["offsets"])
+            where.append(ChunkStorageMetadata(offsets, torch.Size(chunk["sizes"])))
+            chunks[MetadataIndex(name, offsets)] = (chunk["file"], chunk["key"])
+        properties = TensorProperties(dtype=DTYPES[entry["dtype"]])
+        tensors[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), where)
+    return Metadata(tensors, storage_data=chunks)
+
+
 class Reader(dcp.StorageReader):
     """Reads what is asked for out of a checkpoint's files, each verified before anything is taken from it.
 
@@ -547,6 +562,10 @@ class Reader(dcp.StorageReader):
 
     def __init__(self, path: Place, manifest: Mapping[str, Any], verify_all: bool = False):
         self.path, self.manifest, self.verify_all = path, manifest, verify_all
+        try:
+            self.metadata = _metadata(manifest["tensors"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path / MANIFEST}: damaged ({error!r}); {AGAIN}") from None
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -556,19 +575,10 @@ class Reader(dcp.StorageReader):
         pass
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        tensors, chunks = {}, {}
-        for name, entry in self.manifest["tensors"].items():
-            where = []
-            for chunk in entry["chunks"]:
-                offsets = torch.Size(chunk["offsets"])
-                where.append(ChunkStorageMetadata(offsets, torch.Size(chunk["sizes"])))
-                chunks[MetadataIndex(name, offsets)] = (chunk["file"], chunk["key"])
-            properties = TensorProperties(dtype=DTYPES[entry["dtype"]])
-            tensors[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), where)
-        return Metadata(tensors, storage_data=chunks)
+        return self.metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        self.chunks = metadata.storage_data
+        pass
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan
@@ -579,7 +589,7 @@ class Reader(dcp.StorageReader):
     def read_data(self, plan: LoadPlan, planner: dcp.LoadPlanner) -> torch.futures.Future[None]:
         wanted: dict[str, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
-            wanted[self.chunks[item.storage_index][0]].append(item)
+            wanted[self.metadata.storage_data[item.storage_index][0]].append(item)
         for name in self.manifest["files"] if self.verify_all else wanted:
             with self._verified(name) as file, safe_open(file, "pt") as tensors:
                 for item in wanted.get(name, []):
@@ -591,7 +601,7 @@ class Reader(dcp.StorageReader):
         return done
 
     def _chunk(self, tensors: Any, item: ReadItem) -> Tensor:
-        key = self.chunks[item.storage_index][1]
+        key = self.metadata.storage_data[item.storage_index][1]
         if not item.lengths:
             return tensors.get_tensor(key)
         spans = zip(item.storage_offsets, item.lengths, strict=True)
@@ -614,11 +624,11 @@ class Reader(dcp.StorageReader):
             raise CheckpointError(f"{place}: {error}; {AGAIN}") from None
 
 
-def _read(path: Place, manifest: Mapping[str, Any], into: dict[str, Tensor], verify_all: bool = False) -> None:
+def _read(reader: Reader, into: dict[str, Tensor]) -> None:
     """Fills tensors, sharded or not, from a checkpoint; each rank for itself."""
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        dcp.load(into, storage_reader=Reader(path, manifest, verify_all), planner=planner, no_dist=True)
+        dcp.load(into, storage_reader=reader, planner=planner, no_dist=True)
     except CheckpointException as error:
         raise error.failures[0][0] from None
 
@@ -648,6 +658,7 @@ def load(
                 f"resume_allow=[{names}]; else give this run another name or out folder, or start from those weights "
                 "with start.student=<run folder>"
             )
+        reader = Reader(path, manifest, verify_all)
         into: dict[str, Tensor] = {}
         for name, net in nets.items():
             found = _part(manifest["tensors"], f"net.{name}")
@@ -655,7 +666,7 @@ def load(
             _fits(own, {key: manifest["tensors"][whole] for key, whole in found.items()}, f"{path}, {name}")
             into |= {whole: own[key].detach() for key, whole in found.items()}
         states = {role: _slots(manifest["tensors"], role, nets[role], into, path) for role in optims}
-        _read(path, manifest, into, verify_all)
+        _read(reader, into)
         for role, optim in optims.items():
             optim.state.clear()
             optim.state.update(states[role])
@@ -717,10 +728,10 @@ def read_weights(path: Ref, prefix: str = "") -> dict[str, Tensor]:
     """
     path = Place.of(path)
     manifest = read_manifest(path.ref)
-    tensors = manifest["tensors"]
+    reader, tensors = Reader(path, manifest), manifest["tensors"]
     names = _part(tensors, prefix) if prefix else {name: name for name in tensors}
     into = {n: torch.empty(tensors[n]["shape"], dtype=DTYPES[tensors[n]["dtype"]]) for n in names.values()}
-    _read(path, manifest, into)
+    _read(reader, into)
     return {key: into[whole] for key, whole in names.items()}
 
 
