@@ -24,7 +24,7 @@ FLOORS = [
     {"engine"},
     {"recipe"},
     {"build"},
-    {"students", "tracking"},
+    {"students", "tracking", "watchdog"},
     {"run", "compare"},
     {"dryrun"},
     {"cluster"},
@@ -43,8 +43,8 @@ ONLY = {
     "torchvision": {"data"},
 }
 
-# The engine knows what a method is and no particular one; of networks it knows the average.
-NARROW = {("engine", "methods"): {"base"}, ("engine", "networks"): {"average", "state"}}
+# The engine knows what a method is and no particular one; of networks it knows the average and the blocks.
+NARROW = {("engine", "methods"): {"base"}, ("engine", "networks"): {"average", "blocks"}}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

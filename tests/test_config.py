@@ -88,11 +88,15 @@ def test_a_recipe_is_found_by_name_or_by_path(folder, monkeypatch):
         (["tarin.steps=3"], ["tarin: no such key; did you mean 'train'?"]),
         (["method.guidanc=2"], ["method.guidanc: no such key; did you mean 'guidance'?"]),
         (["optim.fake.lrr=1e-4"], ["optim.fake.lrr: no such key; did you mean 'lr'?"]),
-        (["train.x=1", "train.keep=0"], [
-            "train.keep: must be at least 1, got 0",
-            "train.x: no such key; valid: accumulate, average_decay, average_std, batch, clip, keep, report_every, "
-            "save_every, steps",
-        ]),
+        (
+            ["train.x=1", "train.keep=0"],
+            [
+                "train.keep: must be at least 1, got 0",
+                "train.x: no such key; valid: accumulate, average_decay, average_std, batch, clip, keep, "
+                "keep_best, keep_best_by, keep_best_mode, keep_every_images, report_every, "
+                "save_every, steps",
+            ],
+        ),
         (["seed=x"], ["seed: expected a whole number, got 'x'"]),
         (["train.steps=1.5"], ["train.steps: expected a whole number, got 1.5"]),
         (["optim.fake.lr=fast"], ["optim.fake.lr: expected a number, got 'fast'"]),
@@ -112,29 +116,30 @@ def test_a_recipe_is_found_by_name_or_by_path(folder, monkeypatch):
         (["method.gan_weight=.inf"], ["method.gan_weight: expected a finite number, got inf"]),
         (["method.gan_weight=.nan"], ["method.gan_weight: expected a finite number, got nan"]),
         (["precision=fp16"], ["precision: 'fp16' is not one of fp32, bf16"]),
-        (["cluster.placement=sharded"], [
-            "cluster.placement: 'sharded' is not one of replicate, shard; did you mean 'shard'?"
-        ]),
-        (["method.name=dmd"], [
-            f"method.name: 'dmd' is not one of {', '.join(sorted(METHODS))}; did you mean 'dmd2'?"
-        ]),
+        (
+            ["cluster.placement=sharded"],
+            ["cluster.placement: 'sharded' is not one of replicate, shard, hybrid; did you mean 'shard'?"],
+        ),
+        (["method.name=dmd"], [f"method.name: 'dmd' is not one of {', '.join(sorted(METHODS))}; did you mean 'dmd2'?"]),
         (["method={}"], [f"method.name: missing; valid: {', '.join(sorted(METHODS))}"]),
         (["method=dmd2"], ["method: expected fields, such as method.name=value, got 'dmd2'"]),
-        (["method.name=f_distill", "method.divergence=jss"], [
-            "method.divergence: 'jss' is not one of reverse_kl, softened_reverse_kl, js, hellinger, kl, jeffreys; "
-            "did you mean 'js'?"
-        ]),
-        (["optim.fak.lr=1e-4"], [
-            "optim.fak: no such role; dmd2 trains disc, fake, student; did you mean 'fake'?"
-        ]),
+        (
+            ["method.name=f_distill", "method.divergence=jss"],
+            [
+                "method.divergence: 'jss' is not one of reverse_kl, softened_reverse_kl, js, hellinger, kl, jeffreys; "
+                "did you mean 'js'?"
+            ],
+        ),
+        (["optim.fak.lr=1e-4"], ["optim.fak: no such role; dmd2 trains disc, fake, student; did you mean 'fake'?"]),
         (["optim={student: {lr: 1e-4}, disc: {lr: 1e-4}}"], ["optim.fake: missing; dmd2 trains it"]),
         (["start.critic=runs/a"], ["start.critic: no such role; dmd2 trains disc, fake, student"]),
         (["cluster.workers=3"], ["train.batch: 32 is not a multiple of workers x accumulate = 3"]),
         (["train.save_every=75"], ["train.save_every: 75 is not a multiple of report_every 50"]),
         (["teacher=null"], ["teacher: give either a teacher to distil or a network to train, and not both"]),
-        (["seed.x=1", "teacher.x=1"], [
-            "teacher.x: teacher is 'shipped:fashion_mnist/teacher', which has no fields to set"
-        ]),
+        (
+            ["seed.x=1", "teacher.x=1"],
+            ["teacher.x: teacher is 'shipped:fashion_mnist/teacher', which has no fields to set"],
+        ),
         (["train.steps.x.y=1"], ["train.steps.x.y: train.steps is 1000, which has no fields to set"]),
     ],
     ids=lambda v: " ".join(v)[:40] if "=" in v[0] else "",

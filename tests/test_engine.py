@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.diffusion.draws import Draws
 from fewstep.engine import state
+from fewstep.engine.guard import Alarm, Guard
 from fewstep.engine.optim import Optim
-from fewstep.engine.train import Engine, NonFinite, Train
+from fewstep.engine.train import Collapsed, Engine, Event, NonFinite, Train
 from fewstep.engine.world import Layout, World
 from fewstep.methods import METHODS
 
@@ -403,3 +404,105 @@ def test_the_watch_for_waits_sees_them():
     for wait in (lambda x: x.item(), bool, float, lambda x: x.nonzero(), lambda x: 1 if x > 0 else 0):
         with Waits(), pytest.raises(AssertionError, match="asks the device"):
             wait(torch.ones(()))
+
+
+# Requests to stop, and the guard
+
+
+class Alarms:
+    """A watch that raises the alarm at given steps, once each, whatever it is shown."""
+
+    def __init__(self, guard, *alarms):
+        self.guard, self.alarms, self.state = guard, list(alarms), {}
+        self.resets = []
+
+    def look(self, step, metrics):
+        due = [alarm for alarm in self.alarms if alarm.step == step]
+        self.alarms = [alarm for alarm in self.alarms if alarm.step != step]
+        return due[0] if due else None
+
+    def reset(self, step):
+        self.resets.append(step)
+
+    def load(self, state): ...
+
+
+def guarded(folder, policy, *alarms, **settings):
+    """An engine of 20 steps whose guard looks at each step and raises these alarms."""
+    guard = Guard(policy=policy, every=1, images=1, rate=0.5)
+    engine = toy.make_engine(folder=folder, steps=20, report_every=5, save_every=5, guard=guard, **settings)
+    engine.watch, engine.look_every = Alarms(guard, *alarms), 1
+    return engine
+
+
+def test_a_request_to_stop_ends_after_the_next_step_saved_and_the_run_goes_on_from_there(tmp_path):
+    whole = toy.make_engine(steps=20)
+    toy.finish(whole)
+    engine = toy.make_engine(folder=tmp_path, steps=20, report_every=5)
+    reports = []
+    for report in engine.run():
+        reports.append(report)
+        engine.stop()
+    assert [r.step for r in reports] == [5, 7]  # said after step 5, agreed on in the sixth, heard by all in the seventh
+    assert not engine.finished and state.step_of(reports[-1].checkpoint) == 7
+    again = toy.make_engine(folder=tmp_path, steps=20)
+    again.resume(state.newest(tmp_path))
+    toy.finish(again)
+    assert again.finished and toy.same(toy.weights(whole.student), toy.weights(again.student))
+
+
+def test_a_warning_changes_no_number(tmp_path):
+    plain, warned = toy.make_engine(steps=20), guarded(tmp_path, "warn", Alarm(7, 6, "dark"))
+    toy.finish(plain)
+    events = [event for report in warned.run() for event in report.events]
+    assert events == [Event("collapse", 7, "dark")]
+    assert toy.same(toy.weights(plain.student), toy.weights(warned.student))
+
+
+def test_a_roll_back_goes_to_the_checkpoint_before_the_trouble_with_a_lower_rate(tmp_path):
+    engine = guarded(tmp_path / "a", "roll_back", Alarm(17, 12, "dark"))
+    reports = list(engine.run())
+    assert [r.step for r in reports] == [5, 10, 15, 17, 15, 20]
+    collapse, back = reports[3].events
+    assert (collapse.kind, back.kind, back.step) == ("collapse", "roll_back", 10)
+    assert "rate is now 0.5 of optim.student.lr" in back.reason
+    assert engine.watch.resets == [10] and engine.rates == {"disc": 1.0, "fake": 1.0, "student": 0.5}
+
+    # the same by hand: ten steps, then ten more with half the student's rate
+    first = toy.make_engine(folder=tmp_path / "b", steps=20, save_every=5, keep=9)
+    for report in first.run():
+        if report.step == 10:
+            break
+    first.wait()
+    second = toy.make_engine(folder=tmp_path / "b", steps=20)
+    second.resume(state.newest(tmp_path / "b"))
+    second.rates["student"] = 0.5
+    toy.finish(second)
+    assert toy.same(toy.weights(engine.student), toy.weights(second.student))
+
+
+def test_what_a_roll_back_left_behind_is_removed_and_its_rate_survives_a_restart(tmp_path):
+    engine = guarded(tmp_path, "roll_back", Alarm(17, 12, "dark"))
+    steps = []
+    for report in engine.run():
+        if report.step == 17:
+            engine.wait()
+            steps = [state.step_of(path) for path in state.checkpoints(tmp_path)]
+    assert steps == [10]
+    again = guarded(tmp_path, "roll_back")
+    again.resume(state.newest(tmp_path))
+    assert again.step == 20 and again.rates["student"] == 0.5 and again.roll_backs == 1
+
+
+def test_an_early_collapse_goes_back_to_the_start(tmp_path):
+    engine = guarded(tmp_path, "roll_back", Alarm(3, 1, "dark"))
+    assert [event.step for report in engine.run() for event in report.events] == [3, 0]
+    assert engine.finished
+
+
+def test_the_guard_stops_the_run_where_it_is_told_to_or_has_tried_enough(tmp_path):
+    with pytest.raises(Collapsed, match="step 7: dark.*policy=roll_back"):
+        list(guarded(tmp_path / "a", "stop", Alarm(7, 6, "dark")).run())
+    engine = guarded(tmp_path / "b", "roll_back", *[Alarm(step, step, "dark") for step in (12, 13, 14, 16)])
+    with pytest.raises(Collapsed, match="step 16: dark, after 3 roll-backs"):
+        list(engine.run())

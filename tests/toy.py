@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.level import PREDICTIONS, Level
 from fewstep.diffusion.schedules import EDM, Schedule
+from fewstep.engine.guard import Guard
 from fewstep.engine.optim import Optim
 from fewstep.engine.train import Engine, Train
 from fewstep.engine.world import World
@@ -144,6 +145,7 @@ def make_engine(
     seed: int = 0,
     data: Mixture | None = None,
     optim: dict | None = None,
+    guard: Guard | None = None,
     **train,
 ) -> Engine:
     """An engine on the toy; the student and the critic start as `start`, by default random weights."""
@@ -154,7 +156,9 @@ def make_engine(
     optims = {role: Optim(lr=rates[role], **(optim or {})) for role in method.roles}
     settings = Train(**{"steps": 10, "batch": 16, "report_every": 5, "save_every": 10} | train)
     feed = Feed(data or teacher)
-    return Engine(method, nets, optims, feed, settings, seed=seed, world=world, folder=folder, recipe={"toy": 1})
+    return Engine(
+        method, nets, optims, feed, settings, seed=seed, world=world, folder=folder, recipe={"toy": 1}, guard=guard
+    )
 
 
 def finish(engine: Engine) -> list[dict[str, float]]:

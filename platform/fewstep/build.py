@@ -103,6 +103,7 @@ def make_engine(recipe: Recipe, feed: Feed, world: World | None = None, folder: 
         folder=folder,
         recipe=recipe.numbers,
         resume_allow=recipe.resume_allow,
+        guard=recipe.failure.collapse,
     )
 
 

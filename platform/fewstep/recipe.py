@@ -13,10 +13,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from .config import ConfigError, Strict, nearest, override, read, resolve, validate, words
+from .engine.guard import Guard
 from .engine.optim import Optim
 from .engine.train import Train
+from .engine.world import Layout
 from .methods import METHODS
 from .networks.pretrained import Network
+
+# what does not decide a run's numbers: of a recipe, and of its `train`
+ASIDE = "recipe name out tracking evaluate cluster storage resume resume_allow failure".split()
+REPORTING = "report_every save_every keep keep_best keep_best_by keep_best_mode keep_every_images".split()
 
 AnyMethod = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]
 
@@ -34,23 +40,32 @@ class Data(Strict):
     """A set whose decoded images fit is held in memory by each worker; a larger one streams."""
 
 
-class Cluster(Strict):
+class Cluster(Layout):
     """Workers of Ray Train and what each gets."""
 
     workers: Annotated[int, Field(ge=1)] = 1
     """Training processes."""
+    workers_min: Annotated[int, Field(ge=1)] | None = None
+    """Elastic: as few as these while the cluster has no more, and more when it has; null waits for all."""
     device: Literal["cpu", "cuda"] | None = None
     """Null takes cuda where the cluster has GPUs."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """Logical CPUs a worker holds."""
     threads: Annotated[int, Field(ge=1)] = 1
     """Threads of a worker's CPU arithmetic; part of what makes two runs equal bit for bit."""
-    placement: Literal["replicate", "shard"] = "replicate"
-    """Networks whole on each worker, or their parameters sharded over all."""
     wait_s: Annotated[float, Field(gt=0)] = 60
     """How long to wait for the cluster to have the workers, before saying what is short."""
-    max_failures: Annotated[int, Field(ge=0)] = 0
-    """Restarts from the last checkpoint after a lost worker."""
+
+
+class Failure(Strict):
+    """What a run does when something goes wrong. Mistakes in a recipe, in data or in numbers are not tried again."""
+
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Restarts from the last checkpoint after lost workers, a lost node or a lost controller."""
+    stall_minutes: Annotated[float, Field(gt=0)] = 15
+    """No step for so long ends the run, saying where each rank is."""
+    collapse: Guard = Guard()
+    """What to do when the health of the student says that it collapsed."""
 
 
 class Evaluate(Strict):
@@ -122,6 +137,15 @@ class Recipe(Strict):
     """MLflow."""
     out: str = "runs"
     """Folder of the runs."""
+    storage: str | None = None
+    """Folder or URL (s3://bucket/x) for the checkpoints, which all nodes reach; null is the run's own folder."""
+    resume: str = "auto"
+    """auto goes on from the run's last checkpoint; never refuses a run that has any; a path is the checkpoint to start
+    from when the run has none."""
+    resume_allow: list[str] = []
+    """Dotted keys that may differ from the checkpoint's recipe, such as train.steps."""
+    failure: Failure = Failure()
+    """What happens when something goes wrong."""
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
@@ -139,9 +163,23 @@ class Recipe(Strict):
         for role in self.start:
             if role not in roles:
                 wrong.append(f"start.{role}: no such role; {self.method.tag} trains {', '.join(roles)}")
-        share = self.cluster.workers * self.train.accumulate
-        if self.train.batch % share:
-            wrong.append(f"train.batch: {self.train.batch} is not a multiple of workers x accumulate = {share}")
+        c, train = self.cluster, self.train
+        for workers in range(min(c.workers_min or c.workers, c.workers), c.workers + 1):
+            share = workers * train.accumulate
+            if train.batch % share:
+                wrong.append(f"train.batch: {train.batch} is not a multiple of workers x accumulate = {share}")
+        if c.workers_min is not None and c.workers_min > c.workers:
+            wrong.append(f"cluster.workers_min: {c.workers_min} is above cluster.workers {c.workers}")
+        if train.keep_best:
+            every, scored = train.save_every * train.batch, self.evaluate.every_images
+            if not scored or scored % every:
+                wrong.append(
+                    f"train.keep_best: only scored checkpoints can be best; let evaluate.every_images be a multiple "
+                    f"of save_every x batch = {every}, got {scored}"
+                )
+            if train.keep_best_by not in self.evaluate.metrics:
+                hint = nearest(str(train.keep_best_by), self.evaluate.metrics)
+                wrong.append(f"train.keep_best_by: {train.keep_best_by!r} is not scored; {hint}")
         if self.train.save_every % self.train.report_every:
             wrong.append(
                 f"train.save_every: {self.train.save_every} is not a multiple of report_every {self.train.report_every}"
@@ -156,12 +194,23 @@ class Recipe(Strict):
         return resolve(self.out) / self.name
 
     @property
+    def checkpoints(self) -> Path | str:
+        """Where the run's checkpoints go: a folder, or a URL when `storage` is one."""
+        if self.storage is None:
+            return self.folder / "checkpoints"
+        return f"{self.storage.rstrip('/')}/{self.name}" if "://" in self.storage else resolve(self.storage) / self.name
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What decides a run's numbers: two recipes that differ only in name, place or reporting share it."""
+        data = self.model_dump(mode="json", exclude=set(ASIDE))
+        data["train"] = {key: value for key, value in data["train"].items() if key not in REPORTING}
+        return data
+
+    @property
     def fingerprint(self) -> str:
-        """Of what decides the numbers: two recipes that differ only in name, place or reporting share it."""
-        data = self.model_dump(exclude={"recipe", "name", "out", "tracking", "evaluate", "cluster"})
-        for key in ("report_every", "save_every", "keep"):
-            data["train"].pop(key)
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+        """Sixteen letters that stand for `numbers`."""
+        return hashlib.sha256(json.dumps(self.numbers, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def find_recipe(ref: str, folder: Path) -> Path:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,19 @@ from .config import read, resolve, validate
 from .data.feed import Feed
 from .diffusion.draws import INDICES, Draws, fold
 from .diffusion.samplers import to_uint8
-from .engine.state import writable
-from .engine.train import Engine, Report
+from .engine import state
+from .engine.state import CheckpointError
+from .engine.storage import writable
+from .engine.train import Collapsed, Engine, NonFinite, Report
 from .engine.world import World
 from .metrics.base import Samples, Score, evaluate
 from .recipe import Recipe
 from .tracking.provenance import Provenance
 from .tracking.tracker import Tracker
+from .watchdog import LOOK_S, Watchdog
 
+ROLL_BACK = "roll_back"
+EVENTS = {Collapsed: "collapse", NonFinite: "non_finite", CheckpointError: "not_saved"}
 GRID_IMAGES, GRID_COLUMNS = 100, 10
 GRID_LEVEL = (
     INDICES // 2
@@ -59,53 +66,107 @@ class Reports:
     """The run's own record, `reports.jsonl`: one line a report, which a driver follows and a person can read."""
 
     def __init__(self, folder: Path, resumed_step: int):
-        self.path = folder / "reports.jsonl"
-        kept = [line for line in read_reports(folder) if line["step"] <= resumed_step] if self.path.is_file() else []
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.path, self.lock = folder / "reports.jsonl", threading.Lock()
+        kept = [line for line in read_reports(folder, scores=True) if line["step"] <= resumed_step]
+        new = folder / ".reports.jsonl"
+        new.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(new, self.path)
 
     def add(self, report: Report) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": report.step, "images": report.images, "metrics": report.metrics}) + "\n")
+        line = {"step": report.step, "images": report.images, "metrics": report.metrics}
+        if report.events:
+            line["events"] = [vars(event) for event in report.events]
+        self._write(line)
+
+    def score(self, step: int, images: int, scores: dict[str, float]) -> None:
+        """The student's scores at a step, which may come after later reports."""
+        self._write({"step": step, "images": images, "scores": scores})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with self.lock, open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
-def read_reports(folder: Path) -> Iterator[dict[str, Any]]:
-    """The reports of a run's folder, in order; a line still being written is left for the next time."""
-    path = folder / "reports.jsonl"
-    if not path.is_file():
-        return
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)
+def report_lines(folder: Path) -> list[dict[str, Any]]:
+    """All reports of a run's folder as they were made; a line still being written is left for the next time."""
+    try:
+        text = (folder / "reports.jsonl").read_text()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def read_reports(folder: Path, scores: bool = False) -> list[dict[str, Any]]:
+    """The reports that led to where the run is, in the order they were made: what a roll-back undid is left out.
+
+    scores: with the lines that hold scores, and no metrics.
+    """
+    kept: list[dict[str, Any]] = []
+    for line in report_lines(folder):
+        kept.append(line)
+        back = [event["step"] for event in line.get("events", []) if event["kind"] == ROLL_BACK]
+        if back:
+            kept = [earlier for earlier in kept if earlier["step"] <= back[0]]
+    return [line for line in kept if scores or "metrics" in line]
+
+
+@dataclass(frozen=True)
+class Services:
+    """What whoever runs a recipe offers beside its ranks; a bare process offers nothing.
+
+    preempted: asked by all ranks at each report, and the same on all; true ends the run, saved, to go on later.
+    score: a checkpoint's scores, made elsewhere while training goes on; called from a thread of rank 0.
+    """
+
+    preempted: Callable[[], bool] = lambda: False
+    score: Callable[[str], list[Score]] | None = None
 
 
 class Scorer:
-    """Scores samples on a thread of rank 0, so that training goes on: the ranks stop for the sampling only."""
+    """Scores on a thread of rank 0, so that training goes on: the ranks stop for the sampling, or not even for that."""
 
-    def __init__(self, recipe: Recipe, tracker: Tracker, device: torch.device):
-        self.metrics, self.tracker = build.make_metrics(recipe, device), tracker
+    def __init__(self, recipe: Recipe, tracker: Tracker, reports: Reports, engine: Engine, services: Services):
+        self.metrics, self.tracker = build.make_metrics(recipe, engine.world.device), tracker
+        self.reports = reports
+        self.engine, self.services, self.best_by = engine, services, recipe.train.keep_best_by
         self.rows: list[Row] = []
-        self.last = recipe.train.steps
         self.error: BaseException | None = None
         self._queue: queue.Queue = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="fewstep-scores", daemon=True)
         self._thread.start()
 
     def add(self, who: str, samples: Samples, step: int) -> None:
-        self._queue.put((who, samples, step))
+        """Scores samples of the student or of the teacher; at the last step they make a line of the closing table."""
+        self._queue.put(lambda: self._note(who, evaluate(self.metrics, samples), step, samples))
+
+    def add_checkpoint(self, path: Path | str, step: int) -> None:
+        """Has the student of a checkpoint, once that is complete, sampled and scored elsewhere."""
+        self._queue.put(lambda: self._elsewhere(path, step))
 
     def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
+        while (score := self._queue.get()) is not None:
             try:
-                self._score(*item)
+                score()
             except BaseException as error:  # handed to `close`, which raises it in the run's own thread
                 self.error = error
                 return
 
-    def _score(self, who: str, samples: Samples, step: int) -> None:
-        scores = evaluate(self.metrics, samples)
+    def _elsewhere(self, path: Path | str, step: int) -> None:
+        while not state.complete(path):
+            if self.engine.saver.failed:
+                return  # the run ends with the reason
+            time.sleep(LOOK_S)
+        self._note("student", self.services.score(str(path)), step)
+
+    def _note(self, who: str, scores: list[Score], step: int, samples: Samples | None = None) -> None:
         for score in scores:
             self.tracker.score(_named(score, who), step=step)
-        if step == self.last:  # the closing table is of the last checkpoint only
+            if who == "student" and score.name == self.best_by and self.engine.saver is not None:
+                self.engine.saver.scored(step, score.value)
+        if who == "student":
+            images = step * self.engine.train.batch
+            self.reports.score(step, images, {score.name: score.value for score in scores})
+        if step == self.engine.train.steps:  # the closing table is of the last checkpoint only
             self.rows.append(Row.of(who, samples, scores))
 
     def close(self) -> list[Row]:
@@ -122,36 +183,67 @@ def _named(score: Score, who: str) -> dict[str, Any]:
     return entry | {"name": entry["name"] if who == "student" else f"{who}/{score.sampler}/{entry['name']}"}
 
 
-def run(recipe: Recipe, feed: Feed, world: World, origin: Provenance) -> dict[str, Any]:
-    """Trains a recipe to its end, going on from the run folder's last checkpoint if there is one.
+def run(
+    recipe: Recipe, feed: Feed, world: World, origin: Provenance, services: Services | None = None
+) -> dict[str, Any]:
+    """Trains a recipe to its end, going on from its last checkpoint if there is one.
 
     Every rank calls it; rank 0 keeps the records. origin: what the tracker says of code, machine and data.
-    Returns, on rank 0, what a job prints: run_id, folder, rows of the closing table, grid.
+    Returns, on rank 0, what a job prints: run_id, folder, finished, step, rows of the closing table, grid.
     """
     torch.set_num_threads(recipe.cluster.threads)
-    folder, main = recipe.folder, world.rank == 0
-    engine = build.make_engine(recipe, feed, world, folder / "checkpoints")
-    checkpoint = build.latest(folder)
+    folder, services = recipe.folder, services or Services()
+    engine = build.make_engine(recipe, feed, world, recipe.checkpoints)
+    checkpoint = start_from(recipe)
     if checkpoint is not None:
         engine.resume(checkpoint)
-    if not main:
-        _train(recipe, engine, None)
+    if world.rank:
+        with Watchdog(engine, folder, 60 * recipe.failure.stall_minutes):
+            _train(recipe, engine, None, services)
         return {}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     reports = Reports(folder, engine.step)
     with open_tracker(recipe, origin) as tracker:
         tracker.rewind(engine.step)
-        book = Book(recipe, tracker, Scorer(recipe, tracker, world.device), reports)
-        rows = _train(recipe, engine, book)
-        (folder / "scores.json").write_text(json.dumps(rows, indent=1))
+        book = Book(recipe, tracker, Scorer(recipe, tracker, reports, engine, services), reports)
+        try:
+            with Watchdog(engine, folder, 60 * recipe.failure.stall_minutes):
+                _train(recipe, engine, book, services)
+        except (Collapsed, NonFinite, CheckpointError) as error:
+            tracker.event(EVENTS[type(error)], engine.step, engine.images, str(error))
+            raise
+        rows = [row.to_dict() | {"who": row.who} for row in book.scorer.close()]
+        if engine.finished:
+            (folder / "scores.json").write_text(json.dumps(rows, indent=1))
+        else:
+            tracker.event("stopped", engine.step, engine.images, "asked to stop; the same words go on from here")
         tracker.flush(timeout_s=30)
         run_id = tracker.run_id
-    return {"run_id": run_id, "folder": str(folder), "rows": rows, "grid": str(folder / "student.png")}
+        if not engine.finished:
+            tracker.finish("KILLED")
+    done = {"finished": engine.finished, "step": engine.step, "rows": rows}
+    return {"run_id": run_id, "folder": str(folder), "grid": str(folder / "student.png")} | done
 
 
-def _train(recipe: Recipe, engine: Engine, book: Book | None) -> list[dict[str, Any]]:
-    """The training itself, on any rank; `book` is rank 0's. Returns the closing table's rows."""
+def start_from(recipe: Recipe) -> Path | str | None:
+    """The checkpoint that a run goes on from: its own newest, else the one that `resume` names. Raises ValueError."""
+    own = state.checkpoints(recipe.checkpoints)
+    if own:
+        return own[-1]
+    if recipe.resume in ("auto", "never"):
+        return None
+    given = recipe.resume if "://" in recipe.resume else resolve(recipe.resume)
+    inside = [given] if state.complete(given) else [c for c in (build.latest(given),) if c is not None]
+    if not inside:
+        raise ValueError(
+            f"resume: no checkpoint {recipe.resume!r}; give auto, never, a checkpoint step-* or a run's folder"
+        )
+    return inside[0]
+
+
+def _train(recipe: Recipe, engine: Engine, book: Book | None, services: Services) -> None:
+    """The training itself, on any rank; `book` is rank 0's."""
     if engine.step == 0:
         draw(recipe, engine, book)
         draw_teacher(recipe, engine, book)
@@ -159,9 +251,12 @@ def _train(recipe: Recipe, engine: Engine, book: Book | None) -> list[dict[str, 
     for report in engine.run():
         if book is not None:
             book.report(report)
-        _sample_due(recipe, engine, report, before, book)
-        before = report.images
-    return _finish(recipe, engine, book)
+        _score_due(recipe, engine, report, before, book, services)
+        before = engine.images
+        if services.preempted():
+            engine.stop()
+    if engine.finished:
+        _finish(recipe, engine, book)
 
 
 def open_tracker(recipe: Recipe, origin: Provenance) -> Tracker:
@@ -192,6 +287,10 @@ class Book:
         """To the run's own record and to the tracker."""
         self.reports.add(report)
         self.tracker.log(report.metrics, report.step, report.images)
+        for event in report.events:
+            self.tracker.event(event.kind, event.step, report.images, event.reason)
+            if event.kind == ROLL_BACK:
+                self.tracker.diverge()
 
     def picture(self, name: str, images: torch.Tensor, step: int) -> None:
         """A grid of uint8 (N, C, H, W), in the tracker and as the run folder's `<name>.png`, the newest one."""
@@ -205,18 +304,34 @@ class Book:
         )
 
 
-def _sample_due(recipe: Recipe, engine: Engine, report: Report, before: int, book: Book | None) -> None:
-    """Scores and grids that fell due since `before` images; all ranks sample, rank 0 keeps. The last are _finish's."""
+def _score_due(
+    recipe: Recipe, engine: Engine, report: Report, before: int, book: Book | None, services: Services
+) -> None:
+    """Scores and grids that fell due since `before` images. Elsewhere where there is room: then no rank waits; else all
+    ranks sample and rank 0 scores. The last are _finish's."""
     e = recipe.evaluate
-    if report.step == recipe.train.steps:
+    if engine.finished or engine.step < report.step:  # a roll-back will come by here again
         return
     if e.metrics and _due(e.every_images, before, report.images):
-        sampler = build.student_sampler(recipe.method, engine.student)
-        samples = build.make_samples(sampler, e.images, recipe.seed, e.batch, engine.world)
-        if book is not None:
-            book.scorer.add("student", samples, report.step)
+        if engine.saver is not None:
+            engine.saver.pending(report.step)
+        if services.score is not None:
+            path = report.checkpoint or engine.save()
+            if book is not None:
+                book.scorer.add_checkpoint(path, report.step)
+        else:
+            sampler = build.student_sampler(recipe.method, engine.student)
+            samples = _samples(engine, sampler, e.images, recipe.seed, e.batch)
+            if book is not None:
+                book.scorer.add("student", samples, report.step)
     if _due(e.grid_every_images, before, report.images):
         draw(recipe, engine, book)
+
+
+def _samples(engine: Engine, sampler: build.Sampler, images: int, seed: int, batch: int) -> Samples | None:
+    """What build.make_samples makes, on all ranks; each batch is a sign of life."""
+    alive = lambda: engine.at(f"step {engine.step}, sampling {sampler.name}")
+    return build.make_samples(sampler, images, seed, batch, engine.world, alive=alive)
 
 
 def _due(every: int | None, before: int, now: int) -> bool:
@@ -226,8 +341,8 @@ def _due(every: int | None, before: int, now: int) -> bool:
 
 def draw(recipe: Recipe, engine: Engine, book: Book | None) -> None:
     """Fixed-seed grids of the student and of the fake score's denoising: same noise and labels every time."""
-    world, student = engine.world, build.student_sampler(recipe.method, engine.student)
-    samples = build.make_samples(student, GRID_IMAGES, recipe.seed, GRID_IMAGES, world)
+    student = build.student_sampler(recipe.method, engine.student)
+    samples = _samples(engine, student, GRID_IMAGES, recipe.seed, GRID_IMAGES)
     if book is not None:
         book.picture("student", samples.images, engine.step)
     if "fake" in engine.nets:
@@ -240,7 +355,7 @@ def draw_teacher(recipe: Recipe, engine: Engine, book: Book | None) -> None:
     """The teacher's grid by 18 Heun steps from the student's noise and labels: what it is to be compared with."""
     if "teacher" in engine.nets:
         sampler = build.heun_sampler(engine.nets["teacher"], 18)
-        samples = build.make_samples(sampler, GRID_IMAGES, recipe.seed, GRID_IMAGES, engine.world)
+        samples = _samples(engine, sampler, GRID_IMAGES, recipe.seed, GRID_IMAGES)
         if book is not None:
             book.picture("teacher", samples.images, 0)
 
@@ -258,18 +373,17 @@ def fake_denoising(recipe: Recipe, engine: Engine, sampler: build.Sampler) -> to
     return fake(level.noise(x, draws.normal("eps", x.shape)), level, cond)
 
 
-def _finish(recipe: Recipe, engine: Engine, book: Book | None) -> list[dict[str, Any]]:
-    """The last checkpoint's grids and scores, the teacher's beside them."""
-    e, world, teacher = recipe.evaluate, engine.world, engine.nets.get("teacher")
+def _finish(recipe: Recipe, engine: Engine, book: Book | None) -> None:
+    """The last checkpoint's grids and samples to score, the teacher's beside them."""
+    e, teacher = recipe.evaluate, engine.nets.get("teacher")
     draw(recipe, engine, book)
     samplers = [("student", build.student_sampler(recipe.method, engine.student))]
     if teacher is not None:
         samplers = [("teacher", build.heun_sampler(teacher, steps)) for steps in e.teacher_steps] + samplers
     for who, sampler in samplers if e.metrics else []:
-        samples = build.make_samples(sampler, e.images, recipe.seed, e.batch, world)
+        samples = _samples(engine, sampler, e.images, recipe.seed, e.batch)
         if book is not None:
             book.scorer.add(who, samples, engine.step)
-    return [] if book is None else [row.to_dict() | {"who": row.who} for row in book.scorer.close()]
 
 
 def register(folder: Path, export: Path) -> None:
@@ -280,6 +394,11 @@ def register(folder: Path, export: Path) -> None:
 
 
 def check(recipe: Recipe) -> None:
-    """What can be checked before anything starts: folder and metrics. Raises ValueError naming the field."""
-    writable(resolve(recipe.out))
+    """What can be checked before anything starts: folders, metrics, resume. Raises ValueError naming the field."""
+    writable(resolve(recipe.out), "out")
+    if recipe.storage is not None:
+        writable(recipe.storage, "storage")
     build.make_metrics(recipe)
+    if recipe.resume == "never" and (own := state.checkpoints(recipe.checkpoints)):
+        raise ValueError(f"resume: never, but {own[-1]} exists; remove it, or choose another name=...")
+    start_from(recipe)

@@ -46,8 +46,8 @@ class Student:
         return build.student_sampler(self.recipe.method, self.net)
 
 
-def open_student(folder: str | Path, average: bool | None = None) -> Student:
-    """The student of a run (its last checkpoint) or of one of its checkpoints.
+def open_student(folder: str | Path, average: bool | None = None, checkpoint: Path | str | None = None) -> Student:
+    """The student of a run (its last checkpoint, or the one given) or of one of its checkpoints.
 
     average: the running average's weights or the raw ones; None takes the average where the run kept one.
     Raises ValueError naming the file at fault.
@@ -60,7 +60,7 @@ def open_student(folder: str | Path, average: bool | None = None) -> Student:
     folder = resolve(folder)
     if state.complete(folder):
         checkpoint, folder = folder, folder.parents[1]
-    else:
+    elif checkpoint is None:
         checkpoint = build.latest(folder)
     if checkpoint is None:
         raise ValueError(

@@ -33,7 +33,13 @@ class Progress:
             self.bar.stop()
 
     def __call__(self, report: dict[str, Any]) -> None:
+        say = self.bar.console.print if self.bar is not None else print
+        if "scores" in report:
+            scores = "  ".join(f"{name} {value:.4g}" for name, value in report["scores"].items())
+            return say(f"scores at step {report['step']}: {scores}")
         text = self.line(report)
+        for event in report.get("events", []):
+            say(f"{event['kind']} at step {event['step']}: {event['reason']}")
         if self.bar is not None:
             self.bar.update(self.task, completed=report["step"], text=text)
         else:

@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
-import os
+import re
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import count, takewhile
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from .. import build, run
+from .. import build, run, watchdog
 from ..config import resolve
+from ..engine.train import Collapsed
 from ..engine.world import World
+from ..metrics.base import Score, evaluate
 from ..networks.pretrained import locate
 from ..recipe import Recipe
+from ..students import open_student
 from ..tracking.provenance import Provenance, provenance
 from ..tracking.store import prepare_store, tracking_uri
 from .session import SOURCE, connect, home
-from .stream import Published, check_cpus, publish
+from .stream import DATA_CPUS, Published, check_cpus, publish
 
 POLL_S = 0.2
+# what would come again: mistakes in recipe, data, checkpoints and numbers
+FINAL = (ValueError, FloatingPointError, Collapsed)
+LEFT_ALONE = r"(?i)gloo|nccl|connection (closed|reset|refused)|broken pipe"  # of a rank whose peer is gone
 
 
 class Unplaceable(RuntimeError):
     """The cluster cannot place the workers; the text says what is short and how to give it."""
+
+
+class Lost(RuntimeError):
+    """Workers, a node or the controller went away; the run's last checkpoint is where it goes on."""
 
 
 def localized(recipe: Recipe) -> Recipe:
@@ -37,6 +51,10 @@ def localized(recipe: Recipe) -> Recipe:
     data["data"]["path"] = str(resolve(recipe.data.path))
     if recipe.teacher:
         data["teacher"] = str(locate(recipe.teacher))
+    if recipe.storage and "://" not in recipe.storage:
+        data["storage"] = str(base / recipe.storage)
+    if "://" not in recipe.resume and recipe.resume not in ("auto", "never"):
+        data["resume"] = str(resolve(recipe.resume))
     data["start"] = {role: str(resolve(path)) for role, path in recipe.start.items()}
     for key in ("features", "reference", "inception", "inception_reference"):
         if data["evaluate"][key]:
@@ -44,39 +62,74 @@ def localized(recipe: Recipe) -> Recipe:
     return Recipe.model_validate(data)
 
 
-def fit(recipe: Recipe, follow: Callable[[dict[str, Any]], None] = lambda report: None) -> dict[str, Any]:
+def fit(
+    recipe: Recipe,
+    follow: Callable[[dict[str, Any]], None] = lambda report: None,
+    *,
+    tags: Mapping[str, str] = MappingProxyType({}),
+    shared: bool = False,
+) -> dict[str, Any]:
     """Trains a recipe on the cluster and returns what run.run returned on rank 0.
 
-    follow: called in this process with each report {step, images, metrics}, soon after it was made.
+    follow: called in this process with each line of the run's reports, {step, images} and metrics or scores, soon
+    after it was made. tags: more of them for its MLflow run. shared: other runs use the cluster too, so what is free is
+    not this run's to score in: its own workers do.
+    Lost workers, nodes and controllers are met by a restart from the last checkpoint, `failure.max_failures` times.
+    SIGTERM ends the run after the step at hand, saved: `finished` is false in what is returned.
     Raises Unplaceable when the cluster lacks the workers after `cluster.wait_s`, ValueError for what the recipe names
-    and cannot be used, and whatever a worker raised.
+    and cannot be used, Stalled, Lost, and whatever a worker raised.
     """
     recipe = localized(recipe)
     run.check(recipe)
     c = recipe.cluster
     connect(cpus=c.workers * c.cpus_per_worker + 1)
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
 
     device = c.device or ("cuda" if ray.cluster_resources().get("GPU", 0) else "cpu")
     published = publish(recipe.data.path, recipe.data.memory_mib << 20)
-    check_cpus(c.workers, c.cpus_per_worker, published.streaming)
-    await_resources(recipe, device)
+    check_cpus(c.workers_min or c.workers, c.cpus_per_worker, published.streaming)
     prepare_store(recipe.tracking.uri)  # once, here: several workers creating one database would collide
     origin = provenance(SOURCE.parent, **build.fingerprints(recipe, published.shards))
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(int(c.wait_s)))
+    config = {
+        "recipe": recipe.model_dump(mode="json"),
+        "device": device,
+        "published": published,
+        "origin": (origin.tags | dict(tags), origin.files),
+        "score": not shared and room_to_score(recipe, device, published.streaming),
+    }
+    with Follower(recipe, follow), Terminated(recipe.folder):
+        for failures in count():
+            await_resources(recipe, device)
+            watchdog.clear(recipe.folder)
+            try:
+                return _attempt(recipe, device, config)
+            except Lost as lost:
+                where = watchdog.stall(recipe.folder)
+                if where is not None:
+                    minutes = f"{recipe.failure.stall_minutes:g} minutes"
+                    error = watchdog.Stalled(f"failure.stall_minutes: no step for {minutes}\n{where}")
+                    record(recipe, origin, "stall", str(error))
+                    raise error from None
+                if failures == recipe.failure.max_failures:
+                    record(recipe, origin, "lost", str(lost))
+                    raise
+                record(recipe, origin, "restart", str(lost))
+    raise AssertionError("unreachable: the loop returns or raises")
+
+
+def _attempt(recipe: Recipe, device: str, config: dict[str, Any]) -> dict[str, Any]:
+    """One worker group's go at a run. Raises Lost where another may do better, else the worker's own exception."""
+    import ray
+    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    c = recipe.cluster
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={
-            "recipe": recipe.model_dump(mode="json"),
-            "device": device,
-            "published": published,
-            "origin": (origin.tags, origin.files),
-        },
+        train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo", timeout_s=600),
         scaling_config=ScalingConfig(
-            num_workers=c.workers,
+            num_workers=c.workers if c.workers_min is None else (c.workers_min, c.workers),
             use_gpu=device == "cuda",
             resources_per_worker={"CPU": c.cpus_per_worker, **({"GPU": 1} if device == "cuda" else {})},
         ),
@@ -84,30 +137,78 @@ def fit(recipe: Recipe, follow: Callable[[dict[str, Any]], None] = lambda report
             # a new name each time: checkpoints are the engine's, and Ray's own resume must not interfere
             name=f"{recipe.name}-{time.time_ns():x}",
             storage_path=str(recipe.folder / "ray"),
-            failure_config=FailureConfig(max_failures=c.max_failures, controller_failure_limit=3),
+            # restarts are decided here, where a lost worker can be told from a mistake that would come again
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
         ),
     )
-    with Follower(recipe, follow):
-        return _unwrapped(trainer.fit)
-
-
-def _unwrapped(fit: Callable[[], Any]) -> dict[str, Any]:
-    """The worker's own exception instead of Ray Train's report of it: the text that names the field is in there."""
-    from ray.train import WorkerGroupError
-
     try:
-        return fit().return_value
+        return trainer.fit().return_value
     except WorkerGroupError as error:
-        rank, cause = min(error.worker_failures.items())
-        raise getattr(cause, "cause", None) or cause from error
+        raise _cause(error.worker_failures) from error
+    except ControllerError as error:
+        raise Lost(f"cluster: Ray Train's controller failed: {_first_line(error.controller_failure)}") from error
+    except ray.exceptions.RayActorError as error:
+        raise Lost(f"cluster: Ray Train's controller died: {_first_line(error)}") from error
+
+
+def _cause(failures: Mapping[int, Exception]) -> Exception:
+    """What to raise for the failures by rank: Lost where another attempt may do better, else the error itself.
+
+    When one rank fails, the others fail too, in the collective that it left: their words are no reason.
+    """
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    causes = {rank: getattr(error, "cause", None) or error for rank, error in sorted(failures.items())}
+    own = {rank: error for rank, error in causes.items() if not re.search(LEFT_ALONE, str(error))}
+    for error in own.values():
+        if isinstance(error, FINAL):
+            return error
+    died = {rank: error for rank, error in failures.items() if isinstance(error, WorkerHealthCheckFailedError)}
+    for rank, error in (died or ({} if own else causes)).items():
+        return Lost(f"cluster: rank {rank} of the workers was lost: {_first_line(error)}")
+    return next(iter(own.values()))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+
+
+def record(recipe: Recipe, origin: Provenance, kind: str, reason: str) -> None:
+    """Adds an event to a run whose workers are gone, at its last report."""
+    done = run.read_reports(recipe.folder)
+    step, images = (done[-1]["step"], done[-1]["images"]) if done else (0, 0)
+    with run.open_tracker(recipe, origin) as tracker:
+        tracker.event(kind, step, images, reason)
+        tracker.finish("FAILED", timeout_s=10)
+
+
+class Terminated:
+    """While it lasts, SIGTERM asks the run in `folder` to finish its step, save and end."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        self.main = threading.current_thread() is threading.main_thread()
+        if self.main:
+            self.before = signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / watchdog.STOP).touch()
+
+    def __exit__(self, *_: object) -> None:
+        if self.main:
+            signal.signal(signal.SIGTERM, self.before)
 
 
 def await_resources(recipe: Recipe, device: str) -> None:
     """Waits until what the workers ask for is free. Raises Unplaceable after `cluster.wait_s`, saying what is short."""
     import ray
 
-    c = recipe.cluster
-    wanted = {"CPU": c.workers * c.cpus_per_worker} | ({"GPU": c.workers} if device == "cuda" else {})
+    c, workers = recipe.cluster, recipe.cluster.workers_min or recipe.cluster.workers
+    wanted = {"CPU": workers * c.cpus_per_worker} | ({"GPU": workers} if device == "cuda" else {})
     deadline = time.monotonic() + c.wait_s
     while True:
         free = ray.available_resources()
@@ -116,7 +217,7 @@ def await_resources(recipe: Recipe, device: str) -> None:
             return
         if time.monotonic() > deadline:
             raise Unplaceable(
-                f"cluster.workers: {c.workers} workers need {'; '.join(short)}, waited {c.wait_s:g} s. Use fewer "
+                f"cluster.workers: {workers} workers need {'; '.join(short)}, waited {c.wait_s:g} s. Use fewer "
                 "workers or a smaller cluster.cpus_per_worker, free the cluster, or add nodes (ray start --address=...)"
             )
         time.sleep(POLL_S)
@@ -124,6 +225,8 @@ def await_resources(recipe: Recipe, device: str) -> None:
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
     """What every Ray Train worker runs."""
+    from ray.train import get_preemption_info
+
     recipe = Recipe.model_validate(config["recipe"])
     if config["device"] == "cuda":
         from ray.train.torch import get_device
@@ -133,32 +236,70 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         device = torch.device("cpu")
     published: Published = config["published"]
     d = recipe.data
+    services = run.Services(
+        preempted=lambda: get_preemption_info() is not None,
+        score=Elsewhere(recipe, config["device"]) if config["score"] else None,
+    )
     with published.open(seed=recipe.seed, flip=d.flip, max_corrupt=d.max_corrupt) as feed:
-        world = World.current(device, recipe.cluster.placement)
-        return run.run(recipe, feed, world, Provenance(*config["origin"]))
+        world = World.current(device, recipe.cluster)
+        return run.run(recipe, feed, world, Provenance(*config["origin"]), services)
+
+
+def room_to_score(recipe: Recipe, device: str, streaming: bool) -> bool:
+    """Whether the cluster has a worker's resources beyond those that train: then scores need not stop the training."""
+    import ray
+
+    c, total = recipe.cluster, ray.cluster_resources()
+    cpus = (c.workers + 1) * c.cpus_per_worker + (DATA_CPUS if streaming else 0)
+    return total.get("CPU", 0) >= cpus and (device != "cuda" or total.get("GPU", 0) > c.workers)
+
+
+class Elsewhere:
+    """Scores checkpoints in a Ray task of its own, which holds what one more worker would."""
+
+    def __init__(self, recipe: Recipe, device: str):
+        self.recipe, self.device = recipe, device
+
+    def __call__(self, checkpoint: str) -> list[Score]:
+        import ray
+
+        task = ray.remote(num_cpus=self.recipe.cluster.cpus_per_worker, num_gpus=int(self.device == "cuda"))(_score)
+        return ray.get(task.remote(checkpoint, self.recipe.model_dump(mode="json"), self.device))
+
+
+def _score(checkpoint: str, recipe: dict[str, Any], device: str) -> list[Score]:
+    """The scores of a checkpoint's student, from the samples that its run would have drawn."""
+    recipe = Recipe.model_validate(recipe)
+    torch.set_num_threads(recipe.cluster.threads)
+    e, world = recipe.evaluate, World(device=torch.device(device))
+    student = open_student(recipe.folder, checkpoint=checkpoint)
+    student.net.to(world.device)
+    samples = build.make_samples(student.sampler, e.images, recipe.seed, e.batch, world)
+    return evaluate(build.make_metrics(recipe, world.device), samples)
 
 
 class Follower:
     """Passes a run's reports on as they appear in its folder, from a thread of the driver."""
 
     def __init__(self, recipe: Recipe, follow: Callable[[dict[str, Any]], None]):
-        self.folder, self.follow, self.seen = recipe.folder, follow, -1
+        self.folder, self.follow = recipe.folder, follow
+        self.passed: list[dict[str, Any]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="fewstep-follow", daemon=True)
 
     def _pass_on(self) -> None:
-        for report in run.read_reports(self.folder):
-            if report["step"] > self.seen:
-                self.seen = report["step"]
-                self.follow(report)
+        lines = run.report_lines(self.folder)
+        known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.passed, lines, strict=False)))
+        for report in lines[known:]:
+            self.follow(report)
+        self.passed = lines
 
     def _work(self) -> None:
         while not self._stop.wait(POLL_S):
             self._pass_on()
 
     def __enter__(self) -> Follower:
-        for report in run.read_reports(self.folder):
-            self.seen = report["step"]
+        self.passed = run.report_lines(self.folder)
         self._thread.start()
         return self
 

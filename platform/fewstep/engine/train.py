@@ -237,6 +237,8 @@ class Engine:
         )
         self.saver = None if folder is None else state.Saver(folder, world, keep)
         self.watch = None if guard is None or guard.policy == "off" else Watch(guard)
+        slowest = max(phase.every for phase in method.phases())
+        self.look_every = 0 if self.watch is None else guard.steps(train.batch, slowest)
         self.health = Meter(world.device)  # what the guard looks at, between reports
         self.stopping = False
         self.heard = torch.zeros((), device=world.device)  # the largest of what all ranks had to say
@@ -412,7 +414,7 @@ class Engine:
 
     def _look(self) -> Alarm | None:
         """What the guard says, every so many steps; the same on all ranks."""
-        if self.watch is None or self.step % self.watch.guard.every:
+        if self.watch is None or self.step % self.look_every:
             return None
         return self.watch.look(self.step, self.health.read(self.world))
 
@@ -454,6 +456,7 @@ class Engine:
         self._rest()
         manifest = {"step": self.step, "images": self.images, "updates": self.updates, "recipe": self.recipe}
         manifest |= {"rates": self.rates, "roll_backs": self.roll_backs}
+        manifest |= {"watch": None if self.watch is None else self.watch.state}
         return self.saver.save(self._parts(), self.optims, manifest)
 
     def wait(self) -> None:
@@ -466,3 +469,5 @@ class Engine:
         manifest = state.load(path, self._parts(), self.optims, self.world, self.recipe, self.resume_allow)
         self.step, self.updates = manifest["step"], dict(manifest["updates"])
         self.rates, self.roll_backs = dict(manifest["rates"]), manifest["roll_backs"]
+        if self.watch is not None and manifest["watch"]:
+            self.watch.load(manifest["watch"])

@@ -203,6 +203,16 @@ class Tracker:
         if self._new("score", score["name"], step):
             self._append({"op": "score", "score": plain, "step": int(step)})
 
+    def event(self, kind: str, step: int, images: int, reason: str) -> None:
+        """Records that something happened: 1 as the metric `event/<kind>` at `step`, and why as the tag
+        `event.<step>.<kind>`."""
+        self.log({f"event/{kind}": 1.0}, step, images)
+        self.tags({f"event.{step:08d}.{kind}": reason})
+
+    def diverge(self) -> None:
+        """Says that training left the course it took before: what follows is new, whatever was journalled of it."""
+        self._replayed = set()
+
     def tags(self, tags: Mapping[str, str]) -> None:
         """Sets tags of the run; a tag set before is replaced."""
         self._append({"op": "tags", "tags": _tags(tags)})

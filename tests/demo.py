@@ -1,0 +1,51 @@
+"""The demo's recipe cut to a few small steps, for tests of everything around them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fewstep.recipe import Recipe, load_recipe
+from fewstep.run import read_reports
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "jobs" / "recipes"
+STEPS = 6
+
+
+def words(tmp: Path, *more: str) -> list[str]:
+    """A demo recipe of six small steps that reports each one; `more` replaces or adds."""
+    small = [
+        f"out={tmp / 'runs'}",
+        f"train.steps={STEPS}",
+        "train.batch=8",
+        "train.report_every=1",
+        "train.save_every=3",
+        "cluster.threads=1",
+        "cluster.wait_s=5",
+        "evaluate.metrics=[]",
+        "evaluate.teacher_steps=[]",
+    ]
+    return list({word.split("=")[0]: word for word in (*small, *more)}.values())
+
+
+def recipe(tmp: Path, *more: str) -> Recipe:
+    """That recipe, validated."""
+    return load_recipe(words(tmp, *more), RECIPES, "fashion_mnist")
+
+
+def untimed(metrics: dict[str, float]) -> dict[str, float]:
+    """Losses, gradients and health; not the clocks."""
+    timing = ("_s", "images_per_s", "data_wait")
+    return {key: value for key, value in metrics.items() if not key.endswith(timing)}
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    """What each report of a run says, without the clocks."""
+    return [untimed(report["metrics"]) for report in read_reports(folder)]
+
+
+def mlflow_history(store: str, run_id: str, key: str) -> list[tuple[int, float]]:
+    """(step, value) of every point of a metric that MLflow holds, in order of steps."""
+    from mlflow import MlflowClient
+
+    return sorted((m.step, m.value) for m in MlflowClient(store).get_metric_history(run_id, key))

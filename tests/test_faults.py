@@ -1,0 +1,406 @@
+"""Every fault met on purpose: what it does to a run on Ray, and that the run ends as if nothing had happened.
+
+`make faults` runs all of these and prints a line for each; `make test` runs those not marked slow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from demo import ROOT, losses, mlflow_history, recipe, words
+from ray import cloudpickle
+
+from fewstep.cluster import train
+from fewstep.cluster.train import Lost, fit
+from fewstep.engine import state
+from fewstep.engine.train import NonFinite
+from fewstep.run import read_reports
+from fewstep.watchdog import Stalled
+
+STEPS, SAVE = 24, 4
+TWO = ("cluster.workers=2", "cluster.placement=shard")
+SHORT = (f"train.steps={STEPS}", f"train.save_every={SAVE}", "train.report_every=2", "cluster.wait_s=30", *TWO)
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test's module
+
+
+@pytest.fixture(scope="module")
+def whole(ray_cluster, store, tmp_path_factory) -> Path:
+    """The folder of a run that nothing disturbs, on two sharded workers: what every disturbed one has to equal."""
+    tmp = tmp_path_factory.mktemp("whole")
+    fit(recipe(tmp, "name=whole", f"tracking.uri={store}", *SHORT))
+    return tmp / "runs" / "whole"
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    """All of a run's last checkpoint: weights, averages and the optimisers' moments."""
+    path = state.newest(folder / "checkpoints")
+    assert state.step_of(path) == STEPS
+    return state.read_weights(path)
+
+
+def assert_as_if_nothing_happened(folder: Path, whole: Path, store: str, run_id: str) -> None:
+    """Bit for bit the same state and losses; one curve in MLflow; nothing half-written is left."""
+    ours, theirs = final(folder), final(whole)
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert losses(folder) == losses(whole)
+    expected = [(line["step"], line["metrics"]["student/match"]) for line in read_reports(whole)]
+    assert mlflow_history(store, run_id, "student/match") == expected
+    assert [path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+def processes(name: str) -> list[psutil.Process]:
+    """Ray's processes whose title has the name."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        title = " ".join(process.info["cmdline"] or [])
+        if title.startswith("ray::") and name in title:
+            found.append(process)
+    return found
+
+
+class Killer:
+    """Follows a run; at the first report from `step` on it kills what `victims` finds, with -9, once."""
+
+    def __init__(self, step: int, victims: Callable[[], list[psutil.Process]]):
+        self.step, self.victims = step, victims
+        self.killed: list[str] = []
+        self.killed_at = self.back_s = self.steps_lost = None
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        if "metrics" not in line:
+            return
+        if self.killed and self.back_s is None:
+            self.back_s = time.monotonic() - self.killed_at
+        if not self.killed and line["step"] >= self.step:
+            for process in self.victims():
+                self.killed.append(" ".join(process.cmdline()))
+                process.kill()
+            self.killed_at = time.monotonic()
+
+
+def workers(count: int) -> Callable[[], list[psutil.Process]]:
+    return lambda: processes("RayTrainWorker")[:count]
+
+
+@pytest.mark.parametrize(
+    ("name", "victims"),
+    [
+        ("one_worker", workers(1)),
+        pytest.param("every_worker", workers(2), marks=pytest.mark.slow),
+        pytest.param("the_controller", lambda: processes("TrainController"), marks=pytest.mark.slow),
+    ],
+)
+def test_kill_9_of(ray_cluster, store, whole, tmp_path, record_property, name, victims):
+    killer = Killer(10, victims)
+    result = fit(recipe(tmp_path, f"name={name}", f"tracking.uri={store}", *SHORT), killer)
+    assert len(killer.killed) == (2 if name == "every_worker" else 1), killer.killed
+    assert_as_if_nothing_happened(tmp_path / "runs" / name, whole, store, result["run_id"])
+    assert len(mlflow_history(store, result["run_id"], "event/restart")) == 1
+    record_property("from kill to first new report", f"{killer.back_s:.1f} s")
+
+
+def test_failures_beyond_the_limit_end_the_run_with_the_reason_and_the_same_words_go_on(
+    ray_cluster, store, whole, tmp_path
+):
+    small = [f"tracking.uri={store}", *SHORT]
+    with pytest.raises(Lost, match=r"cluster: rank \d of the workers was lost: .+"):
+        fit(recipe(tmp_path, "name=again", *small, "failure.max_failures=0"), Killer(10, workers(1)))
+    result = fit(recipe(tmp_path, "name=again", *small))
+    assert_as_if_nothing_happened(tmp_path / "runs" / "again", whole, store, result["run_id"])
+    assert len(mlflow_history(store, result["run_id"], "event/lost")) == 1
+
+
+# What is changed in the workers' own code, before they run. Each fault happens once: a file says that it did.
+
+
+def workers_that(monkeypatch, change: Callable[[], None]) -> None:
+    """Every worker calls `change` before it starts."""
+    real = train._worker
+
+    def changed(config: dict[str, Any]) -> dict[str, Any]:
+        change()
+        return real(config)
+
+    monkeypatch.setattr(train, "_worker", changed)
+
+
+def once(marker: Path) -> bool:
+    """True for the first who asks."""
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["before_its_file", "before_the_manifest", "before_the_rename"])
+def test_kill_9_of_the_worker_that_writes_a_checkpoint(ray_cluster, store, whole, tmp_path, monkeypatch, point):
+    marker = tmp_path / "killed"
+
+    def change() -> None:
+        from fewstep.engine.state import Writer
+
+        name = {"before_its_file": "write_data", "before_the_manifest": "finish", "before_the_rename": "_rename"}[point]
+        real = getattr(Writer, name)
+
+        def dies(self, *args):
+            if f"step-{3 * SAVE:08d}" in str(self.target) and once(marker):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(self, *args)
+
+        setattr(Writer, name, dies)
+
+    workers_that(monkeypatch, change)
+    result = fit(recipe(tmp_path, "name=writer", f"tracking.uri={store}", *SHORT))
+    assert marker.exists()
+    assert_as_if_nothing_happened(tmp_path / "runs" / "writer", whole, store, result["run_id"])
+
+
+def phase_with(monkeypatch, rank: int, act: Callable[[Any, int], Any]) -> None:
+    """On one rank, what the student's loss returns goes through act(loss terms, step)."""
+
+    def change() -> None:
+        from fewstep.methods.dmd2 import DMD2
+
+        real = DMD2.student_loss
+
+        def changed(self, nets, batch):
+            terms, health = real(self, nets, batch)
+            if torch.distributed.get_rank() == rank:
+                terms = act(terms, batch.draws.step)
+            return terms, health
+
+        DMD2.student_loss = changed
+
+    workers_that(monkeypatch, change)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [pytest.param(float("nan"), id="a_nan"), pytest.param(1e30, id="a_gradient_of_1e30", marks=pytest.mark.slow)],
+)
+def test_in_one_ranks_loss_stops_all_ranks_before_any_weight_moves(ray_cluster, store, tmp_path, monkeypatch, bad):
+    def act(terms, step):
+        return {"match": terms["match"] * (bad if step == 9 else 1.0)} | {
+            k: v for k, v in terms.items() if k != "match"
+        }
+
+    phase_with(monkeypatch, 1, act)
+    start = time.monotonic()
+    with pytest.raises(NonFinite, match=r"step 9, phase student: .* not finite.*Lower optim.student.lr"):
+        fit(recipe(tmp_path, "name=bad", f"tracking.uri={store}", *SHORT))
+    assert time.monotonic() - start < 90
+    folder = tmp_path / "runs" / "bad"
+    path = state.newest(folder / "checkpoints")
+    assert state.step_of(path) == 8  # the last one before it
+    assert all(value.isfinite().all() for value in state.read_weights(path).values())
+
+
+@pytest.mark.slow
+def test_a_rank_ten_times_slower_is_waited_for(ray_cluster, store, whole, tmp_path, monkeypatch):
+    def act(terms, step):
+        time.sleep(1.0)
+        return terms
+
+    phase_with(monkeypatch, 1, act)
+    result = fit(recipe(tmp_path, "name=slow", f"tracking.uri={store}", *SHORT))
+    assert_as_if_nothing_happened(tmp_path / "runs" / "slow", whole, store, result["run_id"])
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_comes_back_ends_the_run_and_is_named(ray_cluster, store, tmp_path, monkeypatch):
+    def act(terms, step):
+        if step == 9:
+            time.sleep(3600)
+        return terms
+
+    phase_with(monkeypatch, 1, act)
+    start = time.monotonic()
+    with pytest.raises(Stalled) as stalled:
+        fit(recipe(tmp_path, "name=stall", f"tracking.uri={store}", *SHORT, "failure.stall_minutes=0.25"))
+    text = str(stalled.value)
+    assert "failure.stall_minutes: no step for 0.25 minutes" in text
+    assert "rank 0" in text and "rank 1" in text and "step 9, phase student" in text
+    stack = json.loads((tmp_path / "runs" / "stall" / "stall" / "rank-00001.json").read_text())["stack"]
+    assert any("time.sleep(3600)" in line for line in stack)
+    assert time.monotonic() - start < 120
+
+
+# Disks
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of its own, of 24 MiB. Needs the right to mount, as root in a container has."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_ends_the_run_on_all_ranks_and_leaves_the_checkpoint_before(
+    ray_cluster, store, whole, tmp_path, small_disk
+):
+    small = ["name=full", f"tracking.uri={store}", f"storage={small_disk}", *SHORT]
+
+    def fill(line: dict[str, Any]) -> None:
+        if line["step"] == 10:
+            (small_disk / "ballast").write_bytes(b"0" * (os.statvfs(small_disk).f_bavail * 4096 - (1 << 20)))
+
+    with pytest.raises(ValueError, match=r"step-000000\d\d.*No space left"):
+        fit(recipe(tmp_path, *small), fill)
+    kept = state.checkpoints(small_disk / "full")
+    assert kept and state.step_of(kept[-1]) in (8, 12)
+    (small_disk / "ballast").unlink()
+    result = fit(recipe(tmp_path, *small))
+    path = state.newest(small_disk / "full")
+    theirs = final(whole)
+    assert all(torch.equal(value, theirs[name]) for name, value in state.read_weights(path).items())
+    assert len(mlflow_history(store, result["run_id"], "event/not_saved")) == 1
+
+
+# Data
+
+
+def copy_of_the_shards(tmp_path: Path) -> Path:
+    """The demo's images in small shards, so that one of them can be taken away while others are read."""
+    from fewstep.config import resolve
+    from fewstep.data.feed import MemoryFeed
+    from fewstep.data.shards import ShardWriter, open_shards
+
+    source = open_shards(resolve("shipped:fashion_mnist/shards"))
+    out = tmp_path / "shards"
+    with MemoryFeed(source) as feed, ShardWriter(out, (1, 28, 28), classes=10, shard_bytes=1 << 17) as writer:
+        for images, labels in feed.batches(0, 100, 0, 1):
+            for image, label in zip(((images + 1) * 127.5).round().to(torch.uint8), labels, strict=True):
+                writer.add(image.numpy(), int(label))
+            if writer.rows >= 2000:
+                break
+    return out
+
+
+# The rest of what a run stands on
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_mlflow_server(ray_cluster, whole, tmp_path):
+    """Training goes on without it, and what it missed is sent when it is back."""
+    uri, port = f"sqlite:///{tmp_path / 'server.db'}", free_port()
+    server = serve(uri, port, tmp_path)
+    killed: list[float] = []
+
+    def follow(line: dict[str, Any]) -> None:
+        nonlocal server
+        if not killed and line["step"] >= 6:
+            server.kill()
+            server.wait()
+            killed.append(time.monotonic())
+        if killed and line["step"] >= 16 and server.poll() is not None:
+            server = serve(uri, port, tmp_path)
+
+    try:
+        result = fit(recipe(tmp_path, "name=server", f"tracking.uri=http://127.0.0.1:{port}", *SHORT), follow)
+        assert killed
+        assert_as_if_nothing_happened(tmp_path / "runs" / "server", whole, uri, result["run_id"])
+    finally:
+        end(server)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def serve(uri: str, port: int, tmp_path: Path) -> subprocess.Popen:
+    """An MLflow server that answers; end it with `end`."""
+    import urllib.request
+
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
+    command += ["--artifacts-destination", str(tmp_path / "artifacts"), "--host", "127.0.0.1", "--port", str(port)]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+            return server
+        except OSError:
+            time.sleep(0.5)
+    raise TimeoutError(f"no MLflow server on port {port} after two minutes")
+
+
+def end(server: subprocess.Popen) -> None:
+    for child in psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []:
+        child.kill()
+    server.kill()
+    server.wait()
+
+
+def submit(tmp_path: Path, *more: str) -> subprocess.Popen:
+    """jobs/distill.py as a process of its own, with a cluster of its own."""
+    command = [sys.executable, str(ROOT / "jobs" / "distill.py"), *words(tmp_path, *more)]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+
+
+def until_step(folder: Path, step: int, driver: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 180
+    while not any(line["step"] >= step for line in read_reports(folder)):
+        assert driver.poll() is None, driver.stdout.read()
+        assert time.monotonic() < deadline, f"no step {step} within three minutes"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_driver_and_the_same_words_again(store, whole, tmp_path):
+    small = ["name=driver", f"tracking.uri={store}", *SHORT]
+    driver = submit(tmp_path, *small)
+    until_step(tmp_path / "runs" / "driver", 10, driver)
+    driver.kill()
+    driver.wait()
+    driver = submit(tmp_path, *small)
+    out, _ = driver.communicate(timeout=300)
+    closing = json.loads(out.splitlines()[-1])
+    assert_as_if_nothing_happened(tmp_path / "runs" / "driver", whole, store, closing["run_id"])
+
+
+@pytest.mark.slow
+def test_sigterm_saves_after_the_step_at_hand_and_exits_0_and_the_same_words_go_on(store, whole, tmp_path):
+    small = ["name=term", f"tracking.uri={store}", *SHORT]
+    driver = submit(tmp_path, *small)
+    until_step(tmp_path / "runs" / "term", 6, driver)
+    driver.terminate()
+    out, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0, out
+    closing = json.loads(out.splitlines()[-1])
+    assert closing["finished"] is False and 6 < closing["step"] < STEPS
+    saved = state.newest(tmp_path / "runs" / "term" / "checkpoints")
+    assert state.step_of(saved) == closing["step"]
+    assert "name=term" in closing["again"]
+    driver = submit(tmp_path, *small)
+    out, _ = driver.communicate(timeout=300)
+    assert_same_end(tmp_path / "runs" / "term", whole)
+
+
+def assert_same_end(folder: Path, whole: Path) -> None:
+    """Bit for bit the same state at the end."""
+    ours, theirs = final(folder), final(whole)
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
