@@ -72,12 +72,12 @@ def archive(path: Path) -> None:
 
 
 def trained(recipe) -> tuple[Engine, list[Report], set[torch.dtype]]:
-    """A recipe's engine after its steps, its reports, and the types in which the student's last layer answered."""
+    """A recipe's engine after its steps, its reports, and the types in which the student's middle answered."""
     dtypes: set[torch.dtype] = set()
     with build.make_feed(recipe.data, recipe.seed) as feed:
         engine = build.make_engine(recipe, feed)
-        last = engine.nets["student"].backbone.model.conv_out
-        hook = last.register_forward_hook(lambda module, args, out: dtypes.add(out.dtype))
+        middle = engine.nets["student"].backbone.model.mid_block
+        hook = middle.register_forward_hook(lambda module, args, out: dtypes.add(out.dtype))
         reports = list(engine.run())
         hook.remove()
     return engine, reports, dtypes
@@ -122,9 +122,12 @@ def test_the_cifar10_student_trains_ten_steps_from_that_teacher_and_is_scored(te
     assert dtypes == {torch.bfloat16}
     assert reports[-1].metrics["updates/student"] == 2 and reports[-1].metrics["updates/critic"] == 10
     gradients = [reports[step].metrics["student/match_gradient"] for step in (0, 5)]
-    assert gradients[0] == 0 < gradients[1]  # the critic starts as the teacher and then tracks the student
+    # a critic that starts as the teacher pulls nowhere, up to bfloat16's rounding of a mean distance of 1 a value
+    assert gradients[0] < 2**-8 * 3072**0.5 and gradients[0] < gradients[1]
     before = weights(teacher[0].student)
-    assert same(weights(engine.nets["teacher"]), before) and same(weights(open_teacher(recipe.teacher)), before)
+    assert same(weights(open_teacher(recipe.teacher)), before)
+    frozen = weights(engine.nets["teacher"])  # which may be kept in bfloat16
+    assert same(frozen, {key: value.to(frozen[key].dtype) for key, value in before.items()})
     assert not same(weights(engine.nets["student"]), before) and not same(weights(engine.nets["fake"]), before)
 
     samples = build.make_samples(build.student_sampler(recipe.method, engine.student), 20, batch=10)
