@@ -2,51 +2,129 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-Placement = Literal["replicate", "shard"]
+from ..config import Strict
+from ..networks.blocks import Pass, blocks, checkpoint_activations, compile_passes, units
+
+Placement = Literal["replicate", "shard", "hybrid"]
+
+
+class Layout(Strict):
+    """How networks are laid out over the ranks, and what is traded for memory and speed."""
+
+    placement: Placement = "replicate"
+    """Networks whole on each worker, sharded over all, or sharded inside a node and replicated across (hybrid)."""
+    teacher_placement: Placement | None = None
+    """Of the teacher; null: as the others."""
+    checkpoint_activations: bool = False
+    """Networks that train keep the inputs of their blocks only, and run each block again in the backward pass: about a
+    third more arithmetic for a fraction of the memory."""
+    offload_average: bool = False
+    """The averaged weights live on the CPU, and visit the device a block at a time when they are sampled."""
+    compile: list[Pass] = []
+    """Passes in which torch.compile optimises the blocks: full, encoder (what the GAN head sees), no_grad (teacher,
+    matching). On CUDA; the CPU compiles none."""
+
+    def of(self, role: str) -> Placement:
+        """The placement of a role."""
+        return (self.teacher_placement or self.placement) if role == "teacher" else self.placement
 
 
 @dataclass(frozen=True)
 class World:
-    """rank of size, and this rank's device. `World()` is one process on the CPU; `current` asks torch.distributed."""
+    """rank of size, and this rank's device. `World()` is one process on the CPU; `current` asks torch.distributed.
+
+    local_size: ranks of a node, the same on all; None stands for all ranks. Raises ValueError for a hybrid placement
+    that does not fill its nodes.
+    """
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
-    placement: Placement = "replicate"
+    layout: Layout = Layout()
+    local_size: int | None = None
+    _meshes: dict[Placement, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        local = self.local_size or self.size
+        if "hybrid" in (self.layout.placement, self.layout.of("teacher")) and self.size % local:
+            raise ValueError(
+                f"cluster.placement: hybrid needs nodes of equally many workers, but {self.size} workers are no "
+                f"multiple of the {local} on this node; choose cluster.workers so, or cluster.placement=shard"
+            )
 
     @classmethod
-    def current(cls, device: torch.device | str = "cpu", placement: Placement = "replicate") -> World:
-        device = torch.device(device)
+    def current(cls, device: torch.device | str = "cpu", layout: Layout | None = None) -> World:
+        """This process as torch.distributed knows it. Whoever starts the workers of a node sets LOCAL_WORLD_SIZE to
+        their number (Ray Train and torchrun do); without it there is one node."""
+        device, layout = torch.device(device), layout or Layout()
         if not dist.is_initialized():
-            return cls(device=device, placement=placement)
-        return cls(dist.get_rank(), dist.get_world_size(), device, placement)
+            return cls(device=device, layout=layout)
+        size = dist.get_world_size()
+        return cls(dist.get_rank(), size, device, layout, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
-    def place(self, net: nn.Module) -> nn.Module:
-        """The network on our device, its parameters laid out over the ranks by FSDP2's fully_shard.
+    def place(self, role: str, net: nn.Module) -> nn.Module:
+        """The network of a role on our device, its parameters laid out over the ranks; call it once, after all copies.
 
-        One wrapper serves both placements: replication is a mesh (size, 1), sharding is (1, size). One rank needs none.
+        The teacher is frozen, and the blocks of one in bf16 are stored so. One wrapper serves every placement: FSDP2's
+        fully_shard of each block and then the root, on a mesh (replicas, shards); it moves one block at a time to the
+        device. Blocks of a bf16 network are gathered in bfloat16 and their gradients reduced in float32; its root and
+        the GAN heads stay float32. A process without torch.distributed needs no wrapper.
         """
-        net = net.to(self.device)
-        if self.size == 1:
-            return net
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        layout, teacher, averaged = self.layout, role == "teacher", role == "average"
+        half = getattr(net, "precision", "fp32") == "bf16"
+        offload = averaged and layout.offload_average
+        if offload and not dist.is_initialized():
+            raise ValueError(
+                "cluster.offload_average: true needs torch.distributed, which this process has not initialised; start "
+                "the run through jobs/distill.py, or set cluster.offload_average=false"
+            )
+        if teacher:
+            net.requires_grad_(False)
+            if half:
+                for block in blocks(net):
+                    block.to(torch.bfloat16)
+        elif layout.checkpoint_activations and not averaged:
+            checkpoint_activations(net)
+        if layout.compile and self.device.type == "cuda" and not averaged:
+            compile_passes(net, layout.compile)
+        placement = layout.of(role)
+        if self.size == 1 and not (dist.is_initialized() and (placement != "replicate" or offload)):
+            return net.to(self.device)
+        return self._shard(net, placement, half, offload)
 
-        shape = (self.size, 1) if self.placement == "replicate" else (1, self.size)
-        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
-        return fully_shard(net, mesh=mesh)
+    def _shard(self, net: nn.Module, placement: Placement, half: bool, offload: bool) -> nn.Module:
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+        policy = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if offload else OffloadPolicy()
+        lay = {"mesh": self._mesh(placement), "offload_policy": policy}
+        # inputs are cast where the block runs: a cast of all would round the times, too
+        narrow = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        for unit in units(net):
+            fully_shard(unit, **lay, mp_policy=narrow if half else MixedPrecisionPolicy())
+        return fully_shard(net, **lay)
+
+    def _mesh(self, placement: Placement) -> Any:
+        """The (replicas, shards) device mesh of a placement, one for all networks: each has process groups."""
+        if placement not in self._meshes:
+            from torch.distributed.device_mesh import init_device_mesh
+
+            shards = {"replicate": 1, "shard": self.size, "hybrid": self.local_size or self.size}[placement]
+            shape, names = (self.size // shards, shards), ("replicate", "shard")
+            self._meshes[placement] = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        return self._meshes[placement]
 
     def reshard(self, net: nn.Module) -> None:
         """Lays a network's parameters out again as `place` did. A pass without gradients leaves them whole on each
         rank, and an optimiser, an average or a change of requires_grad would miss the ones that last."""
-        if self.size > 1:
+        if hasattr(net, "reshard"):
             for module in net.modules():
                 if hasattr(module, "reshard"):
                     module.reshard()
@@ -70,5 +148,8 @@ class World:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A sharded tensor whole (a collective: every rank calls it), any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """A sharded tensor whole (a collective: every rank calls it), any other as it is. A shard that lives on the CPU is
+    gathered on the device that its ranks talk through."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()

@@ -52,11 +52,20 @@ Profile = Exponential | Power
 
 @torch.no_grad()
 def average(into: nn.Module, net: nn.Module, decay: float) -> None:
-    """into <- decay into + (1 - decay) net, parameters and floating buffers; in one fused call, sharded or not."""
-    pairs = list(zip(_state(into), _state(net), strict=True))
-    torch._foreach_lerp_([p for p, _ in pairs], [q for _, q in pairs], 1 - decay)
+    """into <- decay into + (1 - decay) net, parameters and floating buffers; in one fused call a device.
+
+    Sharded or not, as long as both are laid out alike: each rank averages its own part. `into` may live on the CPU and
+    `net` on a device; the copy is then what the step waits for.
+    """
+    pairs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+    for p, q in zip(_state(into), _state(net), strict=True):
+        pairs.setdefault(p.device, []).append((p, q.to(p.device)))
+    for together in pairs.values():
+        torch._foreach_lerp_([p for p, _ in together], [q for _, q in together], 1 - decay)
 
 
 def _state(net: nn.Module) -> Iterable[Tensor]:
-    yield from (p.data for p in net.parameters())
+    """This rank's part of what is averaged, as plain tensors."""
+    for p in net.parameters():
+        yield p.to_local() if hasattr(p, "to_local") else p.data
     yield from (b for b in net.buffers() if b.is_floating_point())

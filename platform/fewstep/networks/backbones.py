@@ -10,10 +10,7 @@ from torch.nn import functional as F
 
 
 class _Leave(Exception):
-    """Ends a forward pass at the bottleneck, carrying its features. Exact under FSDP2, before or after sharding."""
-
-    def __init__(self, features: Tensor):
-        self.features = features
+    """Ends a forward pass at the bottleneck."""
 
 
 class Backbone(nn.Module):
@@ -22,7 +19,10 @@ class Backbone(nn.Module):
     model: a diffusers model. at: the dotted name of the bottleneck module inside it. shape: (C, H, W) of one sample.
     classes: number of labels without the null class, None for none. null: the null class's index, None for none.
     Subclasses say how the model is called. Raises ValueError for a model without that module.
+    apart: modules inside a block that the model also calls by themselves, so that they are laid out by themselves.
     """
+
+    apart: tuple[nn.Module, ...] = ()
 
     def __init__(
         self,
@@ -35,19 +35,10 @@ class Backbone(nn.Module):
         super().__init__()
         self.model, self.at, self.shape = model, at, tuple(shape)
         self.classes, self.null = classes, null
-        self._tapped: Tensor | None = None
-        self._leave = False
         try:
-            bottleneck = model.get_submodule(at)
+            model.get_submodule(at)
         except AttributeError:
             raise ValueError(f"{type(model).__name__} has no {at}, whose output would be its bottleneck") from None
-        bottleneck.register_forward_hook(self._tap)
-
-    def _tap(self, module: nn.Module, args: Any, out: Any) -> None:
-        features = self.as_map(out[0] if isinstance(out, tuple) else out)
-        if self._leave:
-            raise _Leave(features)
-        self._tapped = features
 
     def as_map(self, features: Tensor) -> Tensor:
         """The bottleneck's output as (B, F, h, w)."""
@@ -70,18 +61,26 @@ class Backbone(nn.Module):
         return torch.full((len(x),), self.null, device=x.device)
 
     def forward(self, x: Tensor, time: Tensor, cond: Any, mode: str) -> Any:
-        if mode == "features":
-            self._leave = True
-            try:
-                self.call(x, time, cond)
-            except _Leave as leave:
-                return leave.features
-            finally:
-                self._leave = False
+        if mode == "x0":
+            return self.call(x, time, cond)
+        features: list[Tensor] = []
+
+        def tap(module: nn.Module, args: Any, out: Any) -> None:
+            features.append(self.as_map(out[0] if isinstance(out, tuple) else out))
+            if mode == "features":
+                raise _Leave
+
+        # registered for this pass, hence behind the hook that lays a sharded bottleneck out again
+        handle = self.model.get_submodule(self.at).register_forward_hook(tap)
+        try:
+            out = self.call(x, time, cond)
+        except _Leave:
+            return features[0]
+        finally:
+            handle.remove()
+        if not features:
             raise RuntimeError(f"backbone: module {self.at!r} was not reached, so there are no features")
-        out = self.call(x, time, cond)
-        features, self._tapped = self._tapped, None  # held no longer than the pass: it carries a graph
-        return (out, features) if mode == "both" else out
+        return out, features[0]
 
 
 def _size(config: Any) -> tuple[int, int]:
@@ -171,6 +170,11 @@ class Transformer(Backbone):
         shape = (config.in_channels, *_size(config))
         at = f"transformer_blocks.{len(model.transformer_blocks) // 2}"
         super().__init__(model, at, shape, classes, null=classes)
+
+    @property
+    def apart(self) -> tuple[nn.Module, ...]:
+        """The first block's embedding, which the model borrows for its output layer."""
+        return (self.model.transformer_blocks[0].norm1.emb,)
 
     def as_map(self, features: Tensor) -> Tensor:
         side = self.shape[1] // self.model.config.patch_size

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..diffusion.level import PREDICTIONS, Level
 from ..diffusion.schedules import Schedule
+from .blocks import Pass, in_bf16
 
 Mode = Literal["x0", "features", "both"]
 
@@ -19,9 +20,12 @@ class Denoiser(nn.Module):
     backbone: called as backbone(x, time, cond, mode) in the network's own scale; see networks/backbones.py.
     prediction: a row of the prediction table. data_std: EDM's sigma_data. time_scale: what the network's noise
     conditioning (its own time, or ln(sigma) / 4 for EDM) is multiplied by.
-    precision: "fp32" or "bf16" for the backbone's arithmetic; what leaves is always float32, so that the x0 algebra and
-    the losses are. `forward` is the only entry point, as a sharded module needs.
+    precision: "fp32" or "bf16" for the arithmetic of the backbone's blocks, for good; its input and output layers are
+    float32, and so are the x0 algebra and what leaves. `forward` is the only entry point, as a sharded module needs.
+    running: which pass runs, or ran last.
     """
+
+    running: Pass = "full"
 
     def __init__(
         self,
@@ -38,7 +42,14 @@ class Denoiser(nn.Module):
         if precision not in ("fp32", "bf16"):
             raise ValueError(f"precision: {precision!r} is not one of fp32, bf16 (fp16 diverges: DMD2, appendix)")
         self.backbone, self.schedule, self.prediction = backbone, schedule, prediction
-        self.data_std, self.time_scale, self.precision = data_std, time_scale, precision
+        self.data_std, self.time_scale, self._precision = data_std, time_scale, precision
+        if precision == "bf16":
+            in_bf16(backbone)
+
+    @property
+    def precision(self) -> str:
+        """Of the blocks: "fp32" or "bf16"."""
+        return self._precision
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -80,8 +91,8 @@ class Denoiser(nn.Module):
         own, t = self.own(level, x_t.ndim)
         x_own = x_t * (own.norm / level.norm)
         scale, time = self.conditioning(own, t)
-        # autocast opens and closes with the pass: its cache of cast weights must not cross from no-grad to grad passes
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        self.running = "no_grad" if not torch.is_grad_enabled() else "encoder" if mode == "features" else "full"
+        with torch.autocast(x_t.device.type, enabled=False):  # a caller's region does not change what precision means
             out = self.backbone(x_own * scale, time, cond, mode)
         if mode == "features":
             return out.float()

@@ -1,0 +1,124 @@
+"""Blocks: the parts of a network that are laid out, recomputed, compiled and run in bfloat16 one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Pass = Literal["full", "encoder", "no_grad"]
+CONTAINERS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks")  # what diffusers calls them
+
+
+def blocks(net: nn.Module) -> list[nn.Module]:
+    """A network's blocks, none inside another.
+
+    UNets: down_blocks, mid_block and up_blocks; transformers: transformer_blocks. In any other network an only part is
+    opened until there are several; a part is a child with children of its own, or a member of a ModuleList. What lies
+    outside the blocks is the root: input and output layers, embeddings. A network without parts has no blocks.
+    """
+    if named := list(_named(net)):
+        return named
+    at, parts = net, list(_parts(net))
+    while len(parts) == 1:
+        at, parts = parts[0], list(_parts(parts[0]))
+    return parts or ([] if at is net else [at])
+
+
+def _named(module: nn.Module) -> Iterator[nn.Module]:
+    for name, child in module.named_children():
+        if name in CONTAINERS:
+            yield from child if isinstance(child, nn.ModuleList) else [child]
+        else:
+            yield from _named(child)
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        elif any(child.children()):
+            yield child
+
+
+def units(net: nn.Module) -> list[nn.Module]:
+    """Every module that is laid out by itself, inner before outer: the blocks, and what the model calls inside one of
+    them past the block itself (`Backbone.apart`)."""
+    apart = [module for part in net.modules() for module in getattr(part, "apart", ())]
+    return [*apart, *blocks(net)]
+
+
+# What a block does besides its own arithmetic: partial objects in the place of `forward`, which keep the names of the
+# state, let hooks (FSDP2's, the bottleneck's) run outside, and are copied along with the module
+
+
+def checkpoint_activations(net: nn.Module) -> None:
+    """Each block keeps only its inputs for the backward pass, and runs again then. Networks run without dropout, so no
+    random state is kept. Reentrant checkpointing would leave a sharded root's gradients unreduced."""
+    for block in blocks(net):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def compile_passes(net: nn.Module, passes: Iterable[Pass], **options: Any) -> None:
+    """Blocks run compiled in the chosen passes of the denoiser that `net` is or holds, as written in the others.
+
+    passes: full, encoder (it leaves at the bottleneck), no_grad (any without gradients). options: torch.compile's.
+    Shapes are static: each new one is compiled anew. A whole network could not be traced through an early exit or a
+    shard's hooks, which both lie between blocks. A network that holds no denoiser, a GAN head, stays as it is.
+    """
+    denoiser = next((module for module in net.modules() if hasattr(module, "running")), None)
+    if denoiser is not None:
+        for block in blocks(net):
+            block.forward = _by_pass(denoiser, frozenset(passes), block.forward, options)
+
+
+def _by_pass(denoiser: nn.Module, passes: frozenset[Pass], run: Callable, options: dict[str, Any]) -> Callable:
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        return run(*args, **kwargs)
+
+    # blocks of one class share their code, and would share its few compiled versions
+    fast = torch.compile(whole, dynamic=False, isolate_recompiles=True, **options)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (fast if denoiser.running in passes else run)(*args, **kwargs)
+
+    return forward
+
+
+def in_bf16(net: nn.Module) -> None:
+    """Units compute in bfloat16 from bfloat16 inputs, and the root in float32: the output convolution above all, whose
+    rounding a prediction of eps near pure noise would show 15-fold in x0. A network without units does so whole."""
+    inner = units(net) or [net]
+    inside = {module for unit in inner for module in unit.modules()}
+    for unit in inner:
+        unit.forward = partial(_autocast, unit.forward)
+    for module in net.modules():
+        if module not in inside and not any(module.children()):
+            module.register_forward_pre_hook(_in_float32, with_kwargs=True)
+
+
+def _autocast(run: Callable, *args: Any, **kwargs: Any) -> Any:
+    args, kwargs = _cast((args, kwargs), torch.bfloat16, ndim=2)  # a time (B,) keeps its digits
+    device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    # no cache of cast weights: one of a pass without gradients would cut the graph of the next
+    with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+        return run(*args, **kwargs)
+
+
+def _in_float32(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return _cast((args, kwargs), torch.float32)
+
+
+def _cast(value: Any, dtype: torch.dtype, ndim: int = 0) -> Any:
+    """Floating tensors of at least `ndim` dimensions in `dtype`, in nested tuples, lists and dicts too."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() and value.ndim >= ndim else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cast(v, dtype, ndim) for v in value)
+    if isinstance(value, dict):
+        return {k: _cast(v, dtype, ndim) for k, v in value.items()}
+    return value
