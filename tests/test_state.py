@@ -319,6 +319,15 @@ def test_a_failed_write_is_known_at_once_and_raised_when_waited_for(tmp_path, mo
     assert steps(tmp_path) == [1, 3] and len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_place_where_nothing_can_be_made_is_an_error_of_the_save():
+    with pytest.raises(ValueError, match=r"out: cannot write in /proc/run \(.*\); choose another with out="):
+        state.writable("/proc/run")
+    with pytest.raises(
+        CheckpointError, match=r"/proc/run/step-00000001: not saved \(rank 0: /proc/run/.step-00000001: "
+    ):
+        Run().save(Saver("/proc/run"), 1)
+
+
 def test_what_a_killed_write_left_is_removed_at_the_start(tmp_path):
     run = Run()
     run.save(Saver(tmp_path), 1)
@@ -407,15 +416,7 @@ def test_checkpoints_in_s3(bucket):
 # A server imports once what costs most, and each process is a fork of it
 CONTEXT = torch.multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    [
-        "torch",
-        "torch.distributed.checkpoint",
-        "torch.distributed.fsdp",
-        "pytest",
-        "safetensors.torch",
-        "fsspec",
-        "pydantic",
-    ]
+    ["torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "pytest", "fsspec"]
 )
 
 
