@@ -245,7 +245,7 @@ def test_missing_inception_names_the_file_the_places_and_the_alternatives(tmp_pa
         raise URLError("no network")
 
     monkeypatch.setattr(downloads_helper, "check_download_inception", offline)
-    monkeypatch.setattr(inception, "_folders", lambda: (tmp_path / "cache", tmp_path / "tmp"))
+    monkeypatch.setattr(inception, "folders", lambda: (tmp_path / "cache", tmp_path / "tmp"))
     with pytest.raises(FileNotFoundError) as error:
         build_metrics(["fid"])
     for part in (
@@ -270,7 +270,7 @@ def test_a_download_that_is_not_inception_is_refused_and_not_kept(tmp_path, monk
         return str(Path(folder) / inception.FILE)
 
     monkeypatch.setattr(downloads_helper, "check_download_inception", page)
-    monkeypatch.setattr(inception, "_folders", lambda: (tmp_path / "cache", tmp_path / "tmp"))
+    monkeypatch.setattr(inception, "folders", lambda: (tmp_path / "cache", tmp_path / "tmp"))
     with pytest.raises(ValueError, match=inception.SHA256):
         build_metrics(["fid"])
     assert list((tmp_path / "cache").iterdir()) == []

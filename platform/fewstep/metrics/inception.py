@@ -19,9 +19,14 @@ SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 INSTEAD = "Metrics that need no Inception: fd_<features>, precision, recall, density, coverage"
 
 
-def _folders() -> tuple[Path, ...]:
+def folders() -> tuple[Path, ...]:
     """Where the weights are looked for: the user's cache, then the folder that clean-fid itself uses."""
     return Path.home() / ".cache" / "clean-fid", Path(tempfile.gettempdir())
+
+
+def installed() -> Path | None:
+    """The official weights in one of the usual folders, or None."""
+    return next((folder / FILE for folder in folders() if (folder / FILE).is_file()), None)
 
 
 def find_inception() -> Path:
@@ -31,10 +36,9 @@ def find_inception() -> Path:
     """
     from cleanfid import downloads_helper
 
-    for folder in _folders():
-        if (folder / FILE).is_file():
-            return folder / FILE
-    cache = _folders()[0]
+    if (path := installed()) is not None:
+        return path
+    cache = folders()[0]
     cache.mkdir(parents=True, exist_ok=True)
     # Under another name until it is whole: a file cut short would be found, and refused, for ever after.
     with tempfile.TemporaryDirectory(dir=cache) as folder:
@@ -42,7 +46,7 @@ def find_inception() -> Path:
             path = Path(downloads_helper.check_download_inception(folder))
         except OSError as error:
             raise FileNotFoundError(
-                f"inception: no {FILE} in {' or '.join(map(repr, map(str, _folders())))}, and {error}; download "
+                f"inception: no {FILE} in {' or '.join(map(repr, map(str, folders())))}, and {error}; download "
                 f"{downloads_helper.inception_url} to {str(cache / FILE)!r} or name the file with inception=<path>. "
                 f"{INSTEAD}"
             ) from None

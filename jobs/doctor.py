@@ -1,0 +1,60 @@
+#!/usr/bin/env python
+"""Says whether a cluster can train: what it has, and what of it is broken.
+
+    python jobs/doctor.py                          # joins the cluster that RAY_ADDRESS names, else starts one here
+    python jobs/doctor.py recipe=fashion_mnist storage=s3://bucket/runs
+    ray job submit --working-dir . -- python jobs/doctor.py json=true
+
+Exit status 0 when nothing is broken, 1 otherwise, warnings aside; never later than limit_s.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "platform"))
+
+from pydantic import Field
+
+from fewstep.config import Strict, parse, plain_errors
+
+JSON = {"--json", "json=true"}
+
+
+class Doctor(Strict):
+    """Checks nodes, versions, all-reduce, storage, MLflow, weights and data; --json (or json=true) prints an object."""
+
+    recipe: str | None = None
+    """Check what this recipe uses: a name of jobs/recipes or a path."""
+    out: str | None = None
+    """Folder of the runs; without it the recipe's, else runs."""
+    storage: str | None = None
+    """Folder or URL of the checkpoints; without it the recipe's."""
+    uri: str | None = None
+    """Tracking store; without it the recipe's, MLFLOW_TRACKING_URI, or mlflow.db here."""
+    limit_s: float = Field(300.0, ge=10)
+    """Seconds after which what has not answered counts as broken."""
+
+
+def main(argv: list[str]) -> int:
+    job = parse(Doctor, [word for word in argv if word not in JSON | {"json=false"}])
+    from fewstep.cluster.doctor import examine, healthy, judge, table, wanted, within
+
+    with plain_errors(), within(job.limit_s):
+        recipe = None
+        if job.recipe is not None:
+            from fewstep.recipe import load_recipe
+
+            recipe = load_recipe([f"recipe={job.recipe}"], ROOT / "jobs" / "recipes", "")
+        facts = examine(wanted(recipe, job.out, job.storage, job.uri), job.limit_s)
+    checks = judge(facts)
+    if JSON & set(argv):
+        print(json.dumps({"healthy": healthy(checks), "checks": [vars(check) for check in checks], "facts": facts}))
+    else:
+        print(table(checks))
+    return 0 if healthy(checks) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,338 @@
+"""The doctor says what is there, names what is broken with the way out, and never waits for it."""
+
+from __future__ import annotations
+
+import copy
+import http.server
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep.cluster import doctor
+from fewstep.cluster.doctor import Wanted, healthy, judge, reach, table, wanted, weights
+from fewstep.metrics import inception
+from fewstep.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(capsys, *words: str) -> tuple[int, str]:
+    """Exit status and output of the job, in this process and so on this session's cluster."""
+    with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["doctor.py", *words])
+        runpy.run_path(str(ROOT / "jobs" / "doctor.py"), run_name="__main__")
+    return stop.value.code, capsys.readouterr().out
+
+
+def closed_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def by_name(checks) -> dict:
+    return {c.check: c for c in checks}
+
+
+def test_a_healthy_cluster_is_described_and_nothing_is_broken(ray_cluster, tmp_path, capsys):
+    words = [f"out={tmp_path / 'runs'}", f"storage={tmp_path / 'store'}", f"uri=sqlite:///{tmp_path / 'mlflow.db'}"]
+    status, output = run(capsys, "recipe=fashion_mnist", *words, "--json")
+    found = json.loads(output.splitlines()[-1])
+    assert status == 0 and found["healthy"]
+    assert {c["check"]: c["status"] for c in found["checks"] if c["status"] != "ok"} == {}
+    cluster, has = found["facts"]["cluster"], ray_cluster.cluster_resources()
+    assert (cluster["cpus"], cluster["gpus"], len(cluster["nodes"])) == (has["CPU"], has.get("GPU", 0), 1)
+    assert cluster["memory_gib"] * 2**30 == has["memory"]
+    assert cluster["object_store_gib"] * 2**30 == has["object_store_memory"]
+    (node,) = found["facts"]["nodes"].values()
+    assert node["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert node["versions"]["python"] == sys.version.split()[0] and node["versions"]["ray"] == ray_cluster.__version__
+    assert node["torchvision"]["error"] is None and node["data"]["rows"] == 10000
+    assert all(len(seen["sees"]) == 1 for seen in node["storage"].values())
+    reduce = found["facts"]["reduce"]
+    assert (reduce["backend"], reduce["workers"]) == ("gloo", 2) and reduce["gb_per_s"] > 0.001
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert left == []  # the probes are gone, and no database was made
+
+
+class Reduced:
+    """In place of the all-reduce, which the test above has seen."""
+
+    def __init__(self, ids, timeout_s): ...
+
+    def reduce(self, until):
+        return {"backend": "gloo", "workers": 2, "gpus": 0, "error": None, "gb_per_s": 1.0, "devices": ["CPU", "CPU"]}
+
+    def close(self): ...
+
+
+def test_everything_that_is_broken_is_named_with_the_way_out(ray_cluster, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "_Peers", Reduced)
+    recipe = (ROOT / "jobs" / "recipes" / "fashion_mnist.yaml").read_text()
+    assert "metrics: [fd_fashion, " in recipe
+    file = tmp_path / "broken.yaml"
+    file.write_text(recipe.replace("metrics: [fd_fashion, ", f"inception: {tmp_path / 'none.pt'}\n  metrics: [fid, "))
+    port = closed_port()
+    status, output = run(capsys, f"recipe={file}", "out=/proc/runs", f"uri=http://127.0.0.1:{port}", "json=true")
+    found = json.loads(output.splitlines()[-1])
+    broken = {c["check"]: (c["result"], c["remedy"]) for c in found["checks"] if c["status"] == "broken"}
+    assert status == 1 and not found["healthy"]
+    assert broken.keys() == {"storage out", "MLflow", "weights inception", "weights inception_reference"}
+    for check, result, remedy in (
+        ("storage out", "/proc/runs: cannot write: No such file or directory on ", "out=..."),
+        ("MLflow", f"http://127.0.0.1:{port}: Connection refused on ", f"mlflow server --host 127.0.0.1 --port {port}"),
+        ("weights inception", str(tmp_path / "none.pt"), "evaluate.inception=<path>"),
+        ("weights inception_reference", "fid need this file and the recipe names none", "jobs/features.py"),
+    ):
+        assert result in broken[check][0] and remedy in broken[check][1]
+
+
+def test_what_does_not_answer_is_a_finding_and_not_a_wait(ray_cluster):
+    @ray_cluster.remote(num_cpus=0)
+    def hang(seconds):
+        time.sleep(seconds)
+        return "here"
+
+    @ray_cluster.remote(num_cpus=0, max_retries=0)
+    def fail():
+        raise ModuleNotFoundError("No module named 'fewstep'")
+
+    ray_cluster.get(hang.remote(0))
+    refs = {"a": hang.remote(0), "b": hang.remote(600), "c": fail.remote()}
+    ray_cluster.wait([refs["c"]])
+    started = time.monotonic()
+    found = doctor._gather(refs, started + 3)
+    assert time.monotonic() - started < 6
+    ray_cluster.cancel(refs["b"], force=True)
+    assert found == {"a": ("here", None), "b": (None, "no answer within 3 s"), "c": (None, "No module named 'fewstep'")}
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path):
+    """In a process of its own: this one has joined a cluster."""
+    environment = os.environ | {"RAY_ADDRESS": f"127.0.0.1:{closed_port()}", "FEWSTEP_HOME": str(tmp_path)}
+    started = time.monotonic()
+    command = [sys.executable, str(ROOT / "jobs" / "doctor.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and time.monotonic() - started < 60
+    assert "BROKEN" in done.stdout and "Connection refused" in done.stdout and "ray start --head" in done.stdout
+
+
+def test_a_body_that_hangs_ends_at_the_limit():
+    code = "import time\nfrom fewstep.cluster.doctor import within\nwith within(0.2):\n    time.sleep(60)"
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "no answer within 0.2 s; raise limit_s=" in done.stderr
+    assert time.monotonic() - started < 50
+
+
+# The judgement, of made-up facts
+
+
+def node(**changes) -> dict:
+    versions = {"python": "3.11.7", "torch": "2.15.0+cu132", "torchvision": "0.29.2", "ray": "2.60.0",
+                "diffusers": "0.42.1", "mlflow": "3.17.2", "pyarrow": "25.0.1"}  # fmt: skip
+    return {
+        "error": None,
+        "versions": versions | changes.pop("versions", {}),
+        "torchvision": {"needs": "torch>=2.14.0", "error": None},
+        "storage": {"out": {"error": None, "sees": ["a", "b"]}},
+        "tracking": None,
+        "files": {"/x/features.safetensors": True},
+        "data": {"rows": 10, "error": None},
+    } | changes
+
+
+def facts(a: dict | None = None, b: dict | None = None, **changes) -> dict:
+    """Of two nodes a and b with a GPU each, where all is well but for the changes."""
+    has = {"id": "0", "cpus": 8.0, "gpus": 1.0, "memory_gib": 30.0, "object_store_gib": 9.0}
+    made = {
+        "cluster": has | {"address": "10.0.0.1:6379", "error": None, "cpus": 16.0, "nodes": {"a": has, "b": has}},
+        "driver": {"versions": node()["versions"]},
+        "nodes": {"a": node(**(a or {})), "b": node(**(b or {}))},
+        "reduce": {"backend": "nccl", "workers": 2, "gpus": 2, "error": None, "gb_per_s": 40.0, "devices": ["X", "X"]},
+        "weights": [{"what": "features", "path": "/x/features.safetensors", "error": None, "needed": True}],
+        "wanted": {"folders": {"out": "/x/runs"}, "uri": "http://u:secret@h:5000", "database": None, "data": "/x/data"},
+    }
+    return copy.deepcopy(made | changes)
+
+
+def test_a_whole_cluster_has_nothing_broken_and_no_password_is_shown():
+    checks = judge(facts())
+    assert healthy(checks) and {c.status for c in checks} == {"ok"}
+    assert by_name(checks)["all-reduce (nccl)"].result == "2 GPUs (X) add up, 40.00 GB/s"
+    assert by_name(checks)["storage out"].result == "/x/runs: written by 2 nodes and shared by them"
+    assert table(checks, width=300).splitlines()[-1] == "0 broken, 0 warnings"
+    assert "secret" not in table(checks) and "http://u:***@h:5000" in table(checks)
+
+
+BROKEN = {
+    "versions differ": (
+        facts(b={"versions": {"torch": "2.14.1"}}),
+        ("versions", "torch: 2.15.0+cu132 on a, this process; 2.14.1 on b", "requirements.lock"),
+    ),
+    "another python": (
+        facts(a={"versions": {"python": "3.12.1"}}),
+        ("versions", "python: 3.12.1 on a; 3.11.7 on b, this process", "one Python"),
+    ),
+    "a package is missing": (
+        facts(a={"versions": {"mlflow": None}}),
+        ("versions", "mlflow: none on a; 3.17.2 on b, this process", "requirements.lock"),
+    ),
+    "torch too old for torchvision": (
+        facts(
+            **{n: {"torchvision": {"needs": "torch==2.14.0", "error": "operator torchvision::nms does not exist"}}
+               for n in "ab"}
+        ),
+        ("torch and torchvision",
+         "a, b: torchvision 0.29.2 needs torch==2.14.0 and torch is 2.15.0+cu132 (operator torchvision::nms does not",
+         "built for each other"),
+    ),
+    "operators that do not load": (
+        facts(b={"torchvision": {"needs": None, "error": "undefined symbol: _ZN3c10"}}),
+        ("torch and torchvision", "b: undefined symbol: _ZN3c10", "built for each other"),
+    ),
+    "GPUs do not see each other": (
+        facts(reduce={"backend": "nccl", "workers": 2, "gpus": 2, "error": "rank 1: timed out", "gb_per_s": None,
+                      "devices": []}),
+        ("all-reduce (nccl)", "2 GPUs: rank 1: timed out", "NCCL_SOCKET_IFNAME"),
+    ),
+    "storage of one node only": (
+        facts(**{n: {"storage": {"out": {"error": None, "sees": [n]}}} for n in "ab"}),
+        ("storage out", "not shared: a does not see what b wrote; b does not see what a wrote", "storage=s3://"),
+    ),
+    "storage that one node cannot write": (
+        facts(b={"storage": {"out": {"error": "Read-only file system", "sees": []}}}),
+        ("storage out", "/x/runs: cannot write: Read-only file system on b", "out=..."),
+    ),
+    "no tracking from one node": (
+        facts(b={"tracking": "Connection refused"}),
+        ("MLflow", "Connection refused on b", "mlflow server --host h --port 5000"),
+    ),
+    "weights on one node only": (
+        facts(b={"files": {"/x/features.safetensors": False}}),
+        ("weights features", "/x/features.safetensors: not on b", "same path"),
+    ),
+    "data on one node only": (
+        facts(b={"data": {"rows": 0, "error": "data.path: no folder '/x/data'"}}),
+        ("data", "b: data.path: no folder '/x/data'", "every node under the same path"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_one_broken_thing_is_one_broken_line_with_its_remedy(what):
+    made, (name, result, remedy) = BROKEN[what]
+    broken = [c for c in judge(made) if c.status == "broken"]
+    assert [c.check for c in broken] == [name] and not healthy(broken)
+    assert result in broken[0].result and remedy in broken[0].remedy
+
+
+def test_a_silent_node_is_one_line_and_the_others_are_judged():
+    for error, remedy in (("no answer within 90 s", "ray logs"), ("No module named 'fewstep'", "--working-dir .")):
+        made = facts()
+        made["nodes"]["b"] = {"error": error}
+        made["nodes"]["a"]["storage"]["out"]["sees"] = ["a"]
+        checks = judge(made)
+        assert [(c.check, c.result) for c in checks if c.status == "broken"] == [("node b", error)]
+        assert remedy in by_name(checks)["node b"].remedy
+
+
+def test_a_cluster_that_cannot_be_joined_is_all_there_is_to_say():
+    (check,) = judge({"cluster": {"address": "10.0.0.1:6379", "error": "timed out", "nodes": {}}})
+    assert (check.check, check.status) == ("cluster", "broken") and "ray start --head" in check.remedy
+
+
+def test_warnings_do_not_fail():
+    busy = {"backend": "nccl", "workers": 0, "gpus": 2, "error": None, "gb_per_s": None, "devices": []}
+    file = {"folders": {"out": "/x/runs"}, "uri": "sqlite:////x/m.db", "database": "/x/m.db", "data": None}
+    no = [{"what": "inception", "path": None, "error": "no inception", "needed": False}]
+    checks = judge(facts(reduce=busy, wanted=file, weights=no))
+    assert healthy(checks)
+    warned = {c.check: c.result for c in checks if c.status == "warning"}
+    assert warned.keys() == {"all-reduce (nccl)", "MLflow", "weights inception"}
+    assert warned["all-reduce (nccl)"] == "all 2 GPUs are in use"
+
+
+# What is looked at
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_a_tracking_server_is_asked_for_its_health(status):
+    asked = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        error = reach(f"http://user:secret@127.0.0.1:{server.server_port}/mlflow", None)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert asked == ["/mlflow/health"] and error == (None if status == 200 else "answers 404 Not Found on /health")
+
+
+def test_a_store_that_cannot_be_used_says_why(tmp_path):
+    assert "refused" in reach(f"http://127.0.0.1:{closed_port()}", None)
+    assert "refused" in reach(f"postgresql+psycopg2://u:p@127.0.0.1:{closed_port()}/mlflow", None)
+    assert reach("sqlite:////proc/x/mlflow.db", "/proc/x/mlflow.db") == "No such file or directory"
+    assert reach(f"sqlite:///{tmp_path}/mlflow.db", f"{tmp_path}/mlflow.db") is None and list(tmp_path.iterdir()) == []
+
+
+def test_operators_run_in_a_process_that_may_die(monkeypatch):
+    for code, error in (
+        (
+            "raise RuntimeError('operator torchvision::nms does not exist')",
+            "RuntimeError: operator torchvision::nms does",
+        ),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "ended with status -11"),
+        ("import time; time.sleep(60)", "no answer within 1 s"),
+    ):
+        monkeypatch.setattr(doctor, "NMS", code)
+        assert doctor.operators(1.0 if "sleep" in code else 60.0).startswith(error)
+
+
+def test_inception_is_looked_for_and_a_wrong_file_is_no_inception(tmp_path, monkeypatch):
+    monkeypatch.setattr(inception, "folders", lambda: (tmp_path / "cache", tmp_path / "tmp"))
+    no_recipe = Wanted({}, "", None, None, ("fid",), dict.fromkeys(doctor.SHIPPED), strict=False)
+    (absent,) = weights(no_recipe)
+    assert absent["error"].startswith("no inception-2015-12-05.pt in ") and str(tmp_path / "cache") in absent["error"]
+    assert not absent["needed"]
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / inception.FILE).write_bytes(b"something else")
+    (wrong,) = weights(no_recipe)
+    assert "is not the official inception-2015-12-05.pt" in wrong["error"]
+    monkeypatch.setattr(inception, "SHA256", inception.digest(tmp_path / "cache" / inception.FILE))
+    (right,) = weights(no_recipe)
+    assert right["error"] is None and right["path"] == str(tmp_path / "cache" / inception.FILE)
+
+
+def test_what_a_recipe_names_is_what_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    recipe = load_recipe(
+        ["storage=s3://bucket/x", "evaluate.reference=null"], ROOT / "jobs" / "recipes", "fashion_mnist"
+    )
+    looked = wanted(recipe)
+    assert looked.folders == {"out": str(tmp_path / "runs"), "storage": "s3://bucket/x"}
+    assert looked.uri == f"sqlite:///{tmp_path / 'mlflow.db'}" and looked.database == str(tmp_path / "mlflow.db")
+    assert wanted(recipe, out="/y", uri="http://h:5000").folders["out"] == "/y"
+    features, reference = weights(looked)
+    assert features["error"] is None and features["path"].endswith("features.safetensors")
+    assert reference["error"] == "fd_fashion and diversity need this file and the recipe names none"
