@@ -37,8 +37,8 @@ const count = (n, one) => `${n.toLocaleString("en")} ${one}${n === 1 ? "" : "s"}
 const chip = (group) => h("span", { class: "chip", style: `--c: ${group.colour}` }, group.letter);
 const words = (group) => group.label.map((pair) => pair.join(" ").trim()).join(", ");
 const described = (group) => group.label.map(([name, value], i) =>
-  [i ? ", " : "", name ? h("span", { class: "quiet" }, ...breakable(name), " ") : "", ...breakable(value)]);
-const label = (group) => h("span", { class: "label" }, chip(group), h("span", {}, described(group)));
+  [i ? ", " : "", name ? h("span", { class: "quiet" }, breakable(name), " ") : "", breakable(value)]);
+const label = (group) => h("span", { class: "label" }, chip(group), " ", h("span", {}, described(group)));
 const describe = (run) => `${words(groups[run.group])}${run.seed === "" ? "" : `, seed ${run.seed}`}`;
 
 /** Four figures, without an exponent where that is short. */
@@ -56,8 +56,8 @@ function brief(value) {
     if (size >= unit) return `${+(value / unit).toPrecision(4)}${letter}`;
   return size !== 0 && size < 1e-3 ? value.toExponential(0) : `${+value.toPrecision(4)}`;
 }
-/** Long names may break after their dots, slashes and underscores. */
-const breakable = (text) => text.split(/(?<=[._/])/).flatMap((part) => [part, h("wbr")]);
+/** Long names may break after their slashes, underscores and dots, numbers not. */
+const breakable = (text) => text.split(/(?<=[_/]|\.(?=[a-z]))/).flatMap((part) => [part, h("wbr")]);
 
 // ---------------------------------------------------------------------------------------------------- head, runs
 
@@ -68,7 +68,6 @@ function head() {
   $("head").append(
     h("h1", {}, `Comparison of ${data.what}`),
     h("dl", {},
-      row("runs", `${data.runs.length}`),
       row("distinct settings", `${groups.length}`),
       row(seeds.length === 1 ? "seed" : "seeds", seeds.join(", ") || "–"),
       row("made", data.made),
@@ -92,29 +91,40 @@ const makes = (attributes, ...children) => (header) =>
 
 function runs() {
   const settings = data.settings;
-  const turned = settings.length > 4 && settings.length > data.runs.length;
   const columns = [
-    makes({}, "run"),
-    makes({ class: "num" }, "seed"),
-    ...settings.map(({ key, short }) => makes({ title: key }, h("b", {}, ...breakable(short)))),
-    makes({}, "started"),
+    makes({}, groups[0].label[0][0] ? "" : "setting"),
+    ...settings.map(({ key, short }) => makes({ title: key }, h("b", {}, breakable(short)))),
+    makes({}, "seeds"),
+    makes({}, "runs"),
     makes({}, "state"),
   ];
-  const rows = groups.flatMap((group) => group.runs.map((run) => [
-    makes({}, h("span", { class: "label" }, chip(group), h("span", { title: run.id }, run.name))),
-    makes({ class: "num" }, run.seed === "" ? "–" : run.seed),
-    ...settings.map(({ key }) => makes({ class: "value" }, ...(key in run.settings ? breakable(run.settings[key]) : ["–"]))),
-    makes({ class: "quiet", style: "white-space: nowrap" }, run.started),
-    makes({ class: run.status === "FINISHED" ? "quiet" : "warn" }, run.status.toLowerCase()),
-  ]));
+  const rows = groups.map((group) => {
+    const values = group.runs[0].settings;
+    const states = Map.groupBy(group.runs, (run) => run.status.toLowerCase());
+    return [
+      makes({}, group.label[0][0] ? chip(group) : label(group)),
+      ...settings.map(({ key }) => makes({ class: "value" }, key in values ? breakable(values[key]) : "–")),
+      makes({}, [...new Set(group.runs.map((run) => run.seed))].join(", ") || "–"),
+      makes({ class: "small names" }, group.runs.map((run, i) => [i ? ", " : "", h("span", { title: run.id }, breakable(run.name))])),
+      makes({ class: states.size === 1 && states.has("finished") ? "quiet" : "warn" },
+        states.size === 1 ? [...states.keys()][0] : [...states].map(([state, of]) => `${of.length} ${state}`).join(", ")),
+    ];
+  });
+  const list = data.runs.map((run) => [
+    makes({}, h("span", { class: "label" }, chip(groups[run.group]), h("span", {}, breakable(run.name)))),
+    makes({}, run.seed || "–"), makes({}, run.status.toLowerCase()), makes({}, run.started), makes({}, h("code", {}, run.id)),
+  ]);
   $("runs").append(
-    h("div", { class: "bar" }, h("h2", { id: "runs-title" }, "Runs, and the settings that differ")),
-    table(columns, rows, turned),
+    h("div", { class: "bar" }, h("h2", { id: "runs-title" }, "What was changed")),
+    table(columns, rows, settings.length > 4 && settings.length > groups.length),
     settings.length ? "" : h("p", { class: "note" }, "No setting differs but the seed."),
     h("details", {},
       h("summary", {}, `${count(data.same.length, "setting")} the same in all`),
       h("dl", { class: "pairs" }, data.same.map(([key, value]) =>
-        h("div", {}, h("dt", {}, ...breakable(key)), h("dd", {}, ...breakable(value)))))),
+        h("div", {}, h("dt", {}, breakable(key)), h("dd", {}, breakable(value)))))),
+    h("details", {},
+      h("summary", {}, `${count(data.runs.length, "run")}, with ids`),
+      table(["run", "seed", "state", "started", "id"].map((name) => makes({}, name)), list, false)),
   );
 }
 
@@ -146,34 +156,34 @@ function scores() {
     return h("td", { class: "score", title: each },
       h("div", { class: "n" },
         h("data", { value: cell.mean, class: cell.mark === "best" ? "best" : null }, fixed(cell.mean)),
-        cell.std === null ? null : h("span", { class: "std" }, "± ", h("data", { value: cell.std }, fixed(cell.std))),
+        cell.std === null ? null : h("span", { class: "std" }, " ± ", h("data", { value: cell.std }, fixed(cell.std))),
         h("span", { class: "mark", role: mark ? "img" : null, "aria-label": cell.mark || null }, mark)),
       strip(cell, scales[c], colour));
   };
   const arrow = { lower: "↓", higher: "↑" };
   const range = (images) => (images.length ? [...new Set([images[0], images.at(-1)])].map((n) => n.toLocaleString("en")).join("–") : "–");
+  const title = (column) => h("th", { scope: "col", class: "score" }, h("div", {},
+    h("b", {}, `${column.name} `, h("span", { title: column.better && `${column.better} is better` }, arrow[column.better] || "")),
+    h("br"), `n = ${column.images.toLocaleString("en")}`, h("br"),
+    column.reference
+      ? h("span", { title: `reference ${column.reference}` }, `vs ${column.reference_images.toLocaleString("en")} real (${column.reference.slice(0, 8)})`)
+      : "no reference"));
+  const line = (row, before) => {
+    const group = row.teacher ? null : groups[row.group];
+    const about = [row.teacher ? row.sampler : "", row.checkpoint === "last" ? "" : `${row.checkpoint} checkpoint`];
+    const lead = group && before && before.teacher;
+    return h("tr", { class: row.teacher ? "teacher" : lead ? "lead" : null },
+      h("th", { scope: "row" }, group ? label(group) : "teacher", h("small", {}, about.filter(Boolean).join(", "))),
+      row.cells.map((cell, c) => shown(cell, c, group ? group.colour : "var(--quiet)")),
+      h("td", { class: "num" }, `${Math.max(...row.cells.map((cell) => (cell ? cell.seeds : 0)))}`),
+      h("td", { class: "num" }, `${row.calls ?? "–"}`),
+      h("td", { class: "num" }, row.teacher ? "–" : range(row.images)));
+  };
+  const last = ["seeds", ["calls", h("br"), "an image"], ["after", h("br"), "images"]];
   section.append(
     h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "scores, scrolls sideways" }, h("table", {},
-      h("thead", {}, h("tr", {},
-        h("th", { scope: "col" }, "setting"), h("th", { scope: "col", class: "num" }, "seeds"),
-        h("th", { scope: "col", class: "num" }, "calls", h("br"), "an image"), h("th", { scope: "col", class: "num" }, "after images"),
-        columns.map((column) => h("th", { scope: "col", class: "score" }, h("div", {},
-          h("b", {}, `${column.name} `, h("span", { title: column.better && `${column.better} is better` }, arrow[column.better] || "")), h("br"),
-          `n = ${column.images.toLocaleString("en")}`, h("br"),
-          column.reference ? h("span", { title: `reference ${column.reference}` },
-            `vs ${column.reference_images.toLocaleString("en")} real (${column.reference.slice(0, 8)})`) : "no reference")))) ),
-      h("tbody", {}, rows.map((row, r) => {
-        const group = row.teacher ? null : groups[row.group];
-        const n = Math.max(...row.cells.map((cell) => (cell ? cell.seeds : 0)));
-        const lead = r > 0 && rows[r - 1].teacher && !row.teacher;
-        return h("tr", { class: row.teacher ? "teacher" : lead ? "lead" : null },
-          h("th", { scope: "row" }, group ? label(group) : `teacher, ${row.sampler}`,
-            row.checkpoint === "last" || row.teacher ? null : h("div", { class: "small quiet" }, `${row.checkpoint} checkpoint`)),
-          h("td", { class: "num" }, `${n}`),
-          h("td", { class: "num" }, `${row.calls ?? "–"}`),
-          h("td", { class: "num" }, row.teacher ? "–" : range(row.images)),
-          row.cells.map((cell, c) => shown(cell, c, group ? group.colour : "var(--quiet)")));
-      })))),
+      h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "setting"), columns.map(title), last.map((text) => h("th", { scope: "col", class: "num" }, text)))),
+      h("tbody", {}, rows.map((row, r) => line(row, rows[r - 1]))))),
     h("p", { class: "note" },
       "Mean ± standard deviation over seeds (n − 1), of the last checkpoint unless a row says otherwise; a tick is one seed. ",
       "● best of the column; ○ off it by no more than the larger of the two deviations, so these runs do not tell the two apart. ",
@@ -242,7 +252,7 @@ function logTicks(low, high) {
       const value = +(m * 10 ** power).toPrecision(3);
       if (value >= low * 0.999 && value <= high * 1.001) found.push(value);
     }
-  return found.length > 1 ? found : ticks(low, high, 4);
+  return found.length > 2 ? found : ticks(low, high, 5);
 }
 
 /** What the best-scored teacher has of a score, for a line across its chart. */
@@ -260,7 +270,7 @@ const BOX = { left: 50, right: 12, top: 10, bottom: 24, height: 216 };
 function chart(metric) {
   const svg = s("svg", { tabindex: 0, role: "img" });
   const readout = h("div", { class: "readout", hidden: true, "aria-live": "polite" });
-  const figure = h("figure", { "data-metric": metric }, h("figcaption", {}, ...breakable(metric)), svg, readout);
+  const figure = h("figure", { "data-metric": metric }, h("figcaption", {}, breakable(metric)), svg, readout);
   let drawn = null;
 
   function draw() {
@@ -304,7 +314,7 @@ function chart(metric) {
     for (const y of log ? logTicks(10 ** bottom, 10 ** top) : ticks(bottom, top, 5))
       svg.append(s("line", { class: "tick", x1: BOX.left, x2: width - BOX.right, y1: Y(y), y2: Y(y) }),
         s("text", { x: BOX.left - 8, y: Y(y) + 4, "text-anchor": "end" }, brief(y)));
-    const across = ticks(left, right, Math.max(2, Math.floor(width / 85)));
+    const across = ticks(left, right, Math.max(3, Math.floor(width / 70)));
     across.forEach((x, i) => svg.append(s("text", { x: X(x), y: BOX.height - 7, "text-anchor": i ? "middle" : "start" },
       i === across.length - 1 ? `${brief(x)} ${view.unit === "hours" ? "h" : "images"}` : brief(x))));
     svg.append(s("line", { class: "axis", x1: BOX.left, x2: width - BOX.right, y1: BOX.height - BOX.bottom, y2: BOX.height - BOX.bottom }));
@@ -314,15 +324,19 @@ function chart(metric) {
     for (const { group, lines, band } of all) {
       const several = lines.length > 1 && band.length > 0;
       const ink = { stroke: group.colour, fill: "none", "stroke-dasharray": group.dash, "stroke-linejoin": "round" };
+      const marks = s("g", { "data-group": group.index });
       const hull = band.filter((p) => usable(p) && usable([0, p[2]]));
-      if (several && hull.length > 1)
-        svg.append(s("path", { fill: group.colour, opacity: 0.16,
+      if (hull.length > 1 && several)
+        marks.append(s("path", { fill: group.colour, opacity: 0.17,
           d: `${path(hull.map((p) => [p[0], p[3]]))}L${path(hull.map((p) => [p[0], p[2]]).reverse()).slice(1)}Z` }));
-      for (const line of lines) svg.append(s("path", { ...ink, d: path(line), "stroke-width": several ? 0.8 : 1.8, opacity: several ? 0.5 : 1 }));
-      if (several) svg.append(s("path", { ...ink, d: path(band), "stroke-width": 2 }));
+      // a seed alone, before and after the others: no mean to draw there
+      const alone = several ? lines.flatMap((line) => [line.filter(([x]) => x <= band[0][0]), line.filter(([x]) => x >= band.at(-1)[0])]) : lines;
+      for (const line of alone) marks.append(s("path", { ...ink, d: path(line), "stroke-width": several ? 1 : 1.8 }));
+      if (several) marks.append(s("path", { ...ink, d: path(band), "stroke-width": 2 }));
       for (const line of lines.filter((line) => line.length < 16))
         for (const point of line.filter(usable))
-          svg.append(s("circle", { cx: X(point[0]), cy: Y(point[1]), r: several ? 1.8 : 2.4, fill: group.colour }));
+          marks.append(s("circle", { cx: X(point[0]), cy: Y(point[1]), r: several ? 1.8 : 2.4, fill: group.colour }));
+      svg.append(marks);
     }
     const stops = [...new Set(all.flatMap((one) => (one.band.length ? one.band : one.lines.flat()).map(([x]) => x)))].sort((a, b) => a - b);
     const cursor = s("g");
@@ -355,7 +369,7 @@ function chart(metric) {
       rows.length > 12 ? h("div", { class: "quiet" }, `and ${rows.length - 12} more`) : "");
     readout.hidden = false;
     const wide = readout.offsetWidth;
-    readout.style.top = `${svg.offsetTop + 8}px`;
+    readout.style.top = `${svg.getBoundingClientRect().top - figure.getBoundingClientRect().top + 8}px`;
     readout.style.left = `${x + 12 + wide <= width ? x + 12 : Math.max(0, x - 12 - wide)}px`;
   }
 
@@ -396,8 +410,12 @@ function curves() {
       box.append(charts.get(metric).figure);
     }
   };
+  const alone = (index) => {
+    for (const marks of box.querySelectorAll("g[data-group]"))
+      marks.style.opacity = index === null || marks.dataset.group === `${index}` ? "" : 0.12;
+  };
   const legend = h("div", { class: "legend", role: "group", "aria-label": "shown settings" }, groups.map((group) =>
-    h("button", { type: "button", "aria-pressed": "true", onclick: (event) => {
+    h("button", { type: "button", "aria-pressed": "true", onpointerenter: () => alone(group.index), onpointerleave: () => alone(null), onclick: (event) => {
       group.visible = !group.visible;
       event.currentTarget.setAttribute("aria-pressed", group.visible);
       redraw();
@@ -414,7 +432,7 @@ function curves() {
         h("label", {}, h("input", { type: "checkbox", value: metric, checked: chosen.has(metric), onchange: (event) => {
           chosen[event.currentTarget.checked ? "add" : "delete"](metric);
           show();
-        } }), h("span", {}, ...breakable(metric.includes("/") ? metric.slice(name.length + 1) : metric)))))))),
+        } }), h("span", {}, breakable(metric.includes("/") ? metric.slice(name.length + 1) : metric)))))))),
     box,
     h("p", { class: "note" },
       "Several seeds: a band from the least to the greatest, and their mean. Hours are hours of training, without scoring and interruptions. ",
@@ -470,7 +488,7 @@ function samples() {
 
   function move() {
     const wanted = steps[slider.value];
-    output.textContent = `step ${wanted.toLocaleString("en")}`;
+    output.textContent = wanted.toLocaleString("en");
     slider.setAttribute("aria-valuetext", `step ${wanted}`);
     for (const { run, image, none, step } of figures) {
       const found = run.grids.findLast(([own]) => own <= wanted);

@@ -32,8 +32,8 @@ class Compare(Strict):
     """The page."""
     grid: str = "student"
     """Which sample grids to show: student, or fake, the fake score's denoising."""
-    grids: Annotated[int, Field(ge=2)] = 24
-    """Sample grids a run, at most; more make a larger file."""
+    grids: Annotated[int, Field(ge=2)] | None = None
+    """Sample grids a run, at most; null shares 240 among the runs."""
     uri: str | None = None
     """Tracking server; null takes MLFLOW_TRACKING_URI, else mlflow.db in the working directory."""
     experiment: str | None = None
@@ -61,7 +61,8 @@ def main(argv: list[str]) -> None:
         else:
             runs = [store.find(ref) for ref in job.runs]
             what = f"{len(runs)} runs"
-        records = [collect(store, run, grid=job.grid, grids=job.grids) for run in runs]
+        grids = job.grids or max(2, 240 // len(runs))
+        records = [collect(store, run, grid=job.grid, grids=grids) for run in runs]
         data = compare(records, what=what, store=store.uri)
     out.write_text(page(data, ROOT / "dashboards" / "compare.html"), encoding="utf-8")
     print(f"{what}, {len(data['groups'])} different settings; open {out} in a browser")

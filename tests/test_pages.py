@@ -1,0 +1,202 @@
+"""Pages in a real browser: headless Chromium, driven by Playwright, offline."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from mlflow import MlflowClient
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from test_compare import EVIL, STEPS, Built, build, job
+
+WIDTHS = (1280, 390)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.fail("no chromium on PATH; Debian has it: apt-get install chromium (as root)")
+    quiet = ["--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # which Chromium refuses to root
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=quiet + sandbox)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def built(store) -> Built:
+    return build(store)
+
+
+@pytest.fixture(scope="module")
+def client(built) -> MlflowClient:
+    return MlflowClient(built.uri)
+
+
+@pytest.fixture(scope="module")
+def written(built, tmp_path_factory) -> Path:
+    """The page of the three runs."""
+    out = tmp_path_factory.mktemp("page") / "compare.html"
+    job(f"runs={json.dumps(built.ids)}", f"uri={built.uri}", f"out={out}")
+    return out
+
+
+@pytest.fixture
+def opened(browser, written) -> Iterator[Page]:
+    """The page, opened from the disk; what it asked for and complained of is checked at the end."""
+    context = browser.new_context(viewport={"width": WIDTHS[0], "height": 900}, offline=True)
+    page = context.new_page()
+    asked, said = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(written.as_uri())
+    yield page
+    context.close()
+    assert said == []
+    assert [url for url in asked if not url.startswith("data:")] == [written.as_uri()]
+
+
+def values(page: Page, selector: str) -> list[float]:
+    """The numbers behind what is printed."""
+    return [float(e.get_attribute("value")) for e in page.locator(f"{selector} data").all()]
+
+
+def test_the_pages_scores_are_mlflows(opened, built, client):
+    last = [client.get_run(run_id).data.metrics for run_id in built.ids]
+    student = [metrics["score/fd_small"] for metrics in last]
+    teacher = [metrics["score/teacher/heun-18/fd_small"] for metrics in last][:2]  # the third run has the first's seed
+    rows = opened.locator("#scores tbody tr")
+    expected = [teacher, student[:2], student[2:]]
+    for i, of_seeds in enumerate(expected):
+        spread = [statistics.stdev(of_seeds)] if len(of_seeds) > 1 else []
+        assert values(opened, f"#scores tbody tr:nth-child({i + 1})") == [statistics.fmean(of_seeds), *spread]
+    expect(rows.nth(1)).to_contain_text("1.500 ± 0.354")
+    expect(rows.nth(2).get_by_role("img", name="best")).to_have_count(1)
+
+
+def test_the_pages_curves_are_mlflows(opened, built, client):
+    histories = [sorted(client.get_metric_history(i, "critic/denoise"), key=lambda m: m.step) for i in built.ids]
+    plot = opened.locator("figure[data-metric='critic/denoise'] svg")
+    plot.focus()
+    for index in range(len(STEPS)):
+        plot.press("ArrowRight")
+        at = [history[index].value for history in histories]
+        shown = values(opened, "figure[data-metric='critic/denoise'] .readout")
+        assert sorted(shown) == pytest.approx(sorted([(at[0] + at[1]) / 2, at[2]]), rel=1e-15)
+    expect(opened.locator(".readout:visible")).to_contain_text("320 images")
+
+    opened.get_by_text("hours", exact=True).click()
+    opened.get_by_text("log", exact=True).click()
+    expect(opened.locator("figure[data-metric='student/match_gradient'] path").first).to_be_attached()
+    opened.get_by_text("Choose metrics").click()
+    box = opened.get_by_role("checkbox", name="images_per_s")
+    box.uncheck()
+    expect(opened.locator("figure[data-metric='images_per_s']")).to_have_count(0)
+    box.check()
+    expect(opened.locator("figure[data-metric='images_per_s'] svg")).to_have_attribute(
+        "aria-label", re.compile(r"images_per_s against hours. A ends at 16.00, B ends at 16.00.")
+    )
+    opened.get_by_role("button", name="gan_weight 0.01").click()
+    expect(opened.locator("figure[data-metric='critic/denoise'] g[data-group]")).to_have_count(1)
+
+
+def test_the_slider_moves_every_grid_and_the_teacher_stands_first(opened, built, client, tmp_path):
+    def sources() -> list[str]:
+        return [image.get_attribute("src") for image in opened.locator("#samples img").all()]
+
+    def grid(run_id: str, path: str) -> str:
+        file = client.download_artifacts(run_id, f"grids/{path}.png", str(tmp_path))
+        return "data:image/png;base64," + base64.b64encode(Path(file).read_bytes()).decode()
+
+    first, second, third = built.ids
+    slider = opened.get_by_role("slider", name="step")
+    teacher = grid(first, "teacher/step-00000000")
+    seen = []
+    for step, shown in ((40, (40, 40)), (20, (20, 0)), (0, (0, 0))):
+        assert slider.get_attribute("aria-valuetext") == f"step {step}"
+        own = [grid(run, f"student/step-{at:08d}") for run, at in zip((first, third), shown, strict=True)]
+        assert sources() == [teacher, *own]
+        seen.append(own)
+        slider.press("ArrowLeft")
+    assert all(before != after for before, after in zip(*seen[::2], strict=True))
+    slider.press("ArrowRight")
+    expect(opened.locator("#samples figure").nth(2)).to_contain_text("step 0; none drawn at 20")
+
+    opened.get_by_role("radio", name="1").check(force=True)  # the other seed, and its own teacher
+    assert sources() == [grid(second, "teacher/step-00000000"), grid(second, "student/step-00000020")]
+
+
+def test_text_of_a_run_is_text(opened):
+    opened.get_by_text("with ids").click()
+    expect(opened.get_by_text(EVIL).first).to_be_visible()
+    assert opened.title() == "Comparison: 3 runs"
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page_fits_the_screen_and_every_control_has_a_name(opened, width):
+    opened.set_viewport_size({"width": width, "height": 844})
+    opened.emulate_media(color_scheme="dark" if width == WIDTHS[0] else "light")
+    for summary in opened.locator("summary").all():
+        summary.click()
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    named = "e => [...(e.labels || []), e.getAttribute('aria-label'), e.textContent.trim()].some(Boolean)"
+    assert [c for c in opened.locator("input, button, [tabindex]").all() if not c.evaluate(named)] == []
+
+
+# MLflow's own page
+
+
+@pytest.fixture(scope="module")
+def server(built) -> Iterator[str]:
+    """`mlflow server` on this machine only, one worker; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = ["--backend-store-uri", built.uri, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", *place],
+        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(20)
+
+
+def test_mlflows_compare_page_shows_the_runs(browser, server, built, client):
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    experiment = client.get_run(built.ids[0]).info.experiment_id
+    runs = quote(json.dumps(built.ids))
+    page.goto(f"{server}/#/compare-runs?runs={runs}&experiments={quote(json.dumps([experiment]))}")
+    for text in ("plain", "more-gan", EVIL, "method.gan_weight", "score/fd_small", "by_images/critic/denoise"):
+        expect(page.get_by_text(text, exact=True).first).to_be_attached(timeout=30_000)
+    expect(page.get_by_text("Comparing 3 Runs")).to_be_visible()
+    page.close()
