@@ -26,7 +26,7 @@ FLOORS = [
     {"build"},
     {"students", "tracking", "watchdog"},
     {"run", "compare"},
-    {"dryrun"},
+    {"dryrun", "sweeps"},
     {"cluster"},
 ]
 
@@ -39,6 +39,8 @@ ONLY = {
     "peft": {"networks"},
     "huggingface_hub": {"networks"},
     "cleanfid": {"metrics"},
+    "optuna": {"sweeps"},
+    "matplotlib": {"sweeps"},
     "pyarrow": {"data", "cluster"},
     "torchvision": {"data"},
 }

@@ -1,0 +1,327 @@
+"""The pictures of a sweep: parallel coordinates, importance, slices, a grid's map, and what was paid for what."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib import colormaps
+from matplotlib.collections import LineCollection
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+
+from .judge import Setting, front, settings
+from .record import FINISHED, STOPPED, Trial
+from .space import Space
+
+INK, QUIET, LINE, BEST = "#1b1f24", "#5c6670", "#dfe2e5", "#cf4a14"
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "text.color": INK,
+    "axes.edgecolor": QUIET,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 8.5,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "figure.facecolor": "white",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "fewstep",
+}
+COLOURS = colormaps["viridis"]
+WIDTH = 8.6  # inches
+WIDE_SCORES = 4.0  # worst over best beyond which scores are drawn on a logarithmic axis
+MAP_SIDE = 16
+
+
+def draw(
+    space: Space, trials: Sequence[Trial], names: Mapping[str, str], shares: Mapping[str, float] | None
+) -> dict[str, Figure]:
+    """The figures that this sweep has something to show in, by name. names: the keys as people read them."""
+    shown = [t for t in trials if t.state in (FINISHED, STOPPED) and math.isfinite(t.score(space.metric))]
+    found = settings(trials, space.metric, space.mode)
+    if not shown:
+        return {}
+    figures: dict[str, Figure] = {}
+    with matplotlib.rc_context(STYLE):
+        if _is_grid(found):
+            figures["map"] = score_map(space, found, names)
+        if len(space.domains) > 1:
+            figures["parallel"] = parallel(space, shown, names)
+        if shares:
+            figures["importance"] = importance_bars(shares, names)
+        figures["slices"] = slices(space, shown, names)
+        others = [name for name in space.objectives if name not in (space.metric, "hours")]
+        figures["pareto"] = pareto(space, shown, [*others, "hours"])
+    return figures
+
+
+def save(figures: Mapping[str, Figure], folder: Path) -> dict[str, str]:
+    """Each figure as `<name>.png` and `<name>.svg`; returns the SVG elements."""
+    folder.mkdir(parents=True, exist_ok=True)
+    out = {}
+    with matplotlib.rc_context(STYLE):
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=160)
+            text = io.StringIO()
+            figure.savefig(text, format="svg", metadata={"Date": None})
+            svg = text.getvalue()
+            (folder / f"{name}.svg").write_text(svg)
+            # ids are the page's: those of two figures must not meet
+            out[name] = (
+                svg[svg.index("<svg") :].replace('id="', f'id="{name}-').replace("#", "#").replace('"#', f'"#{name}-')
+            )
+            out[name] = out[name].replace("url(#", f"url(#{name}-")
+    return out
+
+
+def _norm(scores: Sequence[float]) -> Normalize:
+    low, high = min(scores), max(scores)
+    if low > 0 and high / low > WIDE_SCORES:
+        return LogNorm(low, high)
+    return Normalize(low, high if high > low else low + 1e-9)
+
+
+def _scale(axis: Any, scores: Sequence[float]) -> None:
+    """A logarithmic axis where a few bad trials would flatten all others."""
+    if min(scores) > 0 and max(scores) / min(scores) > WIDE_SCORES:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+
+
+def _best_first(space: Space, trials: Sequence[Trial]) -> list[Trial]:
+    return sorted(trials, key=lambda t: t.score(space.metric) * (1 if space.mode == "min" else -1))
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+
+
+def _better(space: Space) -> str:
+    return "lower is better" if space.mode == "min" else "higher is better"
+
+
+def parallel(space: Space, trials: Sequence[Trial], names: Mapping[str, str]) -> Figure:
+    """Parallel coordinates: a line a trial through its settings to its score; a stopped one is dashed."""
+    keys = list(space.domains)
+    scores = [t.score(space.metric) for t in trials]
+    norm = _norm(scores)
+    figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_axis_off()
+    axes.set_xlim(-0.35, len(keys) + 0.3)
+    axes.set_ylim(-0.16, 1.2)
+    height = lambda score: float(norm(score)) if space.mode == "max" else 1 - float(norm(score))
+    order = _best_first(space, trials)
+    for trial in reversed(order):
+        points = [
+            (i, space.domains[key].at(trial.values[key]) if key in trial.values else -0.09)
+            for i, key in enumerate(keys)
+        ]
+        points.append((len(keys), height(trial.score(space.metric))))
+        best = trial is order[0]
+        axes.add_collection(
+            LineCollection(
+                [[_bent(a, b, s / 24) for s in range(25)] for a, b in pairwise(points)],
+                colors=[BEST if best else _colour(space, norm, trial)],
+                linewidths=2.2 if best else 1.0,
+                linestyles="dashed" if trial.state == STOPPED else "solid",
+                alpha=1.0 if best else 0.75,
+                zorder=3 if best else 2,
+            )
+        )
+    for i, key in enumerate(keys):
+        domain = space.domains[key]
+        axes.plot([i, i], [0, 1], color=QUIET, linewidth=0.8, zorder=4)
+        for mark in domain.marks():
+            axes.text(
+                i - 0.04, domain.at(mark), _text(mark), ha="right", va="center", fontsize=7.5, zorder=5, bbox=_PAPER
+            )
+        if any(key not in t.values for t in trials):
+            axes.text(
+                i - 0.04, -0.09, "none", ha="right", va="center", fontsize=7.5, color=QUIET, zorder=5, bbox=_PAPER
+            )
+        axes.text(i, 1.08, _wrapped(names[key]), ha="center", va="bottom", fontsize=8)
+    last = len(keys)
+    axes.plot([last, last], [0, 1], color=INK, linewidth=1.2, zorder=4)
+    for score in _marks(norm):
+        axes.text(last + 0.05, height(score), f"{score:.3g}", ha="left", va="center", fontsize=7.5)
+    axes.text(last, 1.08, space.metric, ha="center", va="bottom", fontsize=8, fontweight="bold")
+    return figure
+
+
+_PAPER = dict(facecolor="white", edgecolor="none", pad=0.8, alpha=0.85)
+
+
+def _bent(a: tuple[float, float], b: tuple[float, float], s: float) -> tuple[float, float]:
+    """A point of the curve from a to b that leaves and meets the axes level, so that lines can be followed through."""
+    return a[0] + (b[0] - a[0]) * s, a[1] + (b[1] - a[1]) * s * s * (3 - 2 * s)
+
+
+def _colour(space: Space, norm: Normalize, trial: Trial) -> Any:
+    at = float(norm(trial.score(space.metric)))
+    return COLOURS(0.92 * (at if space.mode == "min" else 1 - at))
+
+
+def _marks(norm: Normalize) -> list[float]:
+    return [float(norm.inverse(x)) for x in (0, 0.25, 0.5, 0.75, 1)]
+
+
+def _wrapped(name: str, width: int = 16) -> str:
+    """A key over several lines, broken after dots and underscores."""
+    lines = [""]
+    for part in name.replace("_", "_\0").replace(".", ".\0").split("\0"):
+        if len(lines[-1]) + len(part) > width and lines[-1]:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def importance_bars(shares: Mapping[str, float], names: Mapping[str, str]) -> Figure:
+    """What share of the score's variance each key explains."""
+    rows = sorted(shares.items(), key=lambda item: item[1])
+    figure = Figure(figsize=(WIDTH, 0.7 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh([names[key] for key, _ in rows], [100 * share for _, share in rows], color="#0b69b7", height=0.62)
+    axes.bar_label(bars, [f"{100 * share:.0f} %" for _, share in rows], padding=4, fontsize=8, color=INK)
+    axes.set_xlim(0, 108)
+    axes.set_xticks([0, 25, 50, 75, 100])
+    axes.set_xlabel("share of the variance of the score that the setting explains, % (fANOVA)")
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.spines["left"].set_visible(False)
+    return figure
+
+
+def slices(space: Space, trials: Sequence[Trial], names: Mapping[str, str]) -> Figure:
+    """The score against each setting alone: a dot a trial, hollow where it was stopped."""
+    keys = list(space.domains)
+    columns = min(len(keys), 4)
+    rows = -(-len(keys) // columns)
+    wide = WIDTH if columns > 2 else WIDTH * (0.55 if columns == 1 else 0.9)
+    figure = Figure(figsize=(wide, 2.5 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    best = _best_first(space, trials)[0]
+    for i, key in enumerate(keys):
+        axes, domain = panels[i // columns][i % columns], space.domains[key]
+        asked = [t for t in trials if key in t.values]
+        for state, face in ((FINISHED, "#0b69b7"), (STOPPED, "white")):
+            dots = [
+                (domain.at(t.values[key]), t.score(space.metric)) for t in asked if t.state == state and t is not best
+            ]
+            axes.plot(*zip(*dots, strict=True), "o", **_dot(face)) if dots else None
+        if key in best.values:
+            axes.plot(domain.at(best.values[key]), best.score(space.metric), "D", color=BEST, markersize=6.5, zorder=4)
+        marks = domain.marks()
+        axes.set_xticks([domain.at(mark) for mark in marks], [_text(mark) for mark in marks])
+        axes.set_xlim(-0.08, 1.08)
+        axes.set_xlabel(names[key])
+        axes.grid(axis="y", color=LINE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        _scale(axes, [t.score(space.metric) for t in trials])
+        if i % columns == 0:
+            axes.set_ylabel(f"{space.metric} ({_better(space)})")
+    for axes in panels.flat[len(keys) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def _dot(face: str) -> dict[str, Any]:
+    edge = "#0b69b7"
+    return dict(markerfacecolor=face, markeredgecolor=edge, markersize=5, alpha=0.8, markeredgewidth=0.9, zorder=3)
+
+
+def pareto(space: Space, trials: Sequence[Trial], others: Sequence[str]) -> Figure:
+    """The score against what else counts: other scores, and hours of training. The line joins trials that no other one
+    beats in both."""
+    wide = WIDTH * (0.55 if len(others) == 1 else 1.0)
+    figure = Figure(figsize=(wide, 3.0), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(others), squeeze=False)[0], others, strict=True):
+        mode = space.objectives.get(name, "min")
+        seen = [t for t in trials if math.isfinite(t.score(name))]
+        for state, face in ((FINISHED, "#0b69b7"), (STOPPED, "white")):
+            dots = [(t.score(name), t.score(space.metric)) for t in seen if t.state == state]
+            axes.plot(*zip(*dots, strict=True), "o", **_dot(face)) if dots else None
+        best = sorted(
+            (t.score(name), t.score(space.metric)) for t in front(seen, {space.metric: space.mode, name: mode})
+        )
+        if best:
+            axes.plot(*zip(*best, strict=True), "-D", color=BEST, linewidth=1.1, markersize=4.5, zorder=4)
+        _scale(axes, [t.score(space.metric) for t in trials])
+        axes.set_xlabel(
+            "training, device hours"
+            if name == "hours"
+            else f"{name} ({'lower' if mode == 'min' else 'higher'} is better)"
+        )
+        axes.set_ylabel(f"{space.metric} ({_better(space)})")
+        axes.grid(color=LINE, linewidth=0.6)
+        axes.set_axisbelow(True)
+    return figure
+
+
+def _is_grid(found: Sequence[Setting]) -> bool:
+    """Whether two keys, and all their combinations, were tried."""
+    keys = list(found[0].values) if found else []
+    if len(keys) != 2 or any(list(s.values) != keys for s in found):
+        return False
+    columns = [{json.dumps(s.values[key]) for s in found} for key in keys]
+    size = [len(column) for column in columns]
+    return max(size) <= MAP_SIDE and min(size) > 1 and len(found) > 0.6 * size[0] * size[1]
+
+
+def score_map(space: Space, found: Sequence[Setting], names: Mapping[str, str]) -> Figure:
+    """A grid of two keys as a map: means, with the standard deviation where a setting was repeated."""
+    down, across = found[0].values
+    rows, columns = (sorted({s.values[key] for s in found}, key=space.domains[key].at) for key in (down, across))
+    norm = _norm([s.mean for s in found])
+    figure = Figure(figsize=(min(WIDTH, 1.6 + 1.05 * len(columns)), 0.9 + 0.55 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for setting in found:
+        x, y = columns.index(setting.values[across]), rows.index(setting.values[down])
+        at = float(norm(setting.mean)) if space.mode == "min" else 1 - float(norm(setting.mean))
+        best = setting is found[0]
+        axes.add_patch(
+            matplotlib.patches.Rectangle(
+                (x - 0.48, y - 0.46),
+                0.96,
+                0.92,
+                facecolor=COLOURS(0.12 + 0.8 * at),
+                edgecolor=BEST if best else "none",
+                linewidth=2.4,
+            )
+        )
+        ink = "white" if at < 0.55 else INK
+        axes.text(
+            x,
+            y - (0.12 if setting.std is not None else 0),
+            f"{setting.mean:.3g}",
+            ha="center",
+            va="center",
+            color=ink,
+            fontsize=9.5,
+        )
+        if setting.std is not None:
+            axes.text(x, y + 0.22, f"± {setting.std:.2g}", ha="center", va="center", color=ink, fontsize=7)
+    axes.set_xlim(-0.55, len(columns) - 0.45)
+    axes.set_ylim(len(rows) - 0.45, -0.55)
+    axes.set_xticks(range(len(columns)), map(_text, columns))
+    axes.set_yticks(range(len(rows)), map(_text, rows))
+    axes.tick_params(length=0, labelcolor=INK)
+    axes.set_xlabel(names[across])
+    axes.set_ylabel(names[down])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return figure

@@ -1,0 +1,157 @@
+"""What to try next: every point of a grid, random settings, or what Optuna makes of the scores so far."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from .space import Dice, Space
+
+SEARCHES = ("grid", "random", "tpe", "gp", "pareto")
+STARTUP_TRIALS = 8  # random settings before Optuna's models have something to go by
+REDRAWS = 50
+
+
+class Proposals(Protocol):
+    """A sequence of settings, which may depend on the scores told so far.
+
+    A killed sweep goes on from its record: each trial of it is `adopt`ed, in order, and what it scored is told again.
+    """
+
+    def propose(self, number: int) -> dict[str, Any] | None:
+        """The setting of trial `number`; None where there is nothing left to try."""
+
+    def adopt(self, number: int, values: Mapping[str, Any]) -> None:
+        """Trial `number` is being tried with these values, whoever chose them."""
+
+    def report(self, number: int, images: int, score: float) -> None:
+        """A score of a trial that goes on."""
+
+    def tell(self, number: int, values: list[float] | None, stopped: bool = False) -> None:
+        """What a trial came to, one value an objective; None when it failed."""
+
+
+class Grid:
+    """Every point of a grid in turn."""
+
+    def __init__(self, points: list[dict[str, Any]]):
+        self.points = points
+
+    def propose(self, number: int) -> dict[str, Any] | None:
+        return self.points[number] if number < len(self.points) else None
+
+    def adopt(self, number: int, values: Mapping[str, Any]) -> None: ...
+
+    def report(self, number: int, images: int, score: float) -> None: ...
+
+    def tell(self, number: int, values: list[float] | None, stopped: bool = False) -> None: ...
+
+
+class Random(Grid):
+    """Independent settings, a function of (seed, number); none is tried twice."""
+
+    def __init__(self, space: Space, seed: int):
+        super().__init__([])
+        self.space, self.seed = space, seed
+
+    def propose(self, number: int) -> dict[str, Any] | None:
+        while len(self.points) <= number:
+            new = _fresh(self.space, self.points, self.seed, len(self.points))
+            if new is None:
+                return None
+            self.points.append(new)
+        return self.points[number]
+
+
+def _fresh(space: Space, tried: list[dict[str, Any]], *seeds: int) -> dict[str, Any] | None:
+    """A random setting that was not tried; None when fifty draws gave none, so that the space is exhausted."""
+    for redraw in range(REDRAWS):
+        values = space.draw(Dice(*seeds, redraw))
+        if values not in tried:
+            return values
+    return None
+
+
+class Learned:
+    """Optuna's TPE or Gaussian process, for one objective or several.
+
+    Each proposal has a sampler of its own, seeded by (seed, number): it depends on what was told so far and on nothing
+    that a killed process would take with it.
+    """
+
+    def __init__(self, space: Space, search: str, seed: int, directions: list[str]):
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        names = {"min": "minimize", "max": "maximize"}
+        self.space, self.search, self.seed = space, search, seed
+        self.study = optuna.create_study(directions=[names[d] for d in directions])
+        self.open: dict[int, Any] = {}
+        self.tried: list[dict[str, Any]] = []
+
+    def _sampler(self, number: int) -> Any:
+        import optuna
+
+        seed = int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of `group`
+            if self.search == "gp":
+                return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
+            # what applies together is modelled together, such as the GAN's settings
+            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=True, group=True)
+
+    def propose(self, number: int) -> dict[str, Any] | None:
+        self.study.sampler = self._sampler(number)
+        trial = self.study.ask()
+        values = self.space.draw(trial)
+        if values in self.tried:  # a model that is sure of itself repeats itself; a repetition tells nothing
+            self._fail(trial)
+            values = _fresh(self.space, self.tried, self.seed, number)
+            if values is None:
+                return None
+            self.adopt(number, values)
+            return values
+        self.open[number] = trial
+        self.tried.append(values)
+        return values
+
+    def adopt(self, number: int, values: Mapping[str, Any]) -> None:
+        self.study.enqueue_trial(self.space.params(values))
+        trial = self.study.ask()
+        self.space.draw(trial)
+        self.open[number] = trial
+        self.tried.append(dict(values))
+
+    def report(self, number: int, images: int, score: float) -> None:
+        if len(self.study.directions) == 1 and math.isfinite(score):
+            self.open[number].report(score, images)
+
+    def tell(self, number: int, values: list[float] | None, stopped: bool = False) -> None:
+        import optuna
+
+        trial = self.open.pop(number)
+        if values is None or not all(map(math.isfinite, values)):
+            self._fail(trial)
+        elif stopped and len(values) == 1:
+            self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)  # judged by its last report
+        else:
+            self.study.tell(trial, values)
+
+    def _fail(self, trial: Any) -> None:
+        import optuna
+
+        self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+
+
+def proposals(space: Space, search: str, seed: int) -> Proposals:
+    """The proposals of a search: grid, random, tpe, gp or pareto."""
+    if search == "grid":
+        return Grid(space.grid())
+    if search == "random":
+        return Random(space, seed)
+    directions = list(space.objectives.values()) if search == "pareto" else [space.mode]
+    return Learned(space, search, seed, directions)

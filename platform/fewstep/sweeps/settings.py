@@ -1,0 +1,157 @@
+"""What a person asks of a sweep, and what is checked of it before anything runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ..config import ConfigError, Strict, validate
+from ..recipe import Recipe
+from .space import Given, Space, check_space
+
+DEFAULT_TRIALS = 20
+PBT_KEYS = r"optim\.\w+\.lr|method\.(\w+_)?weight"
+
+
+class Sweep(Strict):
+    """Searches a recipe's settings on a Ray cluster; the answer is a recipe, best.yaml, and a report."""
+
+    space: str
+    """A file of tune_spaces by its stem, or a path to your own .py file, which is run."""
+    name: str = ""
+    """The sweep's name and folder below the recipe's `out`; an existing one is gone on with. Empty makes a new one."""
+    search: Literal["grid", "random", "tpe", "gp", "pareto"] = "tpe"
+    """How settings are chosen: tpe and gp are Optuna's, pareto weighs the space's OBJECTIVES."""
+    scheduler: Literal["none", "asha", "median", "pbt"] = "none"
+    """Early stopping, on images seen; pbt changes rates and weights while training instead."""
+    trials: Annotated[int, Field(ge=1)] | None = None
+    """Settings to try; null is all of a grid, else 20 unless there is a budget. With pbt, the population."""
+    budget: str | None = None
+    """No trial starts once so much is spent on the search: 200000images, or 3hours of the CPUs or GPUs held."""
+    parallel: Annotated[int, Field(ge=1)] = 2
+    """Trials at a time, if the cluster has room for them."""
+    seeds: Annotated[int, Field(ge=1)] = 1
+    """Seeds of each of the best settings before a winner is named; more than the search, beyond its budget."""
+    finalists: Annotated[int, Field(ge=1)] = 2
+    """How many of the best settings are repeated."""
+    corner_seeds: Annotated[int, Field(ge=1)] = 1
+    """Seeds at the corners of a grid, which say how much the seed matters there."""
+    grace: Annotated[int, Field(ge=1)] | None = None
+    """Images before a trial may be stopped, or changed by pbt; null is the images between scores."""
+    reduction: Annotated[int, Field(ge=2)] = 3
+    """ASHA lets the best of so many go on at each rung; rungs lie so many times further each."""
+    warm_start: str | None = None
+    """Name or id of an earlier sweep's parent run in MLflow, whose trials tpe, gp or pareto learn from."""
+    retry: bool = False
+    """Run trials again that failed."""
+
+    @field_validator("budget")
+    @classmethod
+    def _budget(cls, text: str | None) -> str | None:
+        if text is not None:
+            Budget.parse(text)
+        return text
+
+    @model_validator(mode="after")
+    def _fits(self) -> Sweep:
+        wrong = []
+        if self.search == "grid" and self.trials is not None:
+            wrong.append("trials: a grid has as many as it has points; leave it out")
+        if self.corner_seeds > 1 and self.search != "grid":
+            wrong.append(f"corner_seeds: only a grid has corners, and search={self.search}")
+        if self.warm_start and self.search in ("grid", "random"):
+            wrong.append(f"warm_start: search={self.search} learns from no trial; use tpe, gp or pareto")
+        if self.search == "pareto" and self.scheduler != "none":
+            wrong.append(f"scheduler: {self.scheduler} goes by one score and search=pareto by several; use none")
+        if self.search == "pareto" and self.seeds > 1:
+            wrong.append("seeds: search=pareto has no single best to repeat; leave it out")
+        if self.scheduler == "pbt" and self.search != "random":
+            wrong.append("search: scheduler=pbt begins with random settings and changes them itself; use search=random")
+        if self.scheduler == "pbt" and self.seeds > 1:
+            wrong.append("seeds: what pbt found is a course of settings, which no recipe repeats; leave it out")
+        if wrong:
+            raise ConfigError("\n".join(wrong))
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """Trials of the search at most; None is as many as the grid or the budget has."""
+        if self.trials is None and self.search != "grid" and self.budget is None:
+            return DEFAULT_TRIALS
+        return self.trials
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An amount of images, or of hours of the devices held."""
+
+    amount: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """`200000images` or `1.5hours`. Raises ConfigError."""
+        found = re.fullmatch(r"([\d_.]+(?:e\d+)?)\s*(images|hours)", text)
+        try:
+            amount = float(found[1]) if found else 0.0
+        except ValueError:
+            amount = 0.0
+        if amount <= 0:
+            raise ConfigError(f"budget: {text!r} is no amount; write 200000images or 1.5hours")
+        return cls(amount, found[2])
+
+
+def split(given: Mapping[str, Any]) -> tuple[Sweep, dict[str, Any]]:
+    """A job's words as the sweep's settings and the recipe's overrides. Raises ConfigError."""
+    own = {key: value for key, value in given.items() if key in Sweep.model_fields}
+    return validate(Sweep, own), {key: value for key, value in given.items() if key not in own}
+
+
+def images_of(recipe: Recipe) -> int:
+    """Images that a whole run of the recipe sees."""
+    return recipe.train.steps * recipe.train.batch
+
+
+def devices(recipe: Recipe) -> float:
+    """GPUs that a run holds, or CPUs where it trains on them."""
+    c = recipe.cluster
+    return c.workers * (1 if c.device == "cuda" else c.cpus_per_worker)
+
+
+def check(sweep: Sweep, space: Space, recipe: Recipe) -> None:
+    """Everything about a sweep that can be wrong before a cluster is asked. Raises ConfigError with every mistake."""
+    objectives = list(space.objectives) if sweep.search == "pareto" else [space.metric]
+    check_space(space, recipe, objectives)
+    wrong = []
+    if sweep.search == "pareto" and len(objectives) < 2:
+        wrong.append(f"OBJECTIVES: search=pareto weighs two or more, and space {space.name!r} has {len(objectives)}")
+    if sweep.search == "grid":
+        space.grid()
+    every, report = recipe.evaluate.every_images, recipe.train.report_every * recipe.train.batch
+    if sweep.scheduler != "none":
+        if every is None or every >= images_of(recipe):
+            wrong.append(
+                f"evaluate.every_images: {every}: scheduler={sweep.scheduler} goes by scores made while training; "
+                f"give images between them, such as {max(images_of(recipe) // 9 // report, 1) * report} of {images_of(recipe)}"
+            )
+        elif every % report:
+            wrong.append(
+                f"evaluate.every_images: {every} is not a multiple of report_every x batch = {report}, so scores would "
+                "come later than asked"
+            )
+    if sweep.scheduler == "pbt":
+        for key in space.domains:
+            if not re.fullmatch(PBT_KEYS, key):
+                wrong.append(f"SPACE[{key!r}]: pbt changes learning rates and weights only; take it out of the space")
+            elif isinstance(space.domains[key], Given) or 0 in space.domains[key].edges():
+                wrong.append(
+                    f"SPACE[{key!r}]: zero adds or removes networks, which a run cannot do; use loguniform(...)"
+                )
+        if (sweep.limit or 0) < 2:
+            wrong.append("trials: pbt needs a population of two or more")
+    if wrong:
+        raise ConfigError("\n".join(wrong))

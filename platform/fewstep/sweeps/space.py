@@ -1,0 +1,437 @@
+"""Search spaces: dotted recipe keys and where their values may lie.
+
+A space is a Python file, which is run when it is named, as any program of yours is:
+
+    METRIC, MODE = "fd_fashion", "min"
+    SPACE = {
+        "method.gan_weight": zero_or(loguniform(1e-3, 3e-2)),
+        "optim.disc.lr": given("method.gan_weight", loguniform(1e-4, 1e-3)),   # only where there is a discriminator
+    }
+    WHY = {"method.gan_weight": "..."}                                         # why these bounds
+
+Its docstring is the question. OBJECTIVES = {"fd_fashion": "min", ...} is what search=pareto weighs; its names are
+metrics, or `hours`, what a trial's training took of the devices it held.
+"""
+
+from __future__ import annotations
+
+import math
+import runpy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..config import ConfigError, nearest, override, validate
+from ..recipe import ASIDE, REPORTING, Recipe
+
+HOURS = "hours"
+CHECKED_DRAWS = 64
+DIGITS = 4  # of a drawn number: people read and retype them
+GRID_LIMIT = 10_000
+ZERO_GAP = 0.18  # of an axis, between zero and the least other value
+
+
+class Source(Protocol):
+    """Where values are drawn from; an Optuna trial is one."""
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
+
+    def suggest_int(self, name: str, low: int, high: int) -> int: ...
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
+
+
+class Dice:
+    """A Source without memory: what it gives is a function of its seeds and of the order of the questions."""
+
+    def __init__(self, *seeds: int):
+        self.random = np.random.default_rng(seeds)
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        u = float(self.random.random())
+        return min(max(low * (high / low) ** u, low), high) if log else low + u * (high - low)
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        return int(self.random.integers(low, high, endpoint=True))
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return choices[int(self.random.integers(len(choices)))]
+
+
+class Domain(Protocol):
+    """Where one key's values may lie.
+
+    draw: a value; params: the Source's answers that draw `value`; edges: the values a check must try; points: the
+    values of a grid, none where the domain names none; at: where a value stands on an axis from 0 to 1; marks: the
+    values that such an axis names.
+    """
+
+    def draw(self, key: str, source: Source) -> Any: ...
+
+    def params(self, key: str, value: Any) -> dict[str, Any]: ...
+
+    def contains(self, value: Any) -> bool: ...
+
+    def edges(self) -> list[Any]: ...
+
+    def points(self) -> list[Any]: ...
+
+    def at(self, value: Any) -> float: ...
+
+    def marks(self) -> list[Any]: ...
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some values. Ascending numbers are taken as ordered: 2 lies between 1 and 5."""
+
+    values: tuple[Any, ...]
+
+    @property
+    def ordered(self) -> bool:
+        return all(map(_number, self.values)) and list(self.values) == sorted(set(self.values))
+
+    def draw(self, key: str, source: Source) -> Any:
+        last = len(self.values) - 1
+        if self.ordered:
+            return self.values[source.suggest_int(key, 0, last)]
+        return self.values[source.suggest_categorical(key, list(range(last + 1)))]
+
+    def params(self, key: str, value: Any) -> dict[str, Any]:
+        return {key: self.values.index(value)}
+
+    def contains(self, value: Any) -> bool:
+        return value in self.values
+
+    def edges(self) -> list[Any]:
+        return list(self.values)
+
+    def at(self, value: Any) -> float:
+        return self.values.index(value) / max(len(self.values) - 1, 1)
+
+    points = marks = edges
+
+
+@dataclass(frozen=True)
+class Range:
+    """Real numbers from low to high, both included; log draws their logarithms uniformly. steps: points of a grid."""
+
+    low: float
+    high: float
+    log: bool = False
+    steps: int | None = None
+
+    def draw(self, key: str, source: Source) -> float:
+        value = source.suggest_float(key, self.low, self.high, log=self.log)
+        return min(max(float(f"{value:.{DIGITS}g}"), self.low), self.high)
+
+    def params(self, key: str, value: float) -> dict[str, Any]:
+        return {key: float(value)}
+
+    def contains(self, value: Any) -> bool:
+        return _number(value) and self.low <= value <= self.high
+
+    def edges(self) -> list[float]:
+        return [self.low, self.high]
+
+    def points(self) -> list[float]:
+        if self.steps is None:
+            return []
+        space = np.geomspace if self.log else np.linspace
+        inner = [float(f"{x:.6g}") for x in space(self.low, self.high, self.steps)[1:-1]]
+        return [self.low, *inner, self.high]
+
+    def at(self, value: float) -> float:
+        low, high, value = (math.log(x) if self.log else x for x in (self.low, self.high, value))
+        return (value - low) / (high - low)
+
+    def marks(self) -> list[float]:
+        if not self.log:
+            return [float(f"{x:.6g}") for x in np.linspace(self.low, self.high, 5)]
+        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        inner = [10.0**n for n in decades if self.low < 10.0**n < self.high]
+        clear = [x for x in inner if 0.12 < self.at(x) < 0.88]
+        return [self.low, *clear, self.high]
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Whole numbers from low to high, both included."""
+
+    low: int
+    high: int
+
+    def draw(self, key: str, source: Source) -> int:
+        return source.suggest_int(key, self.low, self.high)
+
+    def params(self, key: str, value: int) -> dict[str, Any]:
+        return {key: value}
+
+    def contains(self, value: Any) -> bool:
+        return _number(value) and value == int(value) and self.low <= value <= self.high
+
+    def edges(self) -> list[int]:
+        return [self.low, self.high]
+
+    def points(self) -> list[int]:
+        return list(range(self.low, self.high + 1))
+
+    def at(self, value: int) -> float:
+        return (value - self.low) / (self.high - self.low)
+
+    def marks(self) -> list[int]:
+        return sorted({round(x) for x in np.linspace(self.low, self.high, min(5, self.high - self.low + 1))})
+
+
+@dataclass(frozen=True)
+class ZeroOr:
+    """Zero, which switches something off, or a value of another domain."""
+
+    domain: Any
+
+    def draw(self, key: str, source: Source) -> Any:
+        return self.domain.draw(key, source) if source.suggest_categorical(f"{key} on", [False, True]) else 0
+
+    def params(self, key: str, value: Any) -> dict[str, Any]:
+        return {f"{key} on": True} | self.domain.params(key, value) if value else {f"{key} on": False}
+
+    def contains(self, value: Any) -> bool:
+        return value == 0 or self.domain.contains(value)
+
+    def edges(self) -> list[Any]:
+        return [0, *self.domain.edges()]
+
+    def points(self) -> list[Any]:
+        return [0, *self.domain.points()] if self.domain.points() else []
+
+    def at(self, value: Any) -> float:
+        return ZERO_GAP + (1 - ZERO_GAP) * self.domain.at(value) if value else 0.0
+
+    def marks(self) -> list[Any]:
+        return [0, *self.domain.marks()]
+
+
+@dataclass(frozen=True)
+class Given:
+    """A domain that is asked only where the value of `key`, which stands above it in the space, is not zero."""
+
+    key: str
+    domain: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.domain, name)
+
+
+def choice(*values: Any) -> Choice:
+    """One of the values."""
+    if not values:
+        raise ConfigError("choice: no values; give some, such as choice(1, 2, 5)")
+    return Choice(tuple(list(v) if isinstance(v, tuple) else v for v in values))
+
+
+def uniform(low: float, high: float, points: int | None = None) -> Range:
+    """Real numbers, uniform; points: how many of them a grid takes."""
+    return _range("uniform", low, high, False, points)
+
+
+def loguniform(low: float, high: float, points: int | None = None) -> Range:
+    """Positive numbers, uniform in their logarithm; points: how many of them a grid takes."""
+    return _range("loguniform", low, high, True, points)
+
+
+def _range(name: str, low: float, high: float, log: bool, points: int | None) -> Range:
+    if not (_number(low) and _number(high) and math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ConfigError(f"{name}({low!r}, {high!r}): give two numbers, the lower one first")
+    if log and low <= 0:
+        raise ConfigError(f"{name}({low!r}, {high!r}): logarithms need a lower bound above 0; zero_or(...) adds zero")
+    if points is not None and points < 2:
+        raise ConfigError(f"{name}: points={points}: a grid has at least both ends")
+    return Range(float(low), float(high), log, points)
+
+
+def integers(low: int, high: int) -> Integers:
+    """Whole numbers from low to high, both included."""
+    if not (isinstance(low, int) and isinstance(high, int) and low < high):
+        raise ConfigError(f"integers({low!r}, {high!r}): give two whole numbers, the lower one first")
+    return Integers(low, high)
+
+
+def zero_or(domain: Range | Integers) -> ZeroOr:
+    """Zero as well as the domain's values, such as no GAN as well as a weight."""
+    return ZeroOr(domain)
+
+
+def given(key: str, domain: Any) -> Given:
+    """The domain where the value of `key` is not zero, and else nothing: the recipe's own value stays."""
+    return Given(key, domain)
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a sweep searches, and for what. objectives: {metric: "min" or "max"}, the first of them first."""
+
+    name: str
+    question: str
+    domains: dict[str, Any]
+    metric: str
+    mode: str
+    objectives: dict[str, str]
+    why: dict[str, str] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, str]:
+        """What makes two spaces the same, as texts: domains, metric, mode, objectives."""
+        domains = {key: repr(domain) for key, domain in self.domains.items()}
+        return domains | {"METRIC": f"{self.metric} {self.mode}", "OBJECTIVES": repr(self.objectives)}
+
+    def draw(self, source: Source) -> dict[str, Any]:
+        """One setting: {dotted key: value} of the keys that apply."""
+        values: dict[str, Any] = {}
+        for key, domain in self.domains.items():
+            if self._applies(domain, values):
+                values[key] = domain.draw(key, source)
+        return values
+
+    def params(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The answers of a Source that draw `values`."""
+        return {name: v for key, value in values.items() for name, v in self.domains[key].params(key, value).items()}
+
+    def contains(self, values: Mapping[str, Any]) -> bool:
+        """Whether the space could draw exactly these values."""
+        asked = [key for key, domain in self.domains.items() if self._applies(domain, values)]
+        return set(asked) == set(values) and all(self.domains[key].contains(values[key]) for key in asked)
+
+    def grid(self) -> list[dict[str, Any]]:
+        """All combinations of the domains' points, the last key fastest. Raises ConfigError where a range has none."""
+        return list(self._combinations(lambda domain: domain.points()))
+
+    def corners(self) -> list[dict[str, Any]]:
+        """The combinations of the first and the last point of each key."""
+        return list(self._combinations(lambda domain: (p := domain.points()) and [p[0], p[-1]]))
+
+    def _combinations(self, values_of: Callable[[Any], list[Any]]) -> Iterator[dict[str, Any]]:
+        columns = {key: values_of(domain) for key, domain in self.domains.items()}
+        if wrong := [key for key, column in columns.items() if not column]:
+            way_out = "search=grid needs the points of a range; give points=5, or choice(...)"
+            raise ConfigError("\n".join(f"SPACE[{key!r}]: {way_out}" for key in wrong))
+        if (size := math.prod(map(len, columns.values()))) > GRID_LIMIT:
+            raise ConfigError(f"SPACE: a grid of {size} points; give fewer points, or search=tpe")
+        seen = []
+        for row in product(*columns.values()):
+            values: dict[str, Any] = {}
+            for key, value in zip(columns, row, strict=True):
+                if self._applies(self.domains[key], values):
+                    values[key] = value
+            if values not in seen:
+                seen.append(values)
+                yield values
+
+    @staticmethod
+    def _applies(domain: Any, values: Mapping[str, Any]) -> bool:
+        return not isinstance(domain, Given) or bool(values.get(domain.key))
+
+
+def find_space(ref: str, folder: Path) -> Path:
+    """The file of a space named by its stem in `folder` or by a path. Raises ConfigError with the names there are."""
+    path = Path(ref)
+    if path.suffix == ".py":
+        if path.is_file():
+            return path
+        raise ConfigError(f"space: no file {ref!r}")
+    names = sorted(p.stem for p in folder.glob("*.py"))
+    if ref in names:
+        return folder / f"{ref}.py"
+    raise ConfigError(
+        f"space: no space {ref!r}; {nearest(ref, names)} (there are {', '.join(names)}, or give a .py file)"
+    )
+
+
+def load_space(ref: str, folder: Path) -> Space:
+    """Runs a space's file and reads it. Raises ConfigError for what is missing in it or of the wrong kind."""
+    path = find_space(ref, folder)
+    try:
+        found = runpy.run_path(str(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except Exception as error:
+        raise ConfigError(f"{path}: cannot be run: {type(error).__name__}: {error}") from error
+    wrong = []
+    domains, metric, mode = found.get("SPACE"), found.get("METRIC"), found.get("MODE")
+    kinds = (Choice, Range, Integers, ZeroOr, Given)
+    if not isinstance(domains, dict) or not domains:
+        wrong.append(f"{path}: SPACE: {'empty' if domains == {} else 'missing'}; give at least one dotted recipe key")
+        domains = {}
+    for key, domain in domains.items():
+        if not isinstance(domain, kinds):
+            wrong.append(
+                f"{path}: SPACE[{key!r}]: {domain!r} is no domain; use choice, uniform, loguniform or integers"
+            )
+        elif isinstance(domain, Given) and domain.key not in list(domains)[: list(domains).index(key)]:
+            wrong.append(f"{path}: SPACE[{key!r}]: given {domain.key!r}, which does not stand above it in SPACE")
+    if not isinstance(metric, str):
+        wrong.append(f"{path}: METRIC: missing; name the score that decides, such as fd_fashion")
+    if mode not in ("min", "max"):
+        wrong.append(f"{path}: MODE: {mode!r} is not one of min, max")
+    objectives = found.get("OBJECTIVES", {metric: mode})
+    if not isinstance(objectives, dict) or any(v not in ("min", "max") for v in objectives.values()):
+        wrong.append(f"{path}: OBJECTIVES: expected {{metric: 'min' or 'max'}}, got {objectives!r}")
+    why = found.get("WHY", {})
+    wrong += [f"{path}: WHY[{key!r}]: not in SPACE; {nearest(key, list(domains))}" for key in why if key not in domains]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    question = " ".join((found.get("__doc__") or path.stem).split())
+    return Space(path.stem, question, domains, metric, mode, objectives, why)
+
+
+def apply(recipe: Recipe, values: Mapping[str, Any], **more: Any) -> Recipe:
+    """The recipe with the dotted values set, and then `more` of its top-level fields. Raises ConfigError."""
+    data = recipe.model_dump(mode="json")
+    for key, value in values.items():
+        data = override(data, key, value)
+    return validate(Recipe, data | more)
+
+
+def check_space(space: Space, recipe: Recipe, objectives: Sequence[str]) -> None:
+    """Tries the space on the recipe before anything runs. Raises ConfigError with every mistake, each naming its key.
+
+    Keys that do not decide a run's numbers are refused; each edge of each key is tried alone, then 64 random settings.
+    objectives: the metrics the sweep goes by.
+    """
+    wrong = []
+    for key, domain in space.domains.items():
+        head, *rest = key.split(".")
+        if head in ASIDE or (head == "train" and rest and rest[0] in REPORTING):
+            wrong.append(f"SPACE[{key!r}]: changes no number of a run, so there is nothing to search")
+        elif head == "seed":
+            wrong.append("SPACE['seed']: a seed is no setting; seeds=3 repeats the best trials with other seeds")
+        else:
+            wrong += _mistakes(recipe, [{key: value} for value in domain.edges()], f"SPACE[{key!r}]")
+    if not wrong:
+        wrong += _mistakes(recipe, [space.draw(Dice(0, n)) for n in range(CHECKED_DRAWS)], "SPACE")
+    scored = [*recipe.evaluate.metrics, HOURS]
+    for name in objectives:
+        if name not in scored:
+            wrong.append(
+                f"METRIC: {name!r} is carried by no report of this recipe; evaluate.metrics scores "
+                f"{', '.join(recipe.evaluate.metrics) or 'nothing'}; {nearest(name, recipe.evaluate.metrics)}"
+            )
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def _mistakes(recipe: Recipe, settings: list[dict[str, Any]], where: str) -> list[str]:
+    """What is wrong with the settings, each mistake once."""
+    found: dict[str, None] = {}
+    for values in settings:
+        try:
+            apply(recipe, values)
+        except ConfigError as error:
+            found |= dict.fromkeys(f"{where}: {line}" for line in str(error).splitlines())
+    return list(found)
