@@ -462,7 +462,7 @@ def test_a_shard_lost_in_mid_run_stops_it_above_the_limit_and_is_named_with_its_
     with pytest.raises(CorruptRows, match=wanted + r".*shard-00003.parquet: row group \d+ cannot be read.*prepare.py"):
         for _ in batches:
             pass
-    assert time.perf_counter() - started < 5 and feed.corrupt_rows == count > 20
+    assert time.perf_counter() - started < 20 and feed.corrupt_rows == count > 20
 
 
 @pytest.mark.parametrize("damage", LOSSES)

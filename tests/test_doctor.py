@@ -244,6 +244,9 @@ def test_a_silent_node_is_one_line_and_the_others_are_judged():
         checks = judge(made)
         assert [(c.check, c.result) for c in checks if c.status == "broken"] == [("node b", error)]
         assert remedy in by_name(checks)["node b"].remedy
+    made["nodes"]["a"] = {"error": "no answer within 90 s"}
+    assert [c.check for c in judge(made) if c.status == "broken"] == ["node a", "node b"]
+    assert doctor._gather({}, time.monotonic()) == {}
 
 
 def test_a_cluster_that_cannot_be_joined_is_all_there_is_to_say():

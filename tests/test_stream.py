@@ -101,7 +101,7 @@ def test_a_reading_process_that_is_killed_is_replaced(ray_cluster, tmp_path):
         def read(self, unit, rows=None):
             first = not any(readers.iterdir())
             (readers / str(os.getpid())).touch()
-            time.sleep(60 if first else 0)
+            time.sleep(600 if first else 0)
             return super().read(unit, rows)
 
     shards = write(tmp_path / "set", 100)
@@ -125,7 +125,7 @@ def test_a_reading_process_that_is_killed_is_replaced(ray_cluster, tmp_path):
     stream.close()
     killer.join()
     assert killed and killed[0].startswith("ray::MapBatches(read_units)")
-    assert time.perf_counter() - started < 30
+    assert time.perf_counter() - started < 120
     assert len(list(readers.iterdir())) > 1  # another process read what the killed one was reading
 
 
@@ -138,7 +138,7 @@ def test_a_task_that_fails_is_raised_and_not_waited_for(ray_cluster, tmp_path):
     started = time.perf_counter()
     with pytest.raises(RayTaskError, match="the disk controller is on fire"):
         take(RayFeed(Broken(shards.path, shards.manifest)), 1)
-    assert time.perf_counter() - started < 30
+    assert time.perf_counter() - started < 60
 
 
 def test_workers_that_leave_no_cpu_are_refused(ray_cluster):

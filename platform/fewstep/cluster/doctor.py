@@ -337,7 +337,7 @@ def _gather(refs: dict[str, Any], until: float) -> dict[str, tuple[Any, str | No
     import ray
 
     left = max(until - time.monotonic(), 0.1)
-    done = set(ray.wait(list(refs.values()), num_returns=len(refs), timeout=left)[0])
+    done = set(ray.wait(list(refs.values()), num_returns=len(refs), timeout=left)[0]) if refs else set()
     found: dict[str, tuple[Any, str | None]] = {}
     for name, ref in refs.items():
         if ref not in done:
@@ -497,6 +497,8 @@ def judge(facts: dict[str, Any]) -> list[Check]:
                       "start one with: ray start --head, or unset RAY_ADDRESS to use this machine alone; where tokens "
                       "are in use, export RAY_AUTH_MODE=token")]  # fmt: skip
     nodes = {name: node for name, node in facts["nodes"].items() if node["error"] is None}
+    if not nodes:
+        return list(_judge_cluster(facts))
     checks = [
         *_judge_cluster(facts),
         *_judge_versions({**nodes, "this process": facts["driver"]}),
