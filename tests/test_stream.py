@@ -79,7 +79,7 @@ def test_a_shard_lost_in_mid_run_is_named_in_seconds(ray_cluster, tmp_path, monk
     with pytest.raises(ShardError, match=r"shard-000\d\d.parquet: row group \d+ cannot be read.*prepare.py"):
         for _ in batches:
             pass
-    assert time.perf_counter() - started < 20
+    assert time.perf_counter() - started < 60
 
 
 def test_a_lost_shard_below_the_limit_is_replaced_as_without_ray(ray_cluster, tmp_path, caplog):
