@@ -9,12 +9,14 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test faults slow lint bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       train a one-step Fashion-MNIST generator and score it (about 10 minutes on two cores)"
 	@echo "make test       the test suite (under 12 minutes on two cores)"
+	@echo "make faults     every fault met on purpose: kills, full disks, collapses (about N minutes)"
+	@echo "make slow       the tests that make test leaves out"
 	@echo "make lint       ruff"
 	@echo "make bench      the ratios the README quotes"
 	@echo "make clean      remove caches and build products; runs and .venv stay"
@@ -30,6 +32,12 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
+
+faults: $(VENV)/.ready
+	$(BIN)/python tests/faults.py
+
+slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -348,6 +348,7 @@ def test_a_resumed_stream_continues_where_it_was(tmp_path, kind):
         assert same(take(kind(shards, seed=1), 20 - done, position=24 * done), whole[done:])
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("kind", [MemoryFeed, StreamFeed])
 def test_another_world_goes_on_at_the_first_unseen_row(tmp_path, kind):
     """Two ranks consume the first 72 images; worlds of 1 to 4 give the other 178 of the epoch, then the next one."""
@@ -449,6 +450,7 @@ def lost_rows(shards, number):
     return range(first, first + shards.manifest.shards[number].rows)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("damage", LOSSES)
 def test_a_shard_lost_in_mid_run_stops_it_above_the_limit_and_is_named_with_its_rows(tmp_path, damage):
     shards = write(tmp_path / "set", rows=2000)
@@ -465,6 +467,7 @@ def test_a_shard_lost_in_mid_run_stops_it_above_the_limit_and_is_named_with_its_
     assert time.perf_counter() - started < 20 and feed.corrupt_rows == count > 20
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("damage", LOSSES)
 def test_rows_of_a_lost_shard_are_replaced_alike_for_every_world(tmp_path, caplog, damage):
     """Position k holds the plan's row, or for a lost one the row of its number in the next unit that can be read."""

@@ -28,6 +28,7 @@ from fewstep.engine.train import NonFinite
 from fewstep.run import read_reports
 from fewstep.watchdog import Stalled
 
+pytestmark = pytest.mark.fault
 STEPS, SAVE = 24, 4
 TWO = ("cluster.workers=2", "cluster.placement=shard")
 SHORT = (f"train.steps={STEPS}", f"train.save_every={SAVE}", "train.report_every=2", "cluster.wait_s=30", *TWO)
@@ -122,6 +123,24 @@ def test_failures_beyond_the_limit_end_the_run_with_the_reason_and_the_same_word
     assert len(mlflow_history(store, result["run_id"], "event/lost")) == 1
 
 
+def test_sigterm_to_one_worker_saves_on_all_and_the_same_words_go_on(ray_cluster, store, whole, tmp_path):
+    small = ["name=notice", f"tracking.uri={store}", *SHORT]
+    asked = []
+
+    def follow(line: dict[str, Any]) -> None:
+        if line["step"] >= 6 and not asked:
+            asked.append(processes("RayTrainWorker")[0])
+            asked[0].terminate()
+
+    result = fit(recipe(tmp_path, *small), follow)
+    assert result["finished"] is False and 6 < result["step"] < STEPS
+    saved = state.newest(tmp_path / "runs" / "notice" / "checkpoints")
+    assert state.step_of(saved) == result["step"]
+    result = fit(recipe(tmp_path, *small))
+    assert_same_end(tmp_path / "runs" / "notice", whole)
+    assert len(mlflow_history(store, result["run_id"], "event/stopped")) == 1
+
+
 # What is changed in the workers' own code, before they run. Each fault happens once: a file says that it did.
 
 
@@ -202,7 +221,7 @@ def test_in_one_ranks_loss_stops_all_ranks_before_any_weight_moves(ray_cluster, 
     start = time.monotonic()
     with pytest.raises(NonFinite, match=r"step 9, phase student: .* not finite.*Lower optim.student.lr"):
         fit(recipe(tmp_path, "name=bad", f"tracking.uri={store}", *SHORT))
-    assert time.monotonic() - start < 90
+    assert time.monotonic() - start < 300
     folder = tmp_path / "runs" / "bad"
     path = state.newest(folder / "checkpoints")
     assert state.step_of(path) == 8  # the last one before it
@@ -236,7 +255,7 @@ def test_a_rank_that_never_comes_back_ends_the_run_and_is_named(ray_cluster, sto
     assert "rank 0" in text and "rank 1" in text and "step 9, phase student" in text
     stack = json.loads((tmp_path / "runs" / "stall" / "stall" / "rank-00001.json").read_text())["stack"]
     assert any("time.sleep(3600)" in line for line in stack)
-    assert time.monotonic() - start < 120
+    assert time.monotonic() - start < 300
 
 
 # Disks
@@ -272,26 +291,6 @@ def test_a_disk_that_fills_up_ends_the_run_on_all_ranks_and_leaves_the_checkpoin
     theirs = final(whole)
     assert all(torch.equal(value, theirs[name]) for name, value in state.read_weights(path).items())
     assert len(mlflow_history(store, result["run_id"], "event/not_saved")) == 1
-
-
-# Data
-
-
-def copy_of_the_shards(tmp_path: Path) -> Path:
-    """The demo's images in small shards, so that one of them can be taken away while others are read."""
-    from fewstep.config import resolve
-    from fewstep.data.feed import MemoryFeed
-    from fewstep.data.shards import ShardWriter, open_shards
-
-    source = open_shards(resolve("shipped:fashion_mnist/shards"))
-    out = tmp_path / "shards"
-    with MemoryFeed(source) as feed, ShardWriter(out, (1, 28, 28), classes=10, shard_bytes=1 << 17) as writer:
-        for images, labels in feed.batches(0, 100, 0, 1):
-            for image, label in zip(((images + 1) * 127.5).round().to(torch.uint8), labels, strict=True):
-                writer.add(image.numpy(), int(label))
-            if writer.rows >= 2000:
-                break
-    return out
 
 
 # The rest of what a run stands on

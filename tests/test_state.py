@@ -146,6 +146,7 @@ def fails(path: Path, **kwargs) -> str:
     return str(error.value)
 
 
+@pytest.mark.fault
 def test_a_truncated_or_changed_file_is_named(saved):
     file = saved / "rank-00000.safetensors"
     whole = file.read_bytes()
@@ -276,6 +277,7 @@ def test_an_engine_keeps_what_its_settings_say(tmp_path):
 # Where nothing can be written
 
 
+@pytest.mark.fault
 def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path):
     state.writable(tmp_path / "new" / "run")
     assert list((tmp_path / "new" / "run").iterdir()) == []
@@ -319,6 +321,7 @@ def test_a_failed_write_is_known_at_once_and_raised_when_waited_for(tmp_path, mo
     assert steps(tmp_path) == [1, 3] and len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.fault
 def test_a_place_where_nothing_can_be_made_is_an_error_of_the_save():
     with pytest.raises(ValueError, match=r"out: cannot write in /proc/run \(.*\); choose another with out="):
         state.writable("/proc/run")
@@ -328,6 +331,7 @@ def test_a_place_where_nothing_can_be_made_is_an_error_of_the_save():
         Run().save(Saver("/proc/run"), 1)
 
 
+@pytest.mark.fault
 def test_what_a_killed_write_left_is_removed_at_the_start(tmp_path):
     run = Run()
     run.save(Saver(tmp_path), 1)
@@ -472,6 +476,7 @@ def reshards(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.fault
 def test_two_ranks_save_and_one_two_or_four_load(tmp_path):
     assert processes(reshards, 4, tmp_path) == [0] * 4
     whole = Run().named()
@@ -548,6 +553,7 @@ def dies(rank: int, folder: str) -> None:
     run.save(saver, 2)
 
 
+@pytest.mark.fault
 def test_a_writer_killed_at_three_points_leaves_the_checkpoint_before(tmp_path):
     assert processes(dies, 3, tmp_path) == [-signal.SIGKILL] * 3
     left = [["step-00000001", ".step-00000002"], [], ["rank-00000.safetensors"], ["manifest.json"]]
@@ -579,6 +585,7 @@ def loses_a_rank(rank: int, folder: str) -> None:
     os._exit(0)  # the group has lost a member and cannot be left in order
 
 
+@pytest.mark.fault
 def test_a_rank_killed_while_it_writes_is_an_error_on_the_others_and_no_hang(tmp_path):
     assert processes(loses_a_rank, 2, tmp_path) == [0, -signal.SIGKILL]
     assert f"{tmp_path}/run/step-00000002: not saved (" in (tmp_path / "error").read_text()
@@ -624,6 +631,7 @@ def fills(_: int, folder: str) -> None:
     os._exit(0)
 
 
+@pytest.mark.fault
 def test_a_full_disk_is_an_error_on_all_ranks_and_the_checkpoint_before_stays(tmp_path):
     (tmp_path / "disk").mkdir()
     assert processes(fills, 1, tmp_path) == [0]

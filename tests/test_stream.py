@@ -68,6 +68,7 @@ def test_a_set_is_opened_in_another_process(ray_cluster, tmp_path):
     assert torch.equal(ray_cluster.get(first.remote(published)), expected)
 
 
+@pytest.mark.fault
 def test_a_shard_lost_in_mid_run_is_named_in_seconds(ray_cluster, tmp_path, monkeypatch):
     shards = write(tmp_path / "set", 3000)
     monkeypatch.setattr("fewstep.cluster.stream.EXECUTION_TASKS", 2)
@@ -82,6 +83,7 @@ def test_a_shard_lost_in_mid_run_is_named_in_seconds(ray_cluster, tmp_path, monk
     assert time.perf_counter() - started < 60
 
 
+@pytest.mark.fault
 def test_a_lost_shard_below_the_limit_is_replaced_as_without_ray(ray_cluster, tmp_path, caplog):
     shards = write(tmp_path / "set", 200)
     (shards.path / "shard-00001.parquet").unlink()
@@ -91,6 +93,7 @@ def test_a_lost_shard_below_the_limit_is_replaced_as_without_ray(ray_cluster, tm
     assert len(caplog.records) == 2 and "shard-00001.parquet" in caplog.text  # one for each feed
 
 
+@pytest.mark.fault
 def test_a_reading_process_that_is_killed_is_replaced(ray_cluster, tmp_path):
     readers = tmp_path / "readers"
     readers.mkdir()

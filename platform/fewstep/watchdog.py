@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -19,6 +20,7 @@ LOOK_S = 0.5
 GRACE_S = 3.0  # for the other ranks to say where they are, before one that ends takes them all down
 EXIT_STALLED = 75
 STOP = "stop"
+ASKED = threading.Event()  # this process was asked to stop
 
 
 class Stalled(RuntimeError):
@@ -30,7 +32,7 @@ class Watchdog:
 
     folder: the run's. limit_s: how long the rank may stay at one place. A rank that exceeds it writes
     `<folder>/stall/rank-N.json`, with its place and its stack, and ends its process: nothing else ends a collective
-    that waits for ever. A file `<folder>/stop` asks the run to finish its step, save and end.
+    that waits for ever. A file `<folder>/stop`, or `on_sigterm`, asks the run to finish its step, save and end.
     """
 
     def __init__(self, engine: Engine, folder: Path, limit_s: float):
@@ -50,7 +52,7 @@ class Watchdog:
 
     def _work(self) -> None:
         while not self._done.wait(LOOK_S):
-            if (self.folder / STOP).exists():
+            if ASKED.is_set() or (self.folder / STOP).exists():
                 self.engine.stop()
             still_s = time.monotonic() - self.engine.place_since
             if still_s > self.limit_s:
@@ -73,6 +75,11 @@ class Watchdog:
         path.write_text(json.dumps(where, indent=1))
         time.sleep(GRACE_S)
         os._exit(EXIT_STALLED)
+
+
+def on_sigterm() -> None:
+    """SIGTERM asks this process to finish its step, save and end. The main thread calls it."""
+    signal.signal(signal.SIGTERM, lambda *_: ASKED.set())
 
 
 def clear(folder: Path) -> None:

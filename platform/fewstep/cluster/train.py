@@ -25,6 +25,7 @@ from ..recipe import Recipe
 from ..students import open_student
 from ..tracking.provenance import Provenance, provenance
 from ..tracking.store import prepare_store, tracking_uri
+from .gauges import DriverGauges, WorkerGauges
 from .session import SOURCE, connect, home
 from .stream import DATA_CPUS, Published, check_cpus, publish
 
@@ -97,12 +98,21 @@ def fit(
         "origin": (origin.tags | dict(tags), origin.files),
         "score": not shared and room_to_score(recipe, device, published.streaming),
     }
-    with Follower(recipe, follow), Terminated(recipe.folder):
+    gauges = DriverGauges(recipe.name, run.EVENTS | {Lost: "lost", watchdog.Stalled: "stall"})
+
+    def tell(line: dict[str, Any]) -> None:
+        gauges.follow(line)
+        follow(line)
+
+    with gauges, Follower(recipe, tell), Terminated(recipe.folder):
         for failures in count():
             await_resources(recipe, device)
             watchdog.clear(recipe.folder)
             try:
-                return _attempt(recipe, device, config)
+                done = _attempt(recipe, device, config)
+                if not done["finished"]:
+                    gauges.count("stopped")
+                return done
             except Lost as lost:
                 where = watchdog.stall(recipe.folder)
                 if where is not None:
@@ -114,6 +124,7 @@ def fit(
                     record(recipe, origin, "lost", str(lost))
                     raise
                 record(recipe, origin, "restart", str(lost))
+                gauges.count("restart")
     raise AssertionError("unreachable: the loop returns or raises")
 
 
@@ -139,6 +150,7 @@ def _attempt(recipe: Recipe, device: str, config: dict[str, Any]) -> dict[str, A
             storage_path=str(recipe.folder / "ray"),
             # restarts are decided here, where a lost worker can be told from a mistake that would come again
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
+            callbacks=[on_workers(watchdog.on_sigterm)],
         ),
     )
     try:
@@ -149,6 +161,17 @@ def _attempt(recipe: Recipe, device: str, config: dict[str, Any]) -> dict[str, A
         raise Lost(f"cluster: Ray Train's controller failed: {_first_line(error.controller_failure)}") from error
     except ray.exceptions.RayActorError as error:
         raise Lost(f"cluster: Ray Train's controller died: {_first_line(error)}") from error
+
+
+def on_workers(act: Callable[[], None]) -> Any:
+    """Ray Train's callback that has every worker call `act` on its main thread; training runs on another."""
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+    class OnWorkers(WorkerGroupCallback):
+        def after_worker_group_start(self, worker_group: Any) -> None:
+            worker_group.execute(act)
+
+    return OnWorkers()
 
 
 def _cause(failures: Mapping[int, Exception]) -> Exception:
@@ -236,11 +259,13 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         device = torch.device("cpu")
     published: Published = config["published"]
     d = recipe.data
+    gauges = WorkerGauges(recipe.name)
     services = run.Services(
         preempted=lambda: get_preemption_info() is not None,
         score=Elsewhere(recipe, config["device"]) if config["score"] else None,
+        report=gauges,
     )
-    with published.open(seed=recipe.seed, flip=d.flip, max_corrupt=d.max_corrupt) as feed:
+    with gauges, published.open(seed=recipe.seed, flip=d.flip, max_corrupt=d.max_corrupt) as feed:
         world = World.current(device, recipe.cluster)
         return run.run(recipe, feed, world, Provenance(*config["origin"]), services)
 

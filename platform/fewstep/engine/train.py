@@ -292,6 +292,7 @@ class Engine:
             metrics = self.read()
             now = time.perf_counter()
             metrics |= {"images_per_s": seen / (now - wall), "data_wait": waited_s / (now - wall)}
+            metrics |= self._corrupt()
             step, images, path = self.step, self.images, None
             events = () if alarm is None else self._answer(alarm)
             if self.step < step:  # rolled back
@@ -308,6 +309,14 @@ class Engine:
 
     def _stream(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.feed.batches(self.images, self.train.batch, self.world.rank, self.world.size)
+
+    def _corrupt(self) -> dict[str, float]:
+        """Rows that had to be replaced so far, on all ranks; of feeds that count them."""
+        rows = getattr(self.feed, "corrupt_rows", None)
+        if rows is None:
+            return {}
+        mean = self.world.mean(torch.tensor(float(rows), device=self.world.device))
+        return {"corrupt_rows": mean.item() * self.world.size}
 
     def _hear(self) -> bool:
         """Whether to stop, as all ranks agreed on in the step before; none waits for its device to know."""
