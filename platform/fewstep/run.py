@@ -116,10 +116,12 @@ class Services:
 
     preempted: asked by all ranks at each report, and the same on all; true ends the run, saved, to go on later.
     score: a checkpoint's scores, made elsewhere while training goes on; called from a thread of rank 0.
+    report: shown each report by every rank, with its engine.
     """
 
     preempted: Callable[[], bool] = lambda: False
     score: Callable[[str], list[Score]] | None = None
+    report: Callable[[Engine, Report], None] = lambda engine, report: None
 
 
 class Scorer:
@@ -249,6 +251,7 @@ def _train(recipe: Recipe, engine: Engine, book: Book | None, services: Services
         draw_teacher(recipe, engine, book)
     before = engine.images
     for report in engine.run():
+        services.report(engine, report)
         if book is not None:
             book.report(report)
         _score_due(recipe, engine, report, before, book, services)

@@ -104,7 +104,7 @@ class Watch:
 
         One alarm a collapse: the next can come after a whole window without a signal beyond its limit.
         """
-        signals = _signals(metrics)
+        signals = signals_of(metrics)
         self.best = max(self.best, min(signals.get("diversity", 0.0), 1.0))
         self.seen = [*self.seen[1 - self.guard.window :], (self.step + 1, signals)]
         self.step = step
@@ -148,7 +148,7 @@ class Watch:
         return found
 
 
-def _signals(metrics: Mapping[str, float]) -> dict[str, float]:
+def signals_of(metrics: Mapping[str, float]) -> dict[str, float]:
     """Dimensionless signals, those whose ingredients were reported and are finite."""
     m = {name: value for name, value in metrics.items() if math.isfinite(value)}
     out = {}

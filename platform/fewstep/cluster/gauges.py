@@ -1,0 +1,161 @@
+"""What a run says of itself in Ray's Prometheus endpoints: its workers at each report, its driver in between, too.
+
+Ray puts `ray_` before the names. All are gauges, also what only grows: a counter of Ray's does not exist before its
+first event, which a rate would miss, and outlives its process.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.guard import signals_of
+from ..engine.train import Engine, Report
+
+ABOUT = {
+    "step": "Steps done; a step is one critic update",
+    "images": "Real images seen by all workers",
+    "images_per_second": "Real images that all workers trained on in a second, since the last report",
+    "phase_seconds": "Seconds of a phase since the last report",
+    "data_wait_ratio": "Share of the time since the last report in which a worker waited for data",
+    "memory_bytes": "What a worker holds for a role: weights, their gradients in its phase, optimiser",
+    "cuda_memory_bytes": "What a worker has of its device: allocated, peak of that, reserved",
+    "gradient_norm": "L2 norm of a phase's gradients before clipping, averaged since the last report",
+    "health": "Signals that the guard judges, averaged since the last report",
+    "events": "How often something happened to the run since its driver started",
+    "last_report_timestamp_seconds": "Unix time of the last report, at first of the driver's start",
+}
+REFRESH_S = 1.0  # Ray forgets a gauge that was not set for two of its export intervals, 20 s by default
+EVENTS = ("collapse", "roll_back", "non_finite", "not_saved", "stall", "lost", "restart", "stopped", "failed")
+
+
+class Gauges:
+    """A run's gauges by name, `fewstep_<name>`, each with the tag `run` and always the same others.
+
+    Use as a context manager: inside it they keep their values, some seconds after it they are gone, so what is there
+    is alive.
+    """
+
+    def __init__(self, run: str):
+        self.run = run
+        self._gauges: dict[str, Any] = {}
+        self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._refresh, name="fewstep-gauges", daemon=True)
+
+    def __enter__(self) -> Gauges:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def set(self, name: str, value: float, **tags: str) -> None:
+        """Sets the gauge of these tags. Raises KeyError for a name that ABOUT does not explain."""
+        from ray.util.metrics import Gauge
+
+        if name not in self._gauges:
+            self._gauges[name] = Gauge(f"fewstep_{name}", ABOUT[name], ("run", *tags))
+        self._values[name, tuple(tags.items())] = value
+        self._gauges[name].set(value, {"run": self.run, **tags})
+
+    def _refresh(self) -> None:
+        while not self._done.wait(REFRESH_S):
+            for name, tags in list(self._values):
+                self._gauges[name].set(self._values[name, tags], {"run": self.run, **dict(tags)})
+
+
+class WorkerGauges(Gauges):
+    """What a worker says at each of its reports: its own times and memory; on rank 0 also what is the same on all."""
+
+    def __call__(self, engine: Engine, report: Report) -> None:
+        rank, metrics = str(engine.world.rank), report.metrics
+        self.set("images_per_second", metrics["images_per_s"], rank=rank)
+        self.set("data_wait_ratio", metrics["data_wait"], rank=rank)
+        for role, kinds in memory(engine).items():
+            for kind, held in kinds.items():
+                self.set("memory_bytes", held, rank=rank, role=role, kind=kind)
+        for kind, held in cuda_memory(engine.world.device).items():
+            self.set("cuda_memory_bytes", held, rank=rank, kind=kind)
+        for phase in engine.updates:
+            if f"{phase}_s" in metrics:  # a phase may have had no turn since the last report
+                self.set("phase_seconds", metrics[f"{phase}_s"], rank=rank, phase=phase)
+        if engine.world.rank:
+            return
+        self.set("step", report.step)
+        self.set("images", report.images)
+        for phase in engine.updates:
+            if f"{phase}/grad_norm" in metrics:
+                self.set("gradient_norm", metrics[f"{phase}/grad_norm"], phase=phase)
+        for signal, value in signals_of(metrics).items():
+            self.set("health", value, signal=signal)
+
+
+class DriverGauges(Gauges):
+    """What the driver says of a run, whose workers may be gone.
+
+    ends: the kind of event, one of EVENTS, by the type of the exception that ends the run; any other is "failed".
+    """
+
+    def __init__(self, run: str, ends: Mapping[type[BaseException], str]):
+        super().__init__(run)
+        self.ends, self.counts = ends, dict.fromkeys(EVENTS, 0)
+
+    def __enter__(self) -> DriverGauges:
+        self.set("last_report_timestamp_seconds", time.time())
+        for kind, count in self.counts.items():
+            self.set("events", count, kind=kind)
+        super().__enter__()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            self.count(self.ends.get(type(error), "failed"))
+        super().__exit__(kind, error, trace)
+
+    def count(self, kind: str) -> None:
+        """One more event of this kind."""
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.set("events", self.counts[kind], kind=kind)
+
+    def follow(self, line: Mapping[str, Any]) -> None:
+        """Takes a line of the run's reports, {step, images}, metrics or scores, and events where there are any."""
+        if "metrics" in line:
+            self.set("last_report_timestamp_seconds", time.time())
+        for event in line.get("events", []):
+            self.count(event["kind"])
+
+
+def memory(engine: Engine) -> dict[str, dict[str, int]]:
+    """Bytes on this worker by role and kind: of a sharded tensor its own shard. The averaged student is a role too.
+
+    Gradients are what the phase of a role needs for them; they are freed after its update.
+    """
+    averaged = {} if engine.average is None else {"average": engine.average}
+    out = {role: {"weights": _bytes(net.parameters())} for role, net in (engine.nets | averaged).items()}
+    for role, optim in engine.optims.items():
+        state = (value for of_one in optim.state.values() for value in of_one.values())
+        out[role] |= {"gradients": out[role]["weights"], "optimiser": _bytes(state)}
+    return out
+
+
+def _bytes(values: Iterable[Any]) -> int:
+    local = (v.to_local() if hasattr(v, "to_local") else v for v in values if isinstance(v, Tensor))
+    return sum(v.numel() * v.element_size() for v in local)
+
+
+def cuda_memory(device: torch.device) -> dict[str, int]:
+    """Bytes of this process on a CUDA device, as PyTorch's allocator counts them; empty for another device."""
+    if device.type != "cuda":
+        return {}
+    return {
+        "allocated": torch.cuda.memory_allocated(device),
+        "peak": torch.cuda.max_memory_allocated(device),
+        "reserved": torch.cuda.memory_reserved(device),
+    }
