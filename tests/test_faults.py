@@ -175,10 +175,10 @@ def test_kill_9_of_the_worker_that_writes_a_checkpoint(ray_cluster, store, whole
         name = {"before_its_file": "write_data", "before_the_manifest": "finish", "before_the_rename": "_rename"}[point]
         real = getattr(Writer, name)
 
-        def dies(self, *args):
+        def dies(self, *args, **kwargs):
             if f"step-{3 * SAVE:08d}" in str(self.target) and once(marker):
                 os.kill(os.getpid(), signal.SIGKILL)
-            return real(self, *args)
+            return real(self, *args, **kwargs)
 
         setattr(Writer, name, dies)
 
@@ -403,3 +403,20 @@ def assert_same_end(folder: Path, whole: Path) -> None:
     ours, theirs = final(folder), final(whole)
     assert ours.keys() == theirs.keys()
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+@pytest.mark.slow
+def test_an_elastic_run_goes_on_with_one_worker_when_a_node_dies(store, whole, tmp_path):
+    """The same batches in the same order; sums in another order, hence losses that agree and are not equal."""
+    script = Path(__file__).with_name("elastic.py")
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    command = [sys.executable, str(script), str(tmp_path), store]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    closing = json.loads(done.stdout.splitlines()[-1])
+    assert closing["finished"] and closing["step"] == STEPS and closing["gone"]
+    ours, theirs = losses(tmp_path / "runs" / "elastic"), losses(whole)
+    assert ours[:4] == theirs[:4]  # up to the checkpoint before the loss: the same run
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["critic/denoise"] == pytest.approx(b["critic/denoise"], rel=2e-2)
+    assert mlflow_history(store, closing["run_id"], "event/restart")

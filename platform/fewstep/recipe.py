@@ -35,7 +35,7 @@ class Data(Strict):
     flip: bool = False
     """Mirror half of the images."""
     max_corrupt: Annotated[float, Field(ge=0, le=1)] = 0.001
-    """Share of rows that may be corrupt, on their own or as a shard was lost, before the run stops; they are replaced."""
+    """Share of rows that may be corrupt, alone or with their shard, before the run stops; they are replaced."""
     memory_mib: Annotated[int, Field(ge=0)] = 512
     """A set whose decoded images fit is held in memory by each worker; a larger one streams."""
 

@@ -149,7 +149,7 @@ def _attempt(recipe: Recipe, device: str, config: dict[str, Any]) -> dict[str, A
             name=f"{recipe.name}-{time.time_ns():x}",
             storage_path=str(recipe.folder / "ray"),
             # restarts are decided here, where a lost worker can be told from a mistake that would come again
-            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=3),
             callbacks=[on_workers(watchdog.on_sigterm)],
         ),
     )
