@@ -13,10 +13,11 @@ import yaml
 from ..compare import short
 from ..recipe import Recipe
 from ..tracking.tracker import Tracker, flatten
-from .judge import Verdict, judge
+from .judge import front, importance, judge
 from .record import FAILED, FINISHED, STOPPED, Record, Trial
+from .report import markdown, page
 from .settings import Sweep
-from .space import Space, apply
+from .space import HOURS, Space, apply
 
 
 def short_names(space: Space, recipe: Recipe) -> dict[str, str]:
@@ -26,10 +27,8 @@ def short_names(space: Space, recipe: Recipe) -> dict[str, str]:
 
 def label(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
     """A setting as a text: `gan_weight=0.003 student.lr=0.0001`."""
-    return " ".join(
-        f"{names[key]}={value:g}" if isinstance(value, float) else f"{names[key]}={value}"
-        for key, value in values.items()
-    )
+    text = lambda value: f"{value:g}" if isinstance(value, float) else str(value)
+    return " ".join(f"{names[key]}={text(value)}" for key, value in values.items())
 
 
 def best_score(trials: Sequence[Trial], space: Space) -> float | None:
@@ -40,29 +39,63 @@ def best_score(trials: Sequence[Trial], space: Space) -> float | None:
 
 def write(sweep: Sweep, space: Space, base: Recipe, record: Record, tracker: Tracker, template: Path) -> dict[str, Any]:
     """Writes everything that follows from the record, and returns what the job prints last."""
-    folder = record.path.parent
-    names = short_names(space, base)
-    ended = record.ended()
+    from . import plots  # matplotlib takes a second
+
+    folder, names, ended = record.path.parent, short_names(space, base), record.ended()
     verdict = judge(ended, space.metric, space.mode, lambda values: label(values, names))
-    best = None
+    best = folder / "best.yaml" if verdict else None
     if verdict is not None:
-        best = folder / "best.yaml"
-        best.write_text(recipe_text(base, verdict.best.first, sweep, space, verdict))
-        print(f"\n{verdict.text}")
-        print(f"again: {again(best)}")
-    images, hours = sum(t.images for t in ended), sum(t.hours for t in ended)
-    count = {state: sum(t.state == state for t in ended) for state in (FINISHED, STOPPED, FAILED)}
+        best.write_text(recipe_text(base, verdict.best.first, sweep, space, verdict.text))
+        tracker.artifact(best)
+        print(f"\n{verdict.text}\nagain: {again(best)}")
+    for trial in front(ended, space.objectives) if sweep.search == "pareto" else ():
+        scores = ", ".join(f"{name} {trial.score(name):.4g}" for name in space.objectives)
+        text = recipe_text(
+            base, trial, sweep, space, f"No other trial is better in one of these and as good in all: {scores}."
+        )
+        tracker.text(f"front/{trial.number:03d}.yaml", text)
+        (folder / "front").mkdir(exist_ok=True)
+        (folder / "front" / f"{trial.number:03d}.yaml").write_text(text)
+    shares = importance(space, ended, space.metric)
+    figures = plots.save(plots.draw(space, ended, names, shares), folder / "plots")
+    if figures:
+        tracker.artifact(folder / "plots")
+    metrics = list(dict.fromkeys([space.metric, *base.evaluate.metrics, HOURS]))
+    table = markdown(space, ended, names, metrics)
+    (folder / "table.md").write_text(table)
+    report = folder / "report.html"
+    facts = {
+        "space": space.name,
+        "recipe": base.recipe,
+        "search": sweep.search + ("" if sweep.scheduler == "none" else f", {sweep.scheduler} on images seen"),
+        "trials": count_text(ended),
+        "images": f"{sum(t.images for t in ended):,}",
+        "training": f"{sum(t.hours for t in ended):.2f} device hours",
+        "seed": str(base.seed),
+        "MLflow run": tracker.run_id or "",
+    }
+    command = again(best) if best else ""
+    report.write_text(page(template, sweep.name, space, ended, names, metrics, verdict, facts, command, figures))
+    for path in (folder / "table.md", report):
+        tracker.artifact(path)
+    count = {state.replace(" ", "_"): sum(t.state == state for t in ended) for state in (FINISHED, STOPPED, FAILED)}
     return {
         "best": str(best) if best else None,
         "winner": verdict.won if verdict else False,
         space.metric: verdict.best.mean if verdict else None,
         "trials": len(ended),
-        **{state.replace(" ", "_"): n for state, n in count.items()},
-        "images": images,
-        "hours": round(hours, 4),
+        **count,
+        "images": sum(t.images for t in ended),
+        "hours": round(sum(t.hours for t in ended), 4),
         "run_id": tracker.run_id,
-        "report": str(folder / "report.html"),
+        "report": str(report),
     }
+
+
+def count_text(trials: Sequence[Trial]) -> str:
+    """`20: 15 finished, 4 stopped early, 1 failed`."""
+    parts = [(state, sum(t.state == state for t in trials)) for state in (FINISHED, STOPPED, FAILED)]
+    return f"{len(trials)}: " + ", ".join(f"{n} {state}" for state, n in parts if n)
 
 
 def again(recipe: Path) -> str:
@@ -70,16 +103,11 @@ def again(recipe: Path) -> str:
     return shlex.join(["python", "jobs/distill.py", f"recipe={recipe}"])
 
 
-def recipe_text(base: Recipe, trial: Trial, sweep: Sweep, space: Space, verdict: Verdict) -> str:
+def recipe_text(base: Recipe, trial: Trial, sweep: Sweep, space: Space, why: str) -> str:
     """A complete recipe that repeats a trial: its settings and seed, the base's everything else."""
     recipe = apply(base, trial.values, seed=trial.seed, name="")
-    lines = [
-        f"Trial {trial.number:03d} of sweep {sweep.name}, seed {trial.seed}: {space.metric} {trial.score(space.metric)!r}.",
-        verdict.text,
-    ]
+    lines = [f"Trial {trial.number:03d} of sweep {sweep.name}: {space.metric} {trial.score(space.metric)!r}.", why]
     if sweep.scheduler == "pbt":
-        lines.append(
-            "A population changed these settings while it trained; a run of this file has the last of them throughout."
-        )
+        lines.append("A population changed these settings while it trained; this recipe has the last ones throughout.")
     head = "".join(f"# {line}\n" for line in lines)
     return head + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

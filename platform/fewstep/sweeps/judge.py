@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from .record import FINISHED, SEARCH, Trial
@@ -33,9 +34,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Verdict:
-    """best: the setting with the best mean, among the repeated ones where there are any. rivals: the others whose mean
-    is ahead of it, or behind by no more than the larger of the two standard deviations over seeds; none where no
-    setting was repeated. text: one sentence."""
+    """best: the setting with the best mean among the finalists, which are those repeated with other seeds that no
+    unrepeated one beats on the first seed; without finalists, the best on the first seed. rivals: the others whose
+    mean is ahead of it, or behind by no more than the larger of the two standard deviations. text: one sentence.
+    """
 
     best: Setting
     rivals: tuple[Setting, ...]
@@ -66,12 +68,14 @@ def judge(trials: Sequence[Trial], metric: str, mode: str, name: Callable[[dict[
     found = settings(trials, metric, mode)
     if not found:
         return None
-    best = next((s for s in found if s.std is not None), found[0])
+    sign = 1 if mode == "min" else -1
+    by_first = sorted(found, key=lambda s: sign * s.first.score(metric))
+    finalists = list(takewhile(lambda s: s.std is not None, by_first))
+    best = next((s for s in found if s in finalists), by_first[0])
     score = f"{metric} {best.mean:.4g}"
     if best.std is None:
         text = f"{name(best.values)} came out best with {score}, on one seed: nothing says that it would again."
         return Verdict(best, (), text)
-    sign = 1 if mode == "min" else -1
     others = [s for s in found if s is not best]
     rivals = tuple(s for s in others if sign * (s.mean - best.mean) <= max(best.std, s.std or 0.0))
     if rivals:

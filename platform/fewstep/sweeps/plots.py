@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -40,7 +41,7 @@ STYLE = {
     "svg.hashsalt": "fewstep",
 }
 COLOURS = colormaps["viridis"]
-WIDTH = 8.6  # inches
+WIDTH = 10.7  # inches, which is the page's
 WIDE_SCORES = 4.0  # worst over best beyond which scores are drawn on a logarithmic axis
 MAP_SIDE = 16
 
@@ -78,12 +79,13 @@ def save(figures: Mapping[str, Figure], folder: Path) -> dict[str, str]:
             figure.savefig(text, format="svg", metadata={"Date": None})
             svg = text.getvalue()
             (folder / f"{name}.svg").write_text(svg)
-            # ids are the page's: those of two figures must not meet
-            out[name] = (
-                svg[svg.index("<svg") :].replace('id="', f'id="{name}-').replace("#", "#").replace('"#', f'"#{name}-')
-            )
-            out[name] = out[name].replace("url(#", f"url(#{name}-")
+            out[name] = _own_ids(svg[svg.index("<svg") :], name)
     return out
+
+
+def _own_ids(svg: str, name: str) -> str:
+    """The element with its ids renamed: those of two figures on one page must not meet."""
+    return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
 
 
 def _norm(scores: Sequence[float]) -> Normalize:
@@ -97,6 +99,7 @@ def _scale(axis: Any, scores: Sequence[float]) -> None:
     """A logarithmic axis where a few bad trials would flatten all others."""
     if min(scores) > 0 and max(scores) / min(scores) > WIDE_SCORES:
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
         axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
@@ -120,7 +123,7 @@ def parallel(space: Space, trials: Sequence[Trial], names: Mapping[str, str]) ->
     keys = list(space.domains)
     scores = [t.score(space.metric) for t in trials]
     norm = _norm(scores)
-    figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
     axes = figure.subplots()
     axes.set_axis_off()
     axes.set_xlim(-0.35, len(keys) + 0.3)
@@ -211,8 +214,8 @@ def slices(space: Space, trials: Sequence[Trial], names: Mapping[str, str]) -> F
     keys = list(space.domains)
     columns = min(len(keys), 4)
     rows = -(-len(keys) // columns)
-    wide = WIDTH if columns > 2 else WIDTH * (0.55 if columns == 1 else 0.9)
-    figure = Figure(figsize=(wide, 2.5 * rows), layout="constrained")
+    wide = WIDTH * (0.5, 0.8, 1.0, 1.0)[columns - 1]
+    figure = Figure(figsize=(wide, 2.7 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
     best = _best_first(space, trials)[0]
     for i, key in enumerate(keys):
@@ -247,7 +250,7 @@ def _dot(face: str) -> dict[str, Any]:
 def pareto(space: Space, trials: Sequence[Trial], others: Sequence[str]) -> Figure:
     """The score against what else counts: other scores, and hours of training. The line joins trials that no other one
     beats in both."""
-    wide = WIDTH * (0.55 if len(others) == 1 else 1.0)
+    wide = WIDTH * (0.5 if len(others) == 1 else 0.8 if len(others) == 2 else 1.0)
     figure = Figure(figsize=(wide, 3.0), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(others), squeeze=False)[0], others, strict=True):
         mode = space.objectives.get(name, "min")

@@ -71,8 +71,8 @@ class Record:
         for key in sorted(plain.keys() | known.keys()) if known else ():
             if plain.get(key) != known.get(key) and key not in may_differ:
                 raise ConfigError(
-                    f"{key}: {_short(plain.get(key))}, but sweep {folder.name!r} was begun with {_short(known.get(key))};"
-                    " give the same words to go on with it, or another name=..."
+                    f"{key}: {_short(plain.get(key))}, but sweep {folder.name!r} was begun with "
+                    f"{_short(known.get(key))}; give the same words to go on with it, or another name=..."
                 )
         if plain != known:
             self._write({"event": "sweep", "settings": plain})

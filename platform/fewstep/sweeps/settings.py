@@ -134,9 +134,10 @@ def check(sweep: Sweep, space: Space, recipe: Recipe) -> None:
     every, report = recipe.evaluate.every_images, recipe.train.report_every * recipe.train.batch
     if sweep.scheduler != "none":
         if every is None or every >= images_of(recipe):
+            some = max(images_of(recipe) // 9 // report, 1) * report
             wrong.append(
                 f"evaluate.every_images: {every}: scheduler={sweep.scheduler} goes by scores made while training; "
-                f"give images between them, such as {max(images_of(recipe) // 9 // report, 1) * report} of {images_of(recipe)}"
+                f"give images between them, such as {some} of {images_of(recipe)}"
             )
         elif every % report:
             wrong.append(

@@ -66,8 +66,8 @@ class Domain(Protocol):
     """Where one key's values may lie.
 
     draw: a value; params: the Source's answers that draw `value`; edges: the values a check must try; points: the
-    values of a grid, none where the domain names none; at: where a value stands on an axis from 0 to 1; marks: the
-    values that such an axis names.
+    values of a grid, none where the domain names none; span: all of it as a text; at: where a value stands on an axis
+    from 0 to 1; marks: the values that such an axis names.
     """
 
     def draw(self, key: str, source: Source) -> Any: ...
@@ -84,9 +84,15 @@ class Domain(Protocol):
 
     def marks(self) -> list[Any]: ...
 
+    def span(self) -> str: ...
+
 
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,9 @@ class Choice:
         return self.values.index(value) / max(len(self.values) - 1, 1)
 
     points = marks = edges
+
+    def span(self) -> str:
+        return ", ".join(map(_text, self.values))
 
 
 @dataclass(frozen=True)
@@ -161,6 +170,9 @@ class Range:
         clear = [x for x in inner if 0.12 < self.at(x) < 0.88]
         return [self.low, *clear, self.high]
 
+    def span(self) -> str:
+        return f"{self.low:g} to {self.high:g}{', logarithmic' if self.log else ''}"
+
 
 @dataclass(frozen=True)
 class Integers:
@@ -190,6 +202,9 @@ class Integers:
     def marks(self) -> list[int]:
         return sorted({round(x) for x in np.linspace(self.low, self.high, min(5, self.high - self.low + 1))})
 
+    def span(self) -> str:
+        return f"{self.low} to {self.high}, whole"
+
 
 @dataclass(frozen=True)
 class ZeroOr:
@@ -218,6 +233,9 @@ class ZeroOr:
     def marks(self) -> list[Any]:
         return [0, *self.domain.marks()]
 
+    def span(self) -> str:
+        return f"0, or {self.domain.span()}"
+
 
 @dataclass(frozen=True)
 class Given:
@@ -228,6 +246,9 @@ class Given:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.domain, name)
+
+    def span(self) -> str:
+        return f"{self.domain.span()}, where {self.key} is not 0"
 
 
 def choice(*values: Any) -> Choice:
@@ -379,8 +400,10 @@ def load_space(ref: str, folder: Path) -> Space:
         wrong.append(f"{path}: METRIC: missing; name the score that decides, such as fd_fashion")
     if mode not in ("min", "max"):
         wrong.append(f"{path}: MODE: {mode!r} is not one of min, max")
-    objectives = found.get("OBJECTIVES", {metric: mode})
-    if not isinstance(objectives, dict) or any(v not in ("min", "max") for v in objectives.values()):
+    objectives = found.get("OBJECTIVES") or {str(metric): mode}
+    if "OBJECTIVES" in found and not (
+        isinstance(objectives, dict) and all(mode in ("min", "max") for mode in objectives.values())
+    ):
         wrong.append(f"{path}: OBJECTIVES: expected {{metric: 'min' or 'max'}}, got {objectives!r}")
     why = found.get("WHY", {})
     wrong += [f"{path}: WHY[{key!r}]: not in SPACE; {nearest(key, list(domains))}" for key in why if key not in domains]
