@@ -104,10 +104,10 @@ def fit(
         gauges.follow(line)
         follow(line)
 
+    watchdog.clear(recipe.folder)
     with gauges, Follower(recipe, tell), Terminated(recipe.folder):
         for failures in count():
             await_resources(recipe, device)
-            watchdog.clear(recipe.folder)
             try:
                 done = _attempt(recipe, device, config)
                 if not done["finished"]:
