@@ -104,8 +104,9 @@ function runs() {
     return [
       makes({}, group.label[0][0] ? chip(group) : label(group)),
       ...settings.map(({ key }) => makes({ class: "value" }, key in values ? breakable(values[key]) : "–")),
-      makes({}, [...new Set(group.runs.map((run) => run.seed))].join(", ") || "–"),
-      makes({ class: "small names" }, group.runs.map((run, i) => [i ? ", " : "", h("span", { title: run.id }, breakable(run.name))])),
+      makes({ class: "fixed" }, [...new Set(group.runs.map((run) => run.seed))].join(", ") || "–"),
+      makes({ class: "small names" }, group.runs.map((run, i) =>
+        h("span", { title: run.id }, breakable(run.name), i < group.runs.length - 1 ? ", " : ""))),
       makes({ class: states.size === 1 && states.has("finished") ? "quiet" : "warn" },
         states.size === 1 ? [...states.keys()][0] : [...states].map(([state, of]) => `${of.length} ${state}`).join(", ")),
     ];
@@ -136,8 +137,8 @@ function scores() {
   section.append(h("div", { class: "bar" }, h("h2", { id: "scores-title" }, "Scores")));
   if (!rows.length) return section.append(h("p", { class: "note" }, "No run has been scored."));
   const scales = columns.map((_, c) => {
-    const values = rows.flatMap((row) => (row.cells[c] ? row.cells[c].values.map((v) => v.value) : []));
-    const [low, high] = [Math.min(...values), Math.max(...values)];
+    const values = rows.flatMap((row) => (row.cells[c] ? row.cells[c].values.map((v) => v.value) : [])).filter((value) => value !== null);
+    const [low, high] = values.length ? [Math.min(...values), Math.max(...values)] : [0, 1];
     const decimals = Math.min(6, Math.max(0, 3 - Math.floor(Math.log10(Math.max(Math.abs(low), Math.abs(high)) || 1))));
     return { low, high: high > low ? high : low + 1, decimals };
   });
@@ -150,6 +151,7 @@ function scores() {
   };
   const shown = (cell, c, colour) => {
     if (!cell) return h("td", { class: "score quiet" }, h("div", { class: "n" }, "–", h("span", { class: "mark" })));
+    if (cell.mean === null) return h("td", { class: "score warn" }, h("div", { class: "n" }, "not finite", h("span", { class: "mark" })));
     const fixed = (value) => value.toFixed(scales[c].decimals);
     const each = cell.values.map((v) => `${describe(data.runs[v.run])}: ${v.value}`).join("\n");
     const mark = { best: "●", close: "○" }[cell.mark] || "";
@@ -259,7 +261,7 @@ function logTicks(low, high) {
 function teacherOf(metric) {
   const { columns, rows } = data.scores;
   const c = columns.findIndex((column) => `score/${column.name}` === metric);
-  const cells = c < 0 ? [] : rows.filter((row) => row.teacher && row.cells[c]).map((row) => ({ row, mean: row.cells[c].mean }));
+  const cells = c < 0 ? [] : rows.filter((row) => row.teacher && row.cells[c] && row.cells[c].mean !== null).map((row) => ({ row, mean: row.cells[c].mean }));
   if (!cells.length) return null;
   const sign = columns[c].better === "higher" ? -1 : 1;
   return cells.sort((a, b) => sign * (a.mean - b.mean))[0];
@@ -348,7 +350,7 @@ function chart(metric) {
   /** The cursor line of every chart at `view.cursor`; the numbers in the one that has the focus or the pointer. */
   function point(active = false) {
     if (!drawn) return;
-    const { all, X, Y, cursor, usable, right, width } = drawn;
+    const { all, X, Y, cursor, usable, right } = drawn;
     cursor.replaceChildren();
     readout.hidden = true;
     if (view.cursor === null || view.cursor > right) return;
@@ -370,7 +372,9 @@ function chart(metric) {
     readout.hidden = false;
     const wide = readout.offsetWidth;
     readout.style.top = `${svg.getBoundingClientRect().top - figure.getBoundingClientRect().top + 8}px`;
-    readout.style.left = `${x + 12 + wide <= width ? x + 12 : Math.max(0, x - 12 - wide)}px`;
+    const from = figure.getBoundingClientRect().left - 8; // it may reach over a neighbour, not out of the window
+    const fits = from + x + 12 + wide <= document.documentElement.clientWidth - 16;
+    readout.style.left = `${fits ? x + 12 : Math.max(-from, x - 12 - wide)}px`;
   }
 
   const move = (x) => {
@@ -400,6 +404,10 @@ function chart(metric) {
 }
 
 function curves() {
+  if (!data.metrics.length) {
+    $("curves").append(h("h2", { id: "curves-title" }, "Curves"), h("p", { class: "note" }, "No run has reported a metric."));
+    return;
+  }
   const box = h("div", { class: "charts" });
   const chosen = new Set(data.shown);
   const redraw = () => { view.cursor = null; for (const one of charts.values()) one.draw(); };
@@ -474,7 +482,6 @@ function samples() {
       const one = figure(h("b", {}, of ? `Teacher of ${of}` : "Teacher"), `samples of the teacher, seed ${seed}`);
       one.image.src = source(index);
       one.step.append("the same noise and labels");
-      one.node.classList.add("fixed");
       return one;
     });
     figures = shown.map((run) => {

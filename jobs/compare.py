@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
                 raise ValueError(f"sweep: run {parent.name!r} has no trials; give a sweep's parent run, or runs=[...]")
         else:
             runs = [store.find(ref) for ref in job.runs]
-            what = f"{len(runs)} runs"
+            what = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
         grids = job.grids or max(2, 240 // len(runs))
         records = [collect(store, run, grid=job.grid, grids=grids) for run in runs]
         data = compare(records, what=what, store=store.uri)

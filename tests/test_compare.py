@@ -121,13 +121,13 @@ def test_runs_that_differ_in_nothing_but_the_seed_and_their_place_are_one(data):
 
 
 def test_a_setting_is_called_by_the_end_that_names_it_alone():
-    known = {"optim.fake.lr", "optim.student.lr", "method.ttur", "seed", "lr"}
+    known = {"optim.fake.lr", "optim.student.lr", "method.ttur", "method.name", "name"}
     assert short(known, known) == {
         "optim.fake.lr": "fake.lr",
         "optim.student.lr": "student.lr",
         "method.ttur": "ttur",
-        "seed": "seed",
-        "lr": "lr",
+        "method.name": "method.name",
+        "name": "name",
     }
 
 
@@ -168,6 +168,14 @@ def test_the_same_seed_twice_is_no_spread():
     runs = [Record(None, "7", {}, [], {}, [score | {"value": value}], {}, None) for value in (1.0, 2.0)]
     cell = scores(runs, [[0, 1]])["rows"][0]["cells"][0]
     assert (cell["mean"], cell["std"], cell["seeds"]) == (1.5, None, 1)
+
+
+def test_a_score_that_is_not_finite_is_said_to_be_so_and_never_best():
+    score = HOW | {"name": "fd_small", "images": 500, "step": 4, "checkpoint": "last"}
+    runs = [Record(None, "0", {}, [], {}, [score | {"value": v}], {}, None) for v in (-math.inf, 2.0, 3.0)]
+    cells = [row["cells"][0] for row in scores(runs, [[0], [1], [2]])["rows"]]
+    assert [(cell["mean"], cell.get("mark")) for cell in cells] == [(None, None), (2.0, "best"), (3.0, None)]
+    assert cells[0]["values"] == [{"run": 0, "value": None}]
 
 
 # Curves and grids

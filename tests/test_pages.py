@@ -185,6 +185,8 @@ def server(built) -> Iterator[str]:
                 break
             except OSError:
                 time.sleep(0.2)
+        else:
+            pytest.fail(f"mlflow server did not come up; by hand: mlflow server {' '.join(place)}")
         yield address
     finally:
         os.killpg(process.pid, signal.SIGTERM)

@@ -143,16 +143,20 @@ def _labels(records: Sequence[Record], grouped: list[list[int]], keys: list[str]
 
 
 def _spread(values: Mapping[int, float], seeds: Sequence[str]) -> dict[str, Any]:
-    """values: by index of the run; seeds: of all runs. Runs that share a seed count as one, by their mean."""
+    """values: by index of the run; seeds: of all runs. Runs that share a seed count as one, by their mean.
+
+    Mean and deviation are None where a value is not finite, and so is that value: JSON has no nan.
+    """
     by_seed: dict[Any, list[float]] = {}
     for run, value in values.items():
         by_seed.setdefault(seeds[run] or run, []).append(value)
     means = [statistics.fmean(same) for same in by_seed.values()]
+    finite = bool(np.isfinite(means).all())
     return {
-        "mean": statistics.fmean(means),
-        "std": statistics.stdev(means) if len(means) > 1 else None,
+        "mean": statistics.fmean(means) if finite else None,
+        "std": statistics.stdev(means) if finite and len(means) > 1 else None,
         "seeds": len(means),
-        "values": [{"run": run, "value": value} for run, value in values.items()],
+        "values": [{"run": run, "value": value if np.isfinite(value) else None} for run, value in values.items()],
     }
 
 
@@ -198,6 +202,7 @@ def _better(name: str) -> str | None:
 
 
 def _mark(cells: list[dict[str, Any]], better: str | None) -> None:
+    cells = [cell for cell in cells if cell["mean"] is not None]
     if better is None or len(cells) < 2:
         return
     best = (min if better == "lower" else max)(cells, key=lambda cell: cell["mean"])
@@ -238,7 +243,7 @@ def compare(records: Sequence[Record], *, what: str, store: str) -> dict[str, An
     if twice := sorted({record.run.name for record in records if ids.count(record.run.run_id) > 1}):
         raise ValueError(f"runs: {', '.join(twice)}: given twice")
     keys, known = changed(records), {key for record in records for key in record.settings}
-    grouped, names = groups(records), short(keys, known)
+    grouped, names = groups(records), short(keys, known.union(*(record.run.params for record in records)))
     group_of = {i: g for g, members in enumerate(grouped) for i in members}
     pictures: dict[str, str] = {}
     metrics = sorted({name for record in records for name in record.curves}, key=_place)
