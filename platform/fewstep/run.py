@@ -271,6 +271,7 @@ def open_tracker(recipe: Recipe, origin: Provenance) -> Tracker:
         name=recipe.name,
         recipe=recipe.model_dump(mode="json"),
         tags=origin.tags,
+        aside=("name", "out", "tracking", "storage", "resume", "resume_allow"),
     )
     for name, content in origin.files.items():
         tracker.text(name, content)

@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,17 +58,19 @@ class Tracker:
         recipe: Mapping[str, Any],
         tags: Mapping[str, str],
         run_id: str | None = None,
+        aside: Collection[str] = (),
     ) -> Tracker:
         """Opens or resumes the tracking of a run and starts sending; does not wait for the server.
 
         folder: the run's folder. When it holds a journal, what is unsent is sent first and the same MLflow run goes on.
         uri: see `tracking_uri`. recipe: resolved and nested; logged as dotted parameters and whole as `recipe.yaml`.
         A parameter that a resumed run changes becomes the tag `changed.<key>`: MLflow's parameters are immutable.
-        run_id: an existing MLflow run to report to, instead of a new one.
+        run_id: an existing MLflow run to report to, instead of a new one. aside: the recipe's keys that say nothing of
+        the numbers, which are no parameters: whoever compares runs looks at the first that differ.
         Raises ValueError for an unusable name, uri or run_id, RuntimeError when another process tracks this folder.
         """
         uri = tracking_uri(uri)
-        params, tags = flatten(recipe), _tags(tags)
+        params, tags = flatten({k: v for k, v in recipe.items() if k not in aside}), _tags(tags)
         for key in params:
             _check_name("recipe", key)
         if not experiment or not name:
