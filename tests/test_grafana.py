@@ -9,15 +9,21 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 import yaml
 from demo import ROOT, recipe
 from prometheus_client.parser import text_string_to_metric_families
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fewstep import build
-from fewstep.cluster.gauges import ABOUT, EVENTS, DriverGauges
+from fewstep.cluster.gauges import ABOUT, EVENTS, DriverGauges, memory
 from fewstep.cluster.train import fit
 from fewstep.engine.guard import Guard
 from fewstep.run import read_reports
@@ -212,6 +218,22 @@ def test_the_driver_counts_what_the_reports_and_the_end_say():
     with pytest.raises(ValueError), Noted("run", {ValueError: "lost"}) as gauges:
         raise ValueError
     assert {k: v for k, v in gauges.counts.items() if v} == {"lost": 1}
+
+
+def test_memory_of_a_sharded_network_is_that_of_its_own_shards():
+    """Rank 0 of three that exist in name only: a (7, 2) weight lies there as its first three rows."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=3)
+    try:
+        mesh = init_device_mesh("cpu", (3,))
+        net = torch.nn.Linear(2, 7, bias=False)
+        net.weight = torch.nn.Parameter(distribute_tensor(net.weight.detach(), mesh, [Shard(0)]))
+        optim = torch.optim.AdamW(net.parameters())
+        net.weight.grad = torch.zeros_like(net.weight)
+        optim.step()
+        engine = SimpleNamespace(nets={"student": net}, optims={"student": optim}, average=None)
+        assert memory(engine) == {"student": {"weights": 24, "gradients": 24, "optimiser": 2 * 24 + 4}}
+    finally:
+        dist.destroy_process_group()
 
 
 def test_alerts_fire_at_the_guards_limits_and_before_the_watchdog_ends_the_run(tmp_path):

@@ -1,7 +1,8 @@
 """What a run says of itself in Ray's Prometheus endpoints: its workers at each report, its driver in between, too.
 
 Ray puts `ray_` before the names. All are gauges, also what only grows: a counter of Ray's does not exist before its
-first event, which a rate would miss, and outlives its process.
+first event, which a rate would miss, and outlives its process. A process that ends, unless by SIGKILL, has its last
+values exported.
 """
 
 from __future__ import annotations
