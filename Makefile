@@ -9,11 +9,12 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
-.PHONY: demo test faults slow lint bench clean
+.PHONY: demo sweep test chromium faults slow lint bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       train a one-step Fashion-MNIST generator and score it (about 10 minutes on two cores)"
+	@echo "make sweep      which TTUR ratio? six short trials and a report (under 15 minutes on two cores)"
 	@echo "make test       the test suite (under 12 minutes on two cores)"
 	@echo "make faults     every fault met on purpose: kills, full disks, collapses (about 15 minutes)"
 	@echo "make slow       the tests that make test leaves out"
@@ -30,8 +31,16 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 demo: $(VENV)/.ready
 	$(BIN)/python jobs/distill.py recipe=fashion_mnist
 
-test: $(VENV)/.ready
+sweep: $(VENV)/.ready
+	$(BIN)/python jobs/sweep.py space=ttur recipe=fashion_mnist_short search=grid seeds=2 finalists=2
+
+test: $(VENV)/.ready chromium
 	$(BIN)/python -m pytest
+
+# what the pages are tested in
+chromium:
+	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) \
+		|| { echo "make test opens pages in Chromium; install it as root: apt-get install chromium"; exit 1; }
 
 faults: $(VENV)/.ready
 	$(BIN)/python tests/faults.py
