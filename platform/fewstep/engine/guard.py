@@ -21,7 +21,9 @@ SUSPECT = 0.7  # share of a limit from which on trouble is said to have begun
 class Guard(Strict):
     """When a student counts as collapsed, and what is done then.
 
-    A look judges the means of the signals since the last one.
+    A look judges the means of the signals since the last one. Each limit is given with the worst of healthy runs, the
+    shipped Fashion-MNIST recipes with three seeds each over 100 to 600 steps, and with what three seeds of a run that
+    collapses, one critic update a student update at equal rates, reached within 40 student updates.
     """
 
     policy: Literal["off", "warn", "stop", "roll_back"] = "warn"
@@ -33,18 +35,22 @@ class Guard(Strict):
     window: Annotated[int, Field(ge=2)] = 8
     """Looks within which brightness swings, or throughout which the discriminator is right."""
     swing: Annotated[float, Field(gt=0)] = 0.4
-    """Limit of how far the mean's offset from the data's moves within the window, in the data's standard deviations."""
+    """Limit of how far the mean's offset from the data's moves within the window, in the data's standard deviations.
+    Healthy 0.22, the noise of a look; collapse 1.01, 1.15, 0.54."""
     brightness: Annotated[float, Field(gt=0)] = 0.6
-    """Limit of that offset itself, in the data's standard deviations."""
+    """Limit of that offset itself, for one that grows slowly. Healthy 0.13; collapse 0.64, 0.91, 0.37, later 1.6."""
     saturation: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Limit of the share of values beyond [-1, 1], above the data's own share. A white or black ground saturates."""
+    """Limit of the share of values beyond [-1, 1], above the data's own share. Healthy 0.27, of a black ground;
+    collapse 0.61, 0.76, 0.39, later 0.9."""
     diversity: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Least diversity as a share of the best the run had: one call of a teacher starts low, and only a loss is told."""
+    """Least diversity as a share of the best that the run had: one call of a teacher starts low, and only a loss is
+    told. Healthy 0.88; collapse 0.68, 0.57, 0.95, later 0.06."""
     accuracy: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Limit of the discriminator's accuracy throughout the window: it judges at all noise levels, the highest of which
-    leave little to tell, unless the images have nothing in common with the data."""
+    leave little to tell, unless the images have nothing in common with the data. Healthy 0.71 in any look."""
     rate: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Factor on the student's learning rate at each roll-back."""
+    """Factor on the student's learning rate at each roll-back. With 0.2 such a run went on quietly from step 10:
+    fd_fashion 3.0 after 300 steps (n = 1,000), against 39 after 80 without the guard."""
     max_roll_backs: Annotated[int, Field(ge=0)] = 3
     """Roll-backs before the run stops."""
 
