@@ -23,6 +23,7 @@ from fewstep.engine.train import Engine, Report
 from fewstep.metrics.base import evaluate
 from fewstep.networks.pretrained import open_teacher, save_denoiser
 from fewstep.recipe import load_recipe
+from fewstep.sweeps.settings import split
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "jobs" / "recipes"
@@ -50,7 +51,7 @@ def test_the_commands_in_a_recipes_head_are_valid(recipe):
         if job in SETTINGS:
             validate(runpy.run_path(str(ROOT / "jobs" / f"{job}.py"))[SETTINGS[job]], given)
         else:
-            load_recipe(argv(given), RECIPES, "none")
+            load_recipe(argv(split(given)[1] if job == "sweep" else given), RECIPES, "none")
 
 
 # CIFAR-10

@@ -18,8 +18,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from .. import run
@@ -138,7 +138,9 @@ class Runner(tune.Trainable):
                     self._await_checkpoint(said["step"])
                 return self._result(said)
             if kind == "end":
-                done = {"state": FINISHED if said["finished"] else STOPPED, "run_id": said["run_id"], "done": True}
+                done = {"state": FINISHED, "run_id": said["run_id"], "done": True}
+                if not said["finished"]:
+                    done |= {"state": FAILED, "reason": f"asked to stop at step {said['step']}; retry=true goes on"}
                 return self._result(self.held) | done
             if kind == "error":
                 return self._result(None) | {"state": FAILED, "reason": reason_of(said), "done": True}
@@ -298,7 +300,7 @@ class Conductor:
             if trial.phase == SEARCH:
                 self.proposals.report(number, result["images"], result["score"])
             text = "  ".join(f"{name} {value:.4g}" for name, value in result["scores"].items())
-            print(f"{self.label(trial)}  {text}  at {result['images']:,} images", flush=True)
+            print(f"{number:03d}  {text}  at {result['images']:,} images", flush=True)
         if "state" in result:
             state, reason = result["state"], result.get("reason")
             if state == FINISHED and not math.isfinite(trial.score(self.space.metric)):
@@ -310,7 +312,7 @@ class Conductor:
         trial = self.record.add("end", number, state=state, reason=reason, **fields)
         if trial.phase == SEARCH:
             self._tell(trial)
-        print(f"{self.label(trial)}  {state}{f': {reason}' if reason else ''}", flush=True)
+        print(f"{number:03d}  {state}{f': {reason}' if reason else ''}", flush=True)
         ended = self.record.ended()
         best = answer.best_score(ended, self.space)
         numbers = {"sweep/trials": len(ended), "sweep/hours": sum(t.hours for t in ended)}
@@ -362,12 +364,21 @@ class Tell(tune.Callback):
         number = self.conductor.numbers[trial.trial_id]
         mine = self.conductor.record.trials[number]
         if mine.state is None:
-            self.conductor.end(number, STOPPED, f"{self.conductor.sweep.scheduler} after {mine.images:,} images")
+            at = f"{mine.scores[-1]['images']:,} images" if mine.scores else "the start"
+            self.conductor.end(number, STOPPED, f"{self.conductor.sweep.scheduler}, at {at}")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         number = self.conductor.numbers[trial.trial_id]
         if self.conductor.record.trials[number].state is None:
             self.conductor.end(number, FAILED, reason_of(trial.pickled_error and trial.get_pickled_error() or Lost()))
+
+
+@dataclass(frozen=True)
+class Told:
+    """A trial that ended before this process began, as far as a scheduler looks at one."""
+
+    trial_id: str
+    status: str = "TERMINATED"
 
 
 def scheduler_of(sweep: Sweep, space: Space, recipe: Recipe, record: Record) -> TrialScheduler:
@@ -395,7 +406,7 @@ def scheduler_of(sweep: Sweep, space: Space, recipe: Recipe, record: Record) -> 
         scheduler = MedianStoppingRule(**known, grace_period=sweep.grace or every, min_samples_required=3)
     for trial in record.ended(SEARCH):
         if trial.scores:
-            told = SimpleNamespace(trial_id=f"told-{trial.number}", status="TERMINATED")
+            told = Told(f"told-{trial.number}")
             scheduler.on_trial_add(None, told)
             results = [{"images": s["images"], "score": s["scores"].get(space.metric, math.nan)} for s in trial.scores]
             results = [dict(result, training_iteration=i + 1, time_total_s=i) for i, result in enumerate(results)]
@@ -511,7 +522,7 @@ def sweep(
         asked = asked.model_copy(update={"name": asked.name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}"})
         check(asked, space, base)
         whole = localized(base)
-        recipe = apply(whole, {}, out=str(Path(whole.out) / asked.name), evaluate=trial_scores(whole))
+        recipe = trial_recipe(whole, asked.name)
         run.check(recipe)
         print(plan_text(asked, space, recipe))
         if "--dry-run" in argv:
@@ -524,9 +535,15 @@ def sweep(
             raise SystemExit(130) from None
 
 
-def trial_scores(recipe: Recipe) -> dict[str, Any]:
-    """A trial's scores are the recipe's but the teacher's, which are the same for all."""
-    return recipe.evaluate.model_dump(mode="json") | {"teacher_steps": []}
+def trial_recipe(recipe: Recipe, name: str) -> Recipe:
+    """What trials have in common: a folder, scores of the student only, since the teacher's are the same for all, and
+    the patience to wait for the CPUs of a trial that is being stopped."""
+    wait_s = max(recipe.cluster.wait_s, 2 * STOP_S)
+    return apply(
+        recipe,
+        {"evaluate.teacher_steps": [], "cluster.wait_s": wait_s},
+        out=str(Path(recipe.out) / name),
+    )
 
 
 def plan_text(sweep: Sweep, space: Space, recipe: Recipe) -> str:

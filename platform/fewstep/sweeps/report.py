@@ -19,8 +19,8 @@ CAPTIONS = {
         "repeated. The best mean is framed."
     ),
     "parallel": (
-        "A line a trial, through its settings to its {metric} on the right, the better the higher. Dashed: stopped early. "
-        "Thick: the best trial."
+        "A line a trial, through its settings to its {metric} on the right, the better the higher. Dashed: stopped "
+        "early. Thick: the best trial."
     ),
     "importance": (
         "How much of the variance of {metric} over this space each setting explains alone, by a random forest (fANOVA; "

@@ -26,7 +26,7 @@ def earlier_trials(sweep: Sweep, space: Space, recipe: Recipe) -> list[tuple[dic
     if not children:
         raise ConfigError(f"warm_start: run {parent.name!r} has no finished trials; give a sweep's parent run")
     wanted = flatten(recipe.numbers)
-    for key in wanted.keys() - space.domains.keys() - {"seed"}:
+    for key in [key for key in wanted if key not in space.domains and key != "seed"]:
         if any(child.params.get(key, wanted[key]) != wanted[key] for child in children):
             theirs = next(c.params[key] for c in children if c.params.get(key, wanted[key]) != wanted[key])
             raise ConfigError(

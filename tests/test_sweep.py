@@ -1,0 +1,298 @@
+"""Sweeps on Ray: trials in MLflow, failures, kills, populations; and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fewstep.build import make_engine, make_feed
+from fewstep.cluster import sweep as sweeps
+from fewstep.cluster.train import localized
+from fewstep.config import ConfigError, read, validate
+from fewstep.engine import state
+from fewstep.recipe import Recipe, load_recipe
+from fewstep.run import read_reports
+from fewstep.sweeps.record import FINISHED, SEARCH, Record
+from fewstep.sweeps.settings import Sweep
+from fewstep.sweeps.space import Space, apply, choice, loguniform
+from fewstep.sweeps.warm import earlier_trials
+from fewstep.tracking import Store
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "jobs" / "recipes"
+TTUR = "method.critic_updates_per_student_update"
+HEAD = "from fewstep.sweeps.space import *\nMETRIC, MODE = 'fd_fashion', 'min'\n"
+
+
+def words(tmp: Path, *more: str) -> list[str]:
+    """A sweep of the demo recipe cut to six steps of eight images, in `tmp`."""
+    small = [
+        f"out={tmp / 'runs'}",
+        "name=s",
+        "train.steps=6",
+        "train.batch=8",
+        "train.report_every=1",
+        "train.save_every=2",
+        "evaluate.images=100",
+        "evaluate.metrics=[fd_fashion,diversity]",
+        "cluster.threads=1",
+    ]
+    return list({word.split("=")[0]: word for word in (*small, *more)}.values())
+
+
+def space_file(tmp: Path, text: str) -> str:
+    (tmp / "mine.py").write_text(HEAD + text)
+    return f"space={tmp / 'mine.py'}"
+
+
+def sweep(argv: list[str]) -> dict | None:
+    return sweeps.sweep(argv, "", ROOT / "tune_spaces", RECIPES, "fashion_mnist", ROOT / "dashboards" / "sweep.html")
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    return [e for e in map(json.loads, (folder / "trials.jsonl").read_text().splitlines()) if e["event"] == kind]
+
+
+# Before anything runs
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "said"),
+    [
+        ("SPACE = {'method.gan_wieght': choice(0, 1)}", [], "SPACE['method.gan_wieght']"),
+        ("SPACE = {'method.gan_weight': choice(0, -1)}", [], "must be at least 0, got -1"),
+        ("SPACE = {'method.gan_weight': choice(0, 1)}\nMETRIC = 'fid'", [], "METRIC: 'fid' is carried by no report"),
+        ("SPACE = {}", [], "SPACE: empty"),
+        ("SPACE = {'method.gan_weight': choice(0, 1)}", ["trian.steps=3"], "trian: no such key; did you mean 'train'?"),
+        ("SPACE = {'method.gan_weight': choice(0, 1)}", ["scheduler=asha"], "evaluate.every_images: None"),
+    ],
+)
+def test_a_mistake_ends_a_sweep_before_it_begins(text, more, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sweep([space_file(tmp_path, text), *words(tmp_path, *more)])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_trial_that_needs_more_than_the_cluster_is_refused(ray_cluster, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        sweep(["space=ttur", *words(tmp_path, "cluster.workers=64", "train.batch=64")])
+    assert "cluster.workers: a trial needs 64.01 CPUs, the cluster has 4 CPUs" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "s" / "trials.jsonl").exists()
+
+
+def test_a_dry_run_says_what_would_run(tmp_path, capsys):
+    assert sweep(["--dry-run", "space=ttur_gan_weight", "search=grid", "corner_seeds=3", *words(tmp_path)]) is None
+    assert "grid, none scheduler, 20 trials of 48 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("asked", "need", "device", "cpus", "gpus", "n"),
+    [(2, 1.01, "cpu", 4, 0, 2), (4, 1.01, "cpu", 4, 0, 3), (9, 1.01, "cuda", 64, 4, 4), (1, 4, "cpu", 4, 0, 1)],
+)
+def test_as_many_trials_run_at_a_time_as_the_cluster_has_room_for(asked, need, device, cpus, gpus, n, capsys):
+    recipe = SimpleNamespace(cluster=SimpleNamespace(workers=1))
+    assert sweeps.slots(recipe, asked, need, device, cpus, gpus) == n
+    assert (f"parallel: {n} at a time and not {asked}" in capsys.readouterr().out) == (n < asked)
+
+
+# Schedulers go by images, and are told again what a killed sweep knew
+
+
+def record_of(tmp: Path, *scores: list[float]) -> Record:
+    record = Record(tmp, {})
+    for n, values in enumerate(scores):
+        record.add("trial", n, values={TTUR: n}, seed=0, phase=SEARCH, run=f"s-{n:03d}")
+        for i, value in enumerate(values):
+            images = 16 * (i + 1)
+            record.add("score", n, images=images, step=i, scores={"fd": value}, spent=images, hours=0.0)
+        record.add("end", n, state=FINISHED, reason=None, spent=16 * len(values), hours=0.0)
+    return record
+
+
+@pytest.mark.parametrize("name", ["asha", "median"])
+def test_a_scheduler_stops_what_lags_behind_the_record(name, tmp_path):
+    recipe = load_recipe(words(tmp_path, "evaluate.every_images=16"), RECIPES, "fashion_mnist")
+    space = Space("s", "?", {TTUR: choice(1, 2)}, "fd", "min", {"fd": "min"})
+    record = record_of(tmp_path, [3.0, 2.0, 1.0], [3.1, 2.1, 1.1], [3.2, 2.2, 1.2])
+    scheduler = sweeps.scheduler_of(Sweep(space="s", scheduler=name, reduction=2), space, recipe, record)
+    decisions = {}
+    for who, score in (("good", 0.5), ("bad", 9.0)):
+        trial = sweeps.Told(who, "RUNNING")
+        scheduler.on_trial_add(None, trial)
+        controller = SimpleNamespace(get_live_trials=lambda: [], get_trials=lambda: [])
+        result = {"images": 16, "score": score, "training_iteration": 1, "time_total_s": 1}
+        decisions[who] = scheduler.on_trial_result(controller, trial, result)
+    assert decisions == {"good": "CONTINUE", "bad": "STOP"}
+
+
+def test_a_population_stays_within_its_bounds():
+    space = Space("s", "?", {"optim.fake.lr": loguniform(1e-4, 1e-3), TTUR: choice(1, 2)}, "fd", "min", {"fd": "min"})
+    assert sweeps.bounded(space, {"optim.fake.lr": 2e-3, TTUR: 2}) == {"optim.fake.lr": 1e-3, TTUR: 2}
+    assert sweeps.mutation(space, TTUR, 0) == [1, 2]
+    draws = {sweeps.mutation(space, "optim.fake.lr", seed)() for seed in range(5)}
+    assert len(draws) == 5 and all(1e-4 <= value <= 1e-3 for value in draws)
+
+
+# Trials
+
+
+def test_trials_are_runs_below_one_and_a_failed_one_says_why(ray_cluster, store, tmp_path, capsys):
+    """Two trials, one of which cannot find its data."""
+    space = space_file(tmp_path, "SPACE = {'data.path': choice('shipped:fashion_mnist/shards', '/nowhere')}")
+    argv = [space, "search=grid", *words(tmp_path, f"tracking.uri={store}", "tracking.experiment=sweep")]
+    closing = sweep(argv)
+    folder = tmp_path / "runs" / "s"
+    assert {k: closing[k] for k in ("trials", "finished", "failed", "images")} == dict(
+        trials=2, finished=1, failed=1, images=48
+    )
+    runs = Store(store, "sweep")
+    parent = runs.find("s")
+    children = {run.name: run for run in runs.children(parent)}
+    assert {name: run.status for name, run in children.items()} == {"s-000": "FINISHED", "s-001": "FAILED"}
+    assert "/nowhere" in children["s-001"].tags["sweep.reason"]
+    assert children["s-000"].tags["sweep.path"] == "shipped:fashion_mnist/shards"
+    assert {Path(path).name for path in runs.files(parent)} >= {"best.yaml", "table.md", "report.html"}
+    assert parent.metrics["sweep/trials"] == 2
+
+    score = closing["fd_fashion"]  # an earlier sweep teaches another one, where nothing but its space differs
+    recipe = localized(load_recipe(words(tmp_path, f"tracking.uri={store}"), RECIPES, "fashion_mnist"))
+    other = Space("gan", "?", {"method.gan_weight": choice(3e-3, 1e-2)}, "fd_fashion", "min", {"fd_fashion": "min"})
+    learner = Sweep(space="gan", warm_start="s")
+    assert earlier_trials(learner, other, recipe) == [({"method.gan_weight": 0.003}, [score])]
+    with pytest.raises(ConfigError, match="warm_start: sweep 's' has train.steps 6 and this one 7"):
+        earlier_trials(learner, other, apply(recipe, {"train.steps": 7}))
+
+    before = (folder / "trials.jsonl").read_bytes()
+    assert sweep(argv)["run_id"] == closing["run_id"]  # the same words again find everything done
+    assert (folder / "trials.jsonl").read_bytes() == before
+
+
+def environment() -> dict[str, str]:
+    """This process's without a cluster to join: the driver starts its own."""
+    return {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+
+
+def driver(tmp: Path, store: str, *more: str) -> subprocess.Popen:
+    """jobs/sweep.py in a process and a Ray of its own."""
+    command = [sys.executable, str(ROOT / "jobs" / "sweep.py"), *words(tmp, f"tracking.uri={store}", *more)]
+    with open(tmp / f"{time.time_ns()}.log", "w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment(), cwd=tmp)
+
+
+def closing(tmp: Path, process: subprocess.Popen) -> dict:
+    code = process.wait(timeout=1500)
+    text = max(tmp.glob("*.log")).read_text()
+    assert code == 0, text[-4000:]
+    return json.loads(text.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("search", ["grid", "random"])
+def test_a_killed_driver_goes_on_and_ends_where_an_undisturbed_one_does(search, store, tmp_path):
+    more = [f"space={ROOT / 'tune_spaces' / 'ttur.py'}", f"search={search}", f"tracking.experiment=kill-{search}"]
+    more += ["trials=3"] if search == "random" else []
+    whole = closing(tmp_path, driver(tmp_path, store, *more, "name=whole"))
+    folder = tmp_path / "runs" / "cut"
+    process = driver(tmp_path, store, *more, "name=cut")
+    deadline = time.monotonic() + 600
+    while not (folder / "trials.jsonl").exists() or not events(folder, "end"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    runs = Store(store, f"kill-{search}")
+    done = {e["trial"]: e["run_id"] for e in events(folder, "end")}
+    started = {run.run_id: run.start_ms for run in runs.children(runs.find("cut"))}
+
+    again = closing(tmp_path, driver(tmp_path, store, *more, "name=cut"))
+    assert {k: again[k] for k in ("trials", "fd_fashion", "images")} == {
+        k: whole[k] for k in ("trials", "fd_fashion", "images")
+    }
+    ends = events(folder, "end")
+    assert len(ends) == len({e["trial"] for e in ends}) == whole["trials"]
+    assert done.items() <= {e["trial"]: e["run_id"] for e in ends}.items()
+    children = runs.children(runs.find("cut"))
+    assert len(children) == whole["trials"]  # an interrupted trial goes on as the same run
+    assert started.items() <= {run.run_id: run.start_ms for run in children}.items()
+    for run_id in done.values():
+        run = runs.find(run_id)
+        assert run.tags["fewstep.opened"] == "1"  # nobody came back to a finished run
+
+    if search == "grid":  # the best recipe alone gives the trial's score, to the last bit
+        command = [sys.executable, str(ROOT / "jobs" / "distill.py"), f"recipe={again['best']}", "name=alone"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=900)
+        assert json.loads(done.stdout.splitlines()[-1])["student"]["fd_fashion"] == again["fd_fashion"], done.stderr
+
+
+@pytest.mark.slow
+def test_four_trials_at_a_time_lose_no_row_in_sqlite(tmp_path):
+    """On a database that nobody made before; a quarter of a core a trial lets four fit on two."""
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    text = "SPACE = {'optim.student.lr': loguniform(1e-5, 1e-4, points=4)}"
+    more = [space_file(tmp_path, text), "search=grid", "parallel=4", "cluster.cpus_per_worker=0.25", "train.steps=20"]
+    result = closing(tmp_path, driver(tmp_path, store, *more))
+    assert result["finished"] == 4
+    log = max(tmp_path.glob("*.log")).read_text()
+    assert "locked" not in log and "not sent" not in log
+    runs = Store(store)
+    for run in runs.children(runs.find("s")):
+        reports = read_reports(tmp_path / "runs" / "s" / run.name)
+        assert len(reports) == 20
+        for key in reports[0]["metrics"]:
+            found = [(p.step, p.value) for p in runs.history(run, key)]
+            assert found == [(r["step"], r["metrics"][key]) for r in reports if key in r["metrics"]], key
+
+
+@pytest.mark.slow
+def test_the_same_error_in_the_first_trials_stops_the_sweep(ray_cluster, store, tmp_path, capsys):
+    space = space_file(tmp_path, "SPACE = {'method.gan_weight': choice(0, 1e-3, 2e-3, 3e-3, 4e-3)}")
+    argv = [space, "search=grid", "parallel=1", *words(tmp_path, f"tracking.uri={store}", "data.path=/nowhere")]
+    with pytest.raises(SystemExit):
+        sweep(argv)
+    assert "the first 3 trials failed alike" in capsys.readouterr().err
+    assert len(events(tmp_path / "runs" / "s", "end")) == 3
+
+
+@pytest.mark.slow
+def test_a_population_takes_over_weights_and_changes_rates(store, tmp_path):
+    """After an exploit the optimiser's rate is the new one, and training goes on from the donor's weights."""
+    text = "SPACE = {'optim.student.lr': loguniform(1e-6, 1e-3), 'optim.fake.lr': loguniform(1e-6, 1e-3)}"
+    more = [space_file(tmp_path, text), "search=random", "scheduler=pbt", "trials=2", "train.steps=40"]
+    more += ["train.save_every=1", "train.keep=60", "evaluate.every_images=40", "optim.student.warmup_steps=0"]
+    more += ["optim.fake.warmup_steps=0", "optim.student.decay_from=1.0", "tracking.experiment=pbt"]
+    closing(tmp_path, driver(tmp_path, store, *more))
+    folder = tmp_path / "runs" / "s"
+    taken = sorted(folder.glob("s-*-g*/recipe.yaml"))
+    assert taken, "no trial took over another's weights"
+    for path in taken:
+        recipe = validate(Recipe, read(path))
+        donor = Path(recipe.resume)
+        old = validate(Recipe, read(donor.parents[1] / "recipe.yaml"))
+        assert recipe.optim["student"].lr != old.optim["student"].lr or recipe.optim["fake"].lr != old.optim["fake"].lr
+        assert donor.parents[1].name.split("-g")[0] != recipe.name.split("-g")[0]
+        reports = read_reports(path.parent)
+        assert reports[0]["step"] == state.step_of(donor) + 1
+        # a step from the donor's weights, done here again, is the one that the trial did: the same weights, bit for bit
+        with make_feed(recipe.data, recipe.seed) as feed:
+            engine = make_engine(recipe, feed)
+            engine.resume(donor, recipe.resume_allow)
+            next(iter(engine.run()))
+        assert engine.optims["student"].param_groups[0]["lr"] == recipe.optim["student"].at(
+            state.step_of(donor), recipe.train.steps
+        )
+        theirs = state.read_weights(
+            folder / path.parent.name / "checkpoints" / f"step-{engine.step:08d}", "net.student"
+        )
+        mine = dict(engine.nets["student"].named_parameters())
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
