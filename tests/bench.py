@@ -1,7 +1,8 @@
 """The ratios that the README quotes, each side by side in one run: `make bench`. The last line is a JSON object.
 
 student against teacher, images/s at one batch size; the step under Ray against the bare loop; the share of time spent
-waiting for data; and, by bench_feed.py in a process of its own, Ray Data's feed against a torch DataLoader.
+waiting for data; what a checkpoint costs; and, by bench_feed.py in a process of its own, Ray Data's feed against a torch
+DataLoader.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_worker_niceness", "0")  # workers and the bare loop compete as equals for the cores
@@ -25,7 +27,7 @@ from fewstep.recipe import Recipe, load_recipe
 from fewstep.run import read_reports
 
 ROOT = Path(__file__).resolve().parents[1]
-ROUNDS, STEPS = 3, 40
+ROUNDS, STEPS, SAVE_EVERY = 3, 40, 5
 
 
 def recipe(folder: str, name: str) -> Recipe:
@@ -66,12 +68,37 @@ def stepping(folder: str) -> dict[str, float]:
     return {"ray_step_over_bare_step": median(ratios), "data_wait": median(waits)}
 
 
+def saving(folder: str) -> dict[str, float]:
+    """Seconds that a checkpoint costs the training, in steps: saved behind it, and waited for; against none."""
+    lost: dict[str, list[float]] = {"behind": [], "waited": []}
+    torch.set_num_threads(1)
+    for i in range(ROUNDS):
+        took = {}
+        for how in ("none", "behind", "waited"):
+            r = recipe(folder, f"{how}-{i}")
+            with make_feed(r.data, r.seed) as feed:
+                engine = make_engine(r, feed, folder=None if how == "none" else r.folder)
+                start = perf_counter()
+                for report in engine.run():
+                    if how != "none" and report.step % SAVE_EVERY == 0 and not engine.finished:
+                        engine.save()
+                        if how == "waited":
+                            engine.wait()
+                took[how] = perf_counter() - start
+        for how in lost:
+            lost[how].append((took[how] - took["none"]) / (STEPS / SAVE_EVERY) / (took["none"] / STEPS))
+    return {f"steps_lost_by_a_checkpoint_{how}": median(values) for how, values in lost.items()}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     found = sampling()
     print(f"sampling: student {found['student_over_teacher_images_per_s']:.1f} x the teacher's images/s at 35 calls")
     with tempfile.TemporaryDirectory(prefix="bench", dir="/tmp") as folder:
         found |= stepping(folder)
+        found |= saving(folder)
+    print("a checkpoint costs {steps_lost_by_a_checkpoint_behind:.2f} steps".format(**found), end="")
+    print(", waited for {steps_lost_by_a_checkpoint_waited:.2f}".format(**found))
     print(f"step: Ray over bare loop {found['ray_step_over_bare_step']:.3f}, waiting for data {found['data_wait']:.4f}")
     feed = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "bench_feed.py")], stdout=subprocess.PIPE, text=True, check=True
