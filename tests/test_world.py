@@ -24,18 +24,17 @@ from fewstep.methods import METHODS
 from fewstep.networks.average import average
 from fewstep.networks.backbones import TextUNet, Transformer
 from fewstep.networks.blocks import blocks, checkpoint_activations, compile_passes
-from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.denoiser import Denoiser, Guided
 
 GAN = METHODS["dmd2"](gan_weight=0.05, critic_updates_per_student_update=2, student_steps=2)
 TRAIN = {"steps": 30, "batch": 16, "report_every": 10}
 LAYOUTS = {
     "replicate": Layout(),
     "shard": Layout(placement="shard"),
-    "shard, teacher whole": Layout(placement="shard", teacher_placement="replicate"),
-    "shard, recomputed": Layout(placement="shard", checkpoint_activations=True),
+    "shard, recompute": Layout(placement="shard", checkpoint_activations=True, teacher_placement="replicate"),
     "hybrid": Layout(placement="hybrid"),
 }
-OF_SIZE = {2: ["replicate", "shard", "shard, teacher whole", "shard, recomputed"], 4: ["replicate", "shard", "hybrid"]}
+OF_SIZE = {2: ["replicate", "shard", "shard, recompute"], 4: ["replicate", "shard", "hybrid"]}
 
 
 class Descent(torch.optim.Optimizer):
@@ -141,7 +140,7 @@ def work(rank: int, size: int, folder: str) -> None:
         results["average"] = everything(trained_average(offloaded))
         for name in ("unet", "text", "dit"):
             for precision in ("fp32", "bf16"):
-                net = World.current(layout=LAYOUTS["shard, recomputed"]).place("fake", backbone(name, precision))
+                net = World.current(layout=LAYOUTS["shard, recompute"]).place("fake", backbone(name, precision))
                 results[f"{name} {precision}"] = backbone_gradients(net, *inputs(name, rank, size))
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
@@ -161,14 +160,15 @@ def equal_training(layout: Layout, size: int) -> dict:
     return {"gradients": gradients, "weights": everything(engine), "metrics": smooth, "held": shares}
 
 
-def bf16_denoiser(seed: int = 0) -> Denoiser:
-    return Denoiser(toy.denoiser(seed).backbone, EDM(), "edm", toy.DATA_STD, precision="bf16")
+def bf16_denoiser(seed: int = 0, **kwargs) -> Denoiser:
+    return Denoiser(toy.denoiser(seed, **kwargs).backbone, EDM(), "edm", toy.DATA_STD, precision="bf16")
 
 
 def bf16_teacher() -> dict:
-    """Its weights before and after six steps, and whether any of them asked for gradients in a phase."""
-    world = World.current(layout=LAYOUTS["shard, teacher whole"])
-    engine = toy.make_engine(GAN, teacher=bf16_denoiser(1), data=toy.Mixture(), world=world, steps=6)
+    """A guided teacher's weights before and after six steps, and whether any asked for gradients in a phase."""
+    world = World.current(layout=LAYOUTS["shard, recompute"])
+    guided, start = Guided(bf16_denoiser(1, classes=4), 2.0), toy.denoiser(classes=4)
+    engine = toy.make_engine(GAN, teacher=guided, start=start, data=toy.Mixture(labelled=True), world=world, steps=6)
     teacher, asked, optimise = engine.nets["teacher"], [], engine._optimise
 
     def look(index, phase, losses):
@@ -213,7 +213,8 @@ def world_results(tmp_path_factory):
 
     def results(size: int) -> list[dict]:
         if not (folder(size) / "meet").exists():
-            torch.multiprocessing.spawn(work, (size, str(folder(size))), nprocs=size)
+            torch.multiprocessing.set_forkserver_preload(["test_world"])  # imported once for all ranks
+            torch.multiprocessing.start_processes(work, (size, str(folder(size))), size, start_method="forkserver")
         return [torch.load(folder(size) / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
     return results
@@ -269,7 +270,7 @@ def test_each_worker_holds_its_share_of_the_weights(world_results, size, name):
 @pytest.mark.parametrize("name", ["unet", "text", "dit"])
 def test_sharded_diffusers_models_give_the_gradients_of_plain_ones(world_results, name):
     """With activations recomputed, early exit, and (dit) an embedding that is called inside and outside its block."""
-    for precision, near in (("fp32", 2e-6), ("bf16", 0.02)):
+    for precision, near in (("fp32", 1e-6), ("bf16", 0.01)):
         expected = backbone_gradients(backbone(name, precision), *inputs(name))
         for rank in world_results(2):
             assert distance(rank[f"{name} {precision}"], expected) < near
@@ -283,7 +284,9 @@ def test_trap_11_the_teacher_is_never_unfrozen_nor_changed(world_results):
         teacher = rank["teacher"]
         assert len(teacher["asked"]) == 9 and not any(teacher["asked"])
         assert toy.same(teacher["before"], teacher["after"])
-        assert {v.dtype for v in teacher["before"].values()} == {torch.bfloat16}  # an MLP is blocks and no root
+        dtypes = {k: v.dtype for k, v in teacher["before"].items()}
+        assert dtypes.pop("denoiser.backbone.label.weight") == torch.float32  # all else is in the blocks
+        assert set(dtypes.values()) == {torch.bfloat16}
     net = World().place("teacher", labelled("bf16"))
     stored = {name: p.dtype for name, p in net.backbone.model.named_parameters()}
     for name, dtype in stored.items():
