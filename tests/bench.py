@@ -1,7 +1,7 @@
 """The ratios that the README quotes, each side by side in one run: `make bench`. The last line is a JSON object.
 
 student against teacher, images/s at one batch size; the step under Ray against the bare loop; the share of time spent
-waiting for data; what a checkpoint costs; and, by bench_feed.py in a process of its own, Ray Data's feed against a torch
+waiting for data; what a checkpoint costs; and, by bench_feed.py in a process of its own, Ray Data against a torch
 DataLoader.
 """
 

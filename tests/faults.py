@@ -1,4 +1,4 @@
-"""The fault table: a line a fault, with what was measured, and `N passed, N failed` at the end. `make faults` runs it."""
+"""The fault table: a line a fault, with what was measured, and `N passed, N failed` last. `make faults` runs it."""
 
 from __future__ import annotations
 

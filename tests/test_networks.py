@@ -673,3 +673,16 @@ def test_a_new_network_starts_as_its_skip(model):
 def test_mistakes_in_a_new_network_name_their_field(fields, says):
     with pytest.raises(ConfigError, match=says):
         new_denoiser(Network(**fields))
+
+
+def test_a_denoiser_in_bfloat16_put_back_to_float32_answers_as_if_it_had_never_been():
+    torch.manual_seed(0)
+    x, level, cond = torch.randn(2, 1, 16, 16), EDM().level(torch.tensor([0.1, 2.0]).double(), 4), torch.tensor([0, 1])
+    nets = []
+    for precision in ("fp32", "bf16"):
+        backbone = UNet(unet(0, num_class_embeds=11, in_channels=4, out_channels=4), 10, 2)
+        nets.append(Denoiser(backbone, EDM(), "edm", precision=precision).eval())
+    with torch.no_grad():
+        plain, cast = (net(x, level, cond) for net in nets)
+        assert not torch.equal(plain, cast)
+        assert torch.equal(plain, nets[1].float()(x, level, cond)) and nets[1].precision == "fp32"

@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from . import build, run
 from .diffusion.level import Level
+from .networks.blocks import checkpoint_activations
 from .networks.denoiser import Denoiser
 from .recipe import Recipe
 
@@ -46,9 +47,11 @@ def activations(forward: Callable[[int], int], count: int) -> int:
 
 
 def memory(recipe: Recipe) -> list[dict[str, Any]]:
-    """Bytes each role needs on a worker: weights, gradients, optimiser, activations of one micro-batch."""
-    nets = build.make_nets(recipe)
-    shards = recipe.cluster.workers if recipe.cluster.placement == "shard" else 1
+    """Bytes each role needs on a worker: weights, gradients, optimiser, activations of one micro-batch.
+
+    How many workers a node will have is not known beforehand: what is sharded inside a node counts whole.
+    """
+    nets, layout = build.make_nets(recipe), recipe.cluster
     count = recipe.train.batch // (recipe.cluster.workers * recipe.train.accumulate)
     student = nets["student"]
 
@@ -65,12 +68,16 @@ def memory(recipe: Recipe) -> list[dict[str, Any]]:
         trains = role in recipe.method.roles
         net.eval().requires_grad_(trains)
         size = sum(p.numel() * p.element_size() for p in net.parameters())
+        shards = recipe.cluster.workers if layout.of(role) == "shard" else 1
+        held = size * (2 if role == "student" and recipe.train.profile and not layout.offload_average else 1)
+        if trains and layout.checkpoint_activations:
+            checkpoint_activations(net)
         forward = lambda samples, net=net: saved_bytes(net, inputs(net, samples))
         rows.append(
             {
                 "role": role,
                 "parameters": sum(p.numel() for p in net.parameters()),
-                "weights": size * (2 if role == "student" and recipe.train.profile else 1) // shards,
+                "weights": held // shards,
                 "gradients": size // shards if trains else 0,
                 "optimiser": 2 * size // shards if trains else 0,
                 "activations": activations(forward, count) if trains else 0,

@@ -101,6 +101,18 @@ def in_bf16(net: nn.Module) -> None:
             module.register_forward_pre_hook(_in_float32, with_kwargs=True)
 
 
+def in_float32(net: nn.Module) -> None:
+    """Undoes `in_bf16`."""
+    for module in net.modules():
+        run = vars(module).get("forward")
+        if isinstance(run, partial) and run.func is _autocast:
+            del module.forward
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _in_float32:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 def _autocast(run: Callable, *args: Any, **kwargs: Any) -> Any:
     args, kwargs = _cast((args, kwargs), torch.bfloat16, ndim=2)  # a time (B,) keeps its digits
     device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))

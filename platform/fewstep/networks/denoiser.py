@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..diffusion.level import PREDICTIONS, Level
 from ..diffusion.schedules import Schedule
-from .blocks import Pass, in_bf16
+from .blocks import Pass, in_bf16, in_float32
 
 Mode = Literal["x0", "features", "both"]
 
@@ -50,6 +50,12 @@ class Denoiser(nn.Module):
     def precision(self) -> str:
         """Of the blocks: "fp32" or "bf16"."""
         return self._precision
+
+    def float(self) -> Denoiser:
+        """Blocks compute in float32 from now on, whatever they did before, and so are all parameters."""
+        in_float32(self.backbone)
+        self._precision = "fp32"
+        return super().float()
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -104,8 +104,7 @@ def export(
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        net = deepcopy(denoiser).cpu().eval()
-        net.precision = "fp32"
+        net = deepcopy(denoiser).cpu().eval().float()
         _write(net, tmp, levels, card, class_names)
         worst = _compare(net, tmp, levels)
         tmp.chmod(0o755)
