@@ -130,9 +130,8 @@ def test_a_scheduler_stops_what_lags_behind_the_record(name, tmp_path):
     for who, score in (("good", 0.5), ("bad", 9.0)):
         trial = sweeps.Told(who, "RUNNING")
         scheduler.on_trial_add(None, trial)
-        controller = SimpleNamespace(get_live_trials=lambda: [], get_trials=lambda: [])
         result = {"images": 16, "score": score, "training_iteration": 1, "time_total_s": 1}
-        decisions[who] = scheduler.on_trial_result(controller, trial, result)
+        decisions[who] = scheduler.on_trial_result(None, trial, result)
     assert decisions == {"good": "CONTINUE", "bad": "STOP"}
 
 

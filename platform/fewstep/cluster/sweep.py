@@ -31,7 +31,7 @@ from ..sweeps import answer, judge
 from ..sweeps.proposals import Grid, Proposals, proposals
 from ..sweeps.record import FAILED, FINISHED, SEARCH, SEEDS, STOPPED, Record, Trial
 from ..sweeps.settings import Budget, Sweep, check, devices, images_of, split
-from ..sweeps.space import Choice, Dice, Space, apply, load_space
+from ..sweeps.space import Choice, Dice, Space, apply, load_space, values_of
 from ..sweeps.warm import earlier_trials
 from ..tracking.provenance import Provenance
 from ..tracking.tracker import Tracker
@@ -91,6 +91,8 @@ class Runner(tune.Trainable):
 
     def _begin(self) -> None:
         self.recipe = self._my_recipe()
+        values = self.config["values"]
+        self.values = values if self.plan["population"] is None else values_of(self.recipe, values)
         self.thread = threading.Thread(target=self._fit, name="fewstep-trial", daemon=True)
         self.thread.start()
 
@@ -104,17 +106,27 @@ class Runner(tune.Trainable):
         folders = generations(Path(base.out), self.trial_name)
         if self.donor and self.donor["trial"] != self.trial_name:
             self.told = -1
-            own |= dict(resume=self.donor["checkpoint"], resume_allow=self.plan["population"])
-            return apply(base, values, **own | dict(name=f"{self.trial_name}-g{len(folders) + 1}"))
+            own |= dict(name=f"{self.trial_name}-g{len(folders) + 1}", resume_allow=self.plan["population"])
+            return apply(base, values, **own, resume=self._donated())
         if folders:
+            scored = [line["images"] for line in run.report_lines(folders[-1]) if "scores" in line]
+            self.told = max(scored, default=-1)
             return validate(Recipe, read(folders[-1] / "recipe.yaml"))
         return apply(base, values, **own)
 
+    def _donated(self) -> str:
+        """The donor's checkpoint; where it has made way for newer ones by now, the newest."""
+        given = self.donor["checkpoint"]
+        if state.complete(given):
+            return given
+        donor = validate(Recipe, read(Path(self.plan["recipe"]["out"]) / self.donor["run"] / "recipe.yaml"))
+        return str(state.newest(donor.checkpoints))
+
     def _fit(self) -> None:
         tags = self.plan["tags"] | {"sweep.trial": self.trial_name, "sweep.run": self.recipe.name}
-        tags |= {f"sweep.{self.plan['short'][key]}": str(value) for key, value in self.config["values"].items()}
+        tags |= {f"sweep.{self.plan['short'][key]}": str(value) for key, value in self.values.items()}
         if self.donor:
-            tags["sweep.from"] = self.donor["checkpoint"]
+            tags["sweep.from"] = self.recipe.resume
         try:
             self.lines.put(("end", fit(self.recipe, self._follow, tags=tags, shared=True)))
         except BaseException as error:  # whatever ends a run is this trial's result, and not the sweep's end
@@ -147,7 +159,7 @@ class Runner(tune.Trainable):
 
     def _result(self, line: dict[str, Any] | None) -> dict[str, Any]:
         images, hours = spent(Path(self.recipe.out), self.trial_name)
-        result = {"run": self.recipe.name, "spent": images, "hours": hours, "values": self.config["values"]}
+        result = {"run": self.recipe.name, "spent": images, "hours": hours, "values": self.values}
         if line is None:
             return result | {"images": images}
         self.told = line["images"]
@@ -403,7 +415,12 @@ def scheduler_of(sweep: Sweep, space: Space, recipe: Recipe, record: Record) -> 
             **known, grace_period=sweep.grace or every, max_t=whole, reduction_factor=sweep.reduction
         )
     else:
-        scheduler = MedianStoppingRule(**known, grace_period=sweep.grace or every, min_samples_required=3)
+        scheduler = MedianStoppingRule(
+            **known,
+            grace_period=sweep.grace or every,
+            min_samples_required=3,
+            min_time_slice=math.inf,  # a trial makes way for no other: to begin again costs more than to wait
+        )
     for trial in record.ended(SEARCH):
         if trial.scores:
             told = Told(f"told-{trial.number}")
@@ -522,7 +539,7 @@ def sweep(
         asked = asked.model_copy(update={"name": asked.name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}"})
         check(asked, space, base)
         whole = localized(base)
-        recipe = trial_recipe(whole, asked.name)
+        recipe = trial_recipe(whole, asked)
         run.check(recipe)
         print(plan_text(asked, space, recipe))
         if "--dry-run" in argv:
@@ -535,15 +552,16 @@ def sweep(
             raise SystemExit(130) from None
 
 
-def trial_recipe(recipe: Recipe, name: str) -> Recipe:
+def trial_recipe(recipe: Recipe, sweep: Sweep) -> Recipe:
     """What trials have in common: a folder, scores of the student only, since the teacher's are the same for all, and
-    the patience to wait for the CPUs of a trial that is being stopped."""
-    wait_s = max(recipe.cluster.wait_s, 2 * STOP_S)
-    return apply(
-        recipe,
-        {"evaluate.teacher_steps": [], "cluster.wait_s": wait_s},
-        out=str(Path(recipe.out) / name),
-    )
+    the patience to wait for the CPUs of a trial that is being stopped. A population saves at each report, and keeps
+    what another may take over."""
+    common = {"evaluate.teacher_steps": [], "cluster.wait_s": max(recipe.cluster.wait_s, 2 * STOP_S)}
+    if sweep.scheduler == "pbt":
+        report = recipe.train.report_every
+        apart = (sweep.grace or recipe.evaluate.every_images) // (report * recipe.train.batch)
+        common |= {"train.save_every": report, "train.keep": max(recipe.train.keep, 2 * apart + 2)}
+    return apply(recipe, common, out=str(Path(recipe.out) / sweep.name))
 
 
 def plan_text(sweep: Sweep, space: Space, recipe: Recipe) -> str:

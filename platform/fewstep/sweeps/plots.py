@@ -127,7 +127,7 @@ def parallel(space: Space, trials: Sequence[Trial], names: Mapping[str, str]) ->
     axes = figure.subplots()
     axes.set_axis_off()
     axes.set_xlim(-0.35, len(keys) + 0.3)
-    axes.set_ylim(-0.16, 1.2)
+    axes.set_ylim(-0.16 if any(len(t.values) < len(keys) for t in trials) else -0.05, 1.2)
     height = lambda score: float(norm(score)) if space.mode == "max" else 1 - float(norm(score))
     order = _best_first(space, trials)
     for trial in reversed(order):

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import math
 import runpy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
@@ -163,6 +164,8 @@ class Range:
         return (value - low) / (high - low)
 
     def marks(self) -> list[float]:
+        if self.steps is not None and self.steps <= 6:
+            return self.points()
         if not self.log:
             return [float(f"{x:.6g}") for x in np.linspace(self.low, self.high, 5)]
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
@@ -419,6 +422,12 @@ def apply(recipe: Recipe, values: Mapping[str, Any], **more: Any) -> Recipe:
     for key, value in values.items():
         data = override(data, key, value)
     return validate(Recipe, data | more)
+
+
+def values_of(recipe: Recipe, keys: Iterable[str]) -> dict[str, Any]:
+    """The recipe's values of dotted keys."""
+    data = recipe.model_dump(mode="json")
+    return {key: reduce(lambda inner, part: inner[part], key.split("."), data) for key in keys}
 
 
 def check_space(space: Space, recipe: Recipe, objectives: Sequence[str]) -> None:
