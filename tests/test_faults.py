@@ -263,10 +263,10 @@ def test_a_rank_that_never_comes_back_ends_the_run_and_is_named(ray_cluster, sto
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of its own, of 24 MiB. Needs the right to mount, as root in a container has."""
+    """A file system of its own, of 96 MiB, for three checkpoints. Needs the right to mount, as root in a container has."""
     folder = tmp_path / "small"
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(folder)], check=True)
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
