@@ -263,7 +263,7 @@ def test_a_rank_that_never_comes_back_ends_the_run_and_is_named(ray_cluster, sto
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of its own, of 96 MiB, for three checkpoints. Needs the right to mount, as root in a container has."""
+    """A file system of its own, of 96 MiB: three checkpoints. Needs the right to mount, as root in a container has."""
     folder = tmp_path / "small"
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(folder)], check=True)

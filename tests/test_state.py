@@ -246,6 +246,9 @@ def test_which_checkpoints_stay():
     assert Keep(last=1).choose(images, scores, pending=[4, 40]) == {4, 10}
     assert Keep(last=1, every_images=300).choose(images, {}) == {3, 6, 9, 10}
     assert Keep(last=1, every_images=250).choose(images, {}) == {3, 5, 8, 10}  # the first after 250, 500, 750, 1000
+    assert Keep(last=1, back_steps=4).choose(images, {}) == {6, 7, 8, 9, 10}
+    assert Keep(last=1, back_steps=4).choose({0: 0, 5: 500, 10: 1000}, {}) == {5, 10}
+    assert Keep(last=1, back_steps=40).choose(images, {}) == set(images)
 
 
 def test_retention_follows_the_scores_and_survives_a_restart(tmp_path):

@@ -98,7 +98,7 @@ class CheckpointError(ValueError):
 
 
 class Keep(Strict):
-    """Which checkpoints outlive the next one: the newest, the best, and milestones."""
+    """Which checkpoints outlive the next one: the newest, the best, milestones, and a way back."""
 
     last: Annotated[int, Field(ge=1)] = 2
     """The newest."""
@@ -108,6 +108,8 @@ class Keep(Strict):
     """The first after each multiple of so many images; null keeps none for that."""
     higher: bool = False
     """Whether a higher score is better."""
+    back_steps: Annotated[int, Field(ge=0)] = 0
+    """All of the last so many steps, and the one before those, to roll back to; 0 keeps none for that."""
 
     def choose(self, images: Mapping[int, int], scores: Mapping[int, float], pending: Iterable[int] = ()) -> set[int]:
         """The steps that stay, of checkpoints given as step -> images. A score that is not finite is none."""
@@ -115,6 +117,9 @@ class Keep(Strict):
         stays = set(steps[-self.last :]) | (set(pending) & set(steps))
         scored = [step for step in steps if math.isfinite(scores.get(step, math.nan))]
         stays |= set(sorted(scored, key=lambda step: scores[step], reverse=self.higher)[: self.best])
+        if self.back_steps:
+            before = [step for step in steps if step <= steps[-1] - self.back_steps]
+            stays |= {step for step in steps if step >= max(before, default=0)}
         first: dict[int, int] = {}
         for step in steps if self.every_images else []:
             first.setdefault(images[step] // self.every_images, step)

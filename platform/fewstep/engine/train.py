@@ -229,16 +229,18 @@ class Engine:
         self.updates = dict.fromkeys((p.name for p in method.phases()), 0)
         self.rates = dict.fromkeys(method.roles, 1.0)  # factors on the learning rates, which roll-backs lower
         self.roll_backs = 0
+        self.watch = None if guard is None or guard.policy == "off" else Watch(guard)
+        slowest = max(phase.every for phase in method.phases())
+        self.look_every = 0 if self.watch is None else guard.steps(train.batch, slowest)
+        rolls = self.watch is not None and guard.policy == "roll_back"
         keep = state.Keep(
             last=train.keep,
             best=train.keep_best,
             every_images=train.keep_every_images,
             higher=train.keep_best_mode == "max",
+            back_steps=guard.window * self.look_every if rolls else 0,  # as far back as an alarm may date the trouble
         )
         self.saver = None if folder is None else state.Saver(folder, world, keep)
-        self.watch = None if guard is None or guard.policy == "off" else Watch(guard)
-        slowest = max(phase.every for phase in method.phases())
-        self.look_every = 0 if self.watch is None else guard.steps(train.batch, slowest)
         self.health = Meter(world.device)  # what the guard looks at, between reports
         self.stopping = False
         self.heard = torch.zeros((), device=world.device)  # the largest of what all ranks had to say
