@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from demo import RECIPES, ROOT, STEPS, losses, mlflow_history, recipe, untimed, words
 
-from fewstep.build import make_engine, make_feed
+from fewstep.build import make_engine, make_feed, make_metrics, make_samples
 from fewstep.cluster import jobs
 from fewstep.cluster.train import Unplaceable, fit
 from fewstep.data.shards import ShardWriter
 from fewstep.dryrun import describe
+from fewstep.students import open_student
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +31,23 @@ def bare(tmp_path_factory) -> list[dict[str, float]]:
 
 def test_ray_gives_the_losses_of_the_bare_loop_and_a_folder_keeps_its_recipe(ray_cluster, store, bare, tmp_path):
     seen = []
-    result = fit(recipe(tmp_path, "name=whole", f"tracking.uri={store}"), seen.append)
+    scored = ["evaluate.metrics=[fd_fashion]", "evaluate.images=64", "evaluate.every_images=24"]
+    result = fit(recipe(tmp_path, "name=whole", f"tracking.uri={store}", *scored), seen.append)
     assert losses(tmp_path / "runs" / "whole") == bare
-    assert [report["step"] for report in seen] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in seen if "metrics" in line] == list(range(1, STEPS + 1))
     history = mlflow_history(store, result["run_id"], "student/match")
     assert history == [(i + 1, loss["student/match"]) for i, loss in enumerate(bare)]
     images = mlflow_history(store, result["run_id"], "by_images/student/match")
     assert images == [(8 * (i + 1), loss["student/match"]) for i, loss in enumerate(bare)]
     for grid in ("student", "teacher", "fake"):
         assert (tmp_path / "runs" / "whole" / f"{grid}.png").is_file()
-    with pytest.raises(ValueError, match="written by another recipe"):  # the worker's own words, not Ray's about them
+    # the checkpoint of step 3 was scored in a task of its own, from the samples that its run would have drawn
+    found = {line["step"]: line["scores"]["fd_fashion"] for line in seen if "scores" in line}
+    assert found.keys() == {3, 6}
+    student = open_student(tmp_path / "runs" / "whole" / "checkpoints" / "step-00000003")
+    [fd_fashion] = make_metrics(student.recipe)
+    assert found[3] == fd_fashion(make_samples(student.sampler, 64)).value
+    with pytest.raises(ValueError, match="seed: 0 -> 1"):  # the worker's own words, not Ray's about them
         fit(recipe(tmp_path, "name=whole", "seed=1", f"tracking.uri={store}"))
 
 

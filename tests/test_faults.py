@@ -112,6 +112,7 @@ def test_kill_9_of(ray_cluster, store, whole, tmp_path, record_property, name, v
     record_property("from kill to first new report", f"{killer.back_s:.1f} s")
 
 
+@pytest.mark.slow
 def test_failures_beyond_the_limit_end_the_run_with_the_reason_and_the_same_words_go_on(
     ray_cluster, store, whole, tmp_path
 ):
@@ -123,6 +124,7 @@ def test_failures_beyond_the_limit_end_the_run_with_the_reason_and_the_same_word
     assert len(mlflow_history(store, result["run_id"], "event/lost")) == 1
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_worker_saves_on_all_and_the_same_words_go_on(ray_cluster, store, whole, tmp_path):
     small = ["name=notice", f"tracking.uri={store}", *SHORT]
     asked = []
