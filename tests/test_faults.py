@@ -62,10 +62,10 @@ def assert_as_if_nothing_happened(folder: Path, whole: Path, store: str, run_id:
 
 
 def processes(name: str) -> list[psutil.Process]:
-    """Ray's processes whose title has the name."""
+    """The processes of this session's cluster, and of no other, whose title has the name."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        title = " ".join(process.info["cmdline"] or [])
+    for process in psutil.Process().children(recursive=True):
+        title = " ".join(process.cmdline())
         if title.startswith("ray::") and name in title:
             found.append(process)
     return found
