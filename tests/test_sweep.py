@@ -267,11 +267,15 @@ def test_the_same_error_in_the_first_trials_stops_the_sweep(ray_cluster, store, 
 def test_a_population_takes_over_weights_and_changes_rates(store, tmp_path):
     """After an exploit the optimiser's rate is the new one, and training goes on from the donor's weights."""
     text = "SPACE = {'optim.student.lr': loguniform(1e-6, 1e-3), 'optim.fake.lr': loguniform(1e-6, 1e-3)}"
-    more = [space_file(tmp_path, text), "search=random", "scheduler=pbt", "trials=2", "train.steps=40"]
-    more += ["train.save_every=1", "train.keep=60", "evaluate.every_images=40", "optim.student.warmup_steps=0"]
-    more += ["optim.fake.warmup_steps=0", "optim.student.decay_from=1.0", "tracking.experiment=pbt"]
+    more = [space_file(tmp_path, text), "search=random", "scheduler=pbt", "trials=2", "train.steps=160"]
+    more += ["train.report_every=5", "train.save_every=5", "train.keep=40", "evaluate.every_images=160"]
+    more += ["optim.student.warmup_steps=0", "optim.student.decay_from=1.0", "tracking.experiment=pbt"]
     closing(tmp_path, driver(tmp_path, store, *more))
-    folder = tmp_path / "runs" / "s"
+    check_population(tmp_path / "runs" / "s")
+
+
+def check_population(folder: Path) -> None:
+    """Every generation after the first starts at its donor's weights and trains at its own rate."""
     taken = sorted(folder.glob("s-*-g*/recipe.yaml"))
     assert taken, "no trial took over another's weights"
     for path in taken:
@@ -281,11 +285,11 @@ def test_a_population_takes_over_weights_and_changes_rates(store, tmp_path):
         assert recipe.optim["student"].lr != old.optim["student"].lr or recipe.optim["fake"].lr != old.optim["fake"].lr
         assert donor.parents[1].name.split("-g")[0] != recipe.name.split("-g")[0]
         reports = read_reports(path.parent)
-        assert reports[0]["step"] == state.step_of(donor) + 1
-        # a step from the donor's weights, done here again, is the one that the trial did: the same weights, bit for bit
+        assert reports[0]["step"] == state.step_of(donor) + 5
+        # five steps from the donor's weights, done here again, give the trial's weights, bit for bit
         with make_feed(recipe.data, recipe.seed) as feed:
             engine = make_engine(recipe, feed)
-            engine.resume(donor, recipe.resume_allow)
+            engine.resume(donor)
             next(iter(engine.run()))
         assert engine.optims["student"].param_groups[0]["lr"] == recipe.optim["student"].at(
             state.step_of(donor), recipe.train.steps

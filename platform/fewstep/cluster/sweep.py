@@ -228,7 +228,7 @@ class Conductor:
         self.budget = Budget.parse(sweep.budget) if sweep.budget else None
         self.short = answer.short_names(space, recipe)
         self.proposals: Proposals = Grid([])
-        self.phase, self.waiting, self.numbers = SEARCH, [], {}
+        self.phase, self.waiting = SEARCH, []
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles what it is given; a sweep goes on from its record
@@ -241,6 +241,11 @@ class Conductor:
     def name(self, number: int) -> str:
         """Of a trial in Tune, and of its run."""
         return f"{Path(self.recipe.out).name}-{number:03d}"
+
+    def config(self, trial: Trial) -> dict[str, Any]:
+        """What Tune gives the trial's actor."""
+        told = trial.scores[-1]["images"] if trial.scores else -1
+        return {"name": self.name(trial.number), "values": trial.values, "seed": trial.seed, "told": told}
 
     # the search
 
@@ -346,17 +351,18 @@ class Ask(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         trial = self.conductor.next()
-        if trial is None:
-            return Searcher.FINISHED
-        self.conductor.numbers[trial_id] = trial.number
-        told = trial.scores[-1]["images"] if trial.scores else -1
-        return {"name": self.conductor.name(trial.number), "values": trial.values, "seed": trial.seed, "told": told}
+        return Searcher.FINISHED if trial is None else self.conductor.config(trial)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None: ...
 
     def save(self, checkpoint_path: str) -> None: ...
 
     def restore(self, checkpoint_path: str) -> None: ...
+
+
+def number_of(trial: Any) -> int:
+    """Of Tune's trial, whose settings may be another one's by now: its name stays."""
+    return int(trial.custom_trial_name.rpartition("-")[2])
 
 
 class Tell(tune.Callback):
@@ -366,21 +372,21 @@ class Tell(tune.Callback):
         self.conductor = conductor
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        mine = self.conductor.record.trials[self.conductor.numbers[trial.trial_id]]
+        mine = self.conductor.record.trials[number_of(trial)]
         print(f"{self.conductor.label(mine)}  starts", flush=True)
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
-        self.conductor.result(self.conductor.numbers[trial.trial_id], result)
+        self.conductor.result(number_of(trial), result)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        number = self.conductor.numbers[trial.trial_id]
+        number = number_of(trial)
         mine = self.conductor.record.trials[number]
         if mine.state is None:
             at = f"{mine.scores[-1]['images']:,} images" if mine.scores else "the start"
             self.conductor.end(number, STOPPED, f"{self.conductor.sweep.scheduler}, at {at}")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        number = self.conductor.numbers[trial.trial_id]
+        number = number_of(trial)
         if self.conductor.record.trials[number].state is None:
             self.conductor.end(number, FAILED, reason_of(trial.pickled_error and trial.get_pickled_error() or Lost()))
 
@@ -486,16 +492,24 @@ def place(recipe: Recipe, asked: int) -> tuple[int, str]:
 def run_phase(conductor: Conductor, scheduler: TrialScheduler, parallel: int, plan: dict[str, Any]) -> None:
     """Runs trials until the conductor has no more."""
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # trials that fail are the record's to tell
-    trainable = tune.with_resources(tune.with_parameters(Runner, plan=plan), {"CPU": ACTOR_CPUS})
+    known: dict[str, Any] = dict(search_alg=Ask(conductor), num_samples=-1)
+    space = None
+    if isinstance(scheduler, PopulationBasedTraining):  # which takes no search: its trials are all there at the start
+        configs = {config["name"]: config for config in map(conductor.config, iter(conductor.next, None))}
+        if not configs:
+            return
+        known = {}
+        look_up = lambda key: tune.sample_from(lambda spec: configs[spec.config.name][key])
+        space = {"name": tune.grid_search(list(configs))} | {key: look_up(key) for key in ("values", "seed", "told")}
     tune.Tuner(
-        trainable,
+        tune.with_resources(tune.with_parameters(Runner, plan=plan), {"CPU": ACTOR_CPUS}),
+        param_space=space,
         tune_config=tune.TuneConfig(
-            search_alg=Ask(conductor),
             scheduler=scheduler,
-            num_samples=-1,
             max_concurrent_trials=parallel,
             trial_name_creator=lambda trial: trial.config["name"],
             trial_dirname_creator=lambda trial: trial.config["name"],
+            **known,
         ),
         run_config=tune.RunConfig(
             name=f"tune-{time.time_ns():x}",
@@ -624,8 +638,9 @@ def _sweep(sweep: Sweep, space: Space, base: Recipe, recipe: Recipe, template: P
                 f"the first {SAME_ERRORS} trials failed alike, so the sweep stops: {reason}; mend it, and retry=true"
             )
         conductor.begin_seeds(repeats(sweep, space, recipe, record))
-        run_phase(conductor, FIFOScheduler(), parallel, plan)
-        annotate(conductor, tags)
+        if conductor.waiting:
+            run_phase(conductor, FIFOScheduler(), parallel, plan)
+            annotate(conductor, tags)
         return answer.write(sweep, space, base, record, tracker, template)
 
 
