@@ -243,7 +243,7 @@ def test_four_trials_at_a_time_lose_no_row_in_sqlite(tmp_path):
     result = closing(tmp_path, driver(tmp_path, store, *more))
     assert result["finished"] == 4
     log = max(tmp_path.glob("*.log")).read_text()
-    assert "locked" not in log and "not sent" not in log
+    assert "database is locked" not in log and "not sent" not in log
     runs = Store(store)
     for run in runs.children(runs.find("s")):
         reports = read_reports(tmp_path / "runs" / "s" / run.name)
