@@ -75,6 +75,7 @@ class Reduced:
     def close(self): ...
 
 
+@pytest.mark.slow
 def test_everything_that_is_broken_is_named_with_the_way_out(ray_cluster, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "_Peers", Reduced)
     recipe = (ROOT / "jobs" / "recipes" / "fashion_mnist.yaml").read_text()

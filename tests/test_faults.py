@@ -1,6 +1,6 @@
 """Every fault met on purpose: what it does to a run on Ray, and that the run ends as if nothing had happened.
 
-`make faults` runs all of these and prints a line for each; `make test` runs those not marked slow.
+`make faults` runs all of these, and the quicker faults of other files, and prints a line for each.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fewstep.engine.train import NonFinite
 from fewstep.run import read_reports
 from fewstep.watchdog import Stalled
 
-pytestmark = pytest.mark.fault
+pytestmark = [pytest.mark.fault, pytest.mark.slow]  # a run on Ray takes half a minute
 STEPS, SAVE = 24, 4
 TWO = ("cluster.workers=2", "cluster.placement=shard")
 SHORT = (f"train.steps={STEPS}", f"train.save_every={SAVE}", "train.report_every=2", "cluster.wait_s=30", *TWO)
@@ -99,8 +99,8 @@ def workers(count: int) -> Callable[[], list[psutil.Process]]:
     ("name", "victims"),
     [
         ("one_worker", workers(1)),
-        pytest.param("every_worker", workers(2), marks=pytest.mark.slow),
-        pytest.param("the_controller", lambda: processes("TrainController"), marks=pytest.mark.slow),
+        pytest.param("every_worker", workers(2)),
+        pytest.param("the_controller", lambda: processes("TrainController")),
     ],
 )
 def test_kill_9_of(ray_cluster, store, whole, tmp_path, record_property, name, victims):
@@ -112,7 +112,6 @@ def test_kill_9_of(ray_cluster, store, whole, tmp_path, record_property, name, v
     record_property("from kill to first new report", f"{killer.back_s:.1f} s")
 
 
-@pytest.mark.slow
 def test_failures_beyond_the_limit_end_the_run_with_the_reason_and_the_same_words_go_on(
     ray_cluster, store, whole, tmp_path
 ):
@@ -124,7 +123,6 @@ def test_failures_beyond_the_limit_end_the_run_with_the_reason_and_the_same_word
     assert len(mlflow_history(store, result["run_id"], "event/lost")) == 1
 
 
-@pytest.mark.slow
 def test_sigterm_to_one_worker_saves_on_all_and_the_same_words_go_on(ray_cluster, store, whole, tmp_path):
     small = ["name=notice", f"tracking.uri={store}", *SHORT]
     asked = []
@@ -166,7 +164,6 @@ def once(marker: Path) -> bool:
     return True
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("point", ["before_its_file", "before_the_manifest", "before_the_rename"])
 def test_kill_9_of_the_worker_that_writes_a_checkpoint(ray_cluster, store, whole, tmp_path, monkeypatch, point):
     marker = tmp_path / "killed"
@@ -211,7 +208,7 @@ def phase_with(monkeypatch, rank: int, act: Callable[[Any, int], Any]) -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [pytest.param(float("nan"), id="a_nan"), pytest.param(1e30, id="a_gradient_of_1e30", marks=pytest.mark.slow)],
+    [pytest.param(float("nan"), id="a_nan"), pytest.param(1e30, id="a_gradient_of_1e30")],
 )
 def test_in_one_ranks_loss_stops_all_ranks_before_any_weight_moves(ray_cluster, store, tmp_path, monkeypatch, bad):
     def act(terms, step):
@@ -230,7 +227,6 @@ def test_in_one_ranks_loss_stops_all_ranks_before_any_weight_moves(ray_cluster, 
     assert all(value.isfinite().all() for value in state.read_weights(path).values())
 
 
-@pytest.mark.slow
 def test_a_rank_ten_times_slower_is_waited_for(ray_cluster, store, whole, tmp_path, monkeypatch):
     def act(terms, step):
         time.sleep(1.0)
@@ -241,7 +237,6 @@ def test_a_rank_ten_times_slower_is_waited_for(ray_cluster, store, whole, tmp_pa
     assert_as_if_nothing_happened(tmp_path / "runs" / "slow", whole, store, result["run_id"])
 
 
-@pytest.mark.slow
 def test_a_rank_that_never_comes_back_ends_the_run_and_is_named(ray_cluster, store, tmp_path, monkeypatch):
     def act(terms, step):
         if step == 9:
@@ -273,7 +268,6 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.slow
 def test_a_disk_that_fills_up_ends_the_run_on_all_ranks_and_leaves_the_checkpoint_before(
     ray_cluster, store, whole, tmp_path, small_disk
 ):
@@ -298,7 +292,6 @@ def test_a_disk_that_fills_up_ends_the_run_on_all_ranks_and_leaves_the_checkpoin
 # The rest of what a run stands on
 
 
-@pytest.mark.slow
 def test_kill_9_of_the_mlflow_server(ray_cluster, whole, tmp_path):
     """Training goes on without it, and what it missed is sent when it is back."""
     uri, port = f"sqlite:///{tmp_path / 'server.db'}", free_port()
@@ -369,7 +362,6 @@ def until_step(folder: Path, step: int, driver: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.slow
 def test_kill_9_of_the_driver_and_the_same_words_again(store, whole, tmp_path):
     small = ["name=driver", f"tracking.uri={store}", *SHORT]
     driver = submit(tmp_path, *small)
@@ -382,7 +374,6 @@ def test_kill_9_of_the_driver_and_the_same_words_again(store, whole, tmp_path):
     assert_as_if_nothing_happened(tmp_path / "runs" / "driver", whole, store, closing["run_id"])
 
 
-@pytest.mark.slow
 def test_sigterm_saves_after_the_step_at_hand_and_exits_0_and_the_same_words_go_on(store, whole, tmp_path):
     small = ["name=term", f"tracking.uri={store}", *SHORT]
     driver = submit(tmp_path, *small)
@@ -407,7 +398,6 @@ def assert_same_end(folder: Path, whole: Path) -> None:
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
 
 
-@pytest.mark.slow
 def test_an_elastic_run_goes_on_with_one_worker_when_a_node_dies(store, whole, tmp_path):
     """The same batches in the same order; sums in another order, hence losses that agree and are not equal."""
     script = Path(__file__).with_name("elastic.py")
