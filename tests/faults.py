@@ -28,8 +28,9 @@ class Table:
 
 def main() -> int:
     table = Table()
-    # the command's own -m replaces that of pyproject.toml, which leaves the slow ones out
-    status = pytest.main(["-m", "fault", "-p", "no:terminal", str(Path(__file__).parent)], plugins=[table])
+    # pyproject.toml's options are for `make test`, which leaves the slow ones out and prints in pytest's own way
+    words = ["-o", "addopts=", "-m", "fault", "-p", "no:terminal", *sys.argv[1:]]
+    status = pytest.main([*words, str(Path(__file__).parent)], plugins=[table])
     print(f"{table.passed} passed, {table.failed} failed")
     return int(status)
 
