@@ -16,7 +16,7 @@ help:
 	@echo "make demo       train a one-step Fashion-MNIST generator and score it (about 10 minutes on two cores)"
 	@echo "make sweep      which TTUR ratio? six short trials and a report (under 15 minutes on two cores)"
 	@echo "make test       the test suite (under 12 minutes on two cores)"
-	@echo "make faults     every fault met on purpose: kills, full disks, collapses (about 15 minutes)"
+	@echo "make faults     every fault met on purpose: kills, full disks, collapses (about 20 minutes)"
 	@echo "make slow       the tests that make test leaves out"
 	@echo "make lint       ruff"
 	@echo "make bench      the ratios the README quotes"
