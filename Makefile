@@ -14,9 +14,9 @@ export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
 help:
 	@echo "make demo       train a one-step Fashion-MNIST generator and score it (about 10 minutes on two cores)"
-	@echo "make sweep      which TTUR ratio? six short trials and a report (under 15 minutes on two cores)"
+	@echo "make sweep      which TTUR ratio? six short trials and a report"
 	@echo "make test       the test suite (under 12 minutes on two cores)"
-	@echo "make faults     every fault met on purpose: kills, full disks, collapses (about 20 minutes)"
+	@echo "make faults     every fault met on purpose: kills, full disks, collapses; half a minute and more each"
 	@echo "make slow       the tests that make test leaves out"
 	@echo "make lint       ruff"
 	@echo "make bench      the ratios the README quotes"

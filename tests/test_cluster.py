@@ -14,7 +14,7 @@ from demo import RECIPES, ROOT, STEPS, losses, mlflow_history, recipe, untimed, 
 
 from fewstep.build import make_engine, make_feed, make_metrics, make_samples
 from fewstep.cluster import jobs
-from fewstep.cluster.train import Unplaceable, fit
+from fewstep.cluster.train import Unplaceable, fit, localized
 from fewstep.data.shards import ShardWriter
 from fewstep.dryrun import describe
 from fewstep.students import open_student
@@ -61,6 +61,15 @@ def test_two_workers_train_on_the_global_batch_of_one(ray_cluster, store, bare, 
     # AdamW turns the rounding of gradients near zero into sign noise, so later steps agree less closely
     for a, b in zip(two, bare, strict=True):
         assert a["critic/denoise"] == pytest.approx(b["critic/denoise"], rel=2e-2)
+
+
+def test_workers_elsewhere_get_urls_as_they_are_and_other_places_absolute(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_HOME", str(tmp_path))
+    places = ["start.student=s3://bucket/a", "start.fake=b", "resume=s3://bucket/c", "storage=s3://bucket/d"]
+    found = localized(recipe(tmp_path, "name=x", *places))
+    assert found.start == {"student": "s3://bucket/a", "fake": str(Path("b").absolute())}
+    assert (found.resume, found.checkpoints) == ("s3://bucket/c", "s3://bucket/d/x")
+    assert localized(recipe(tmp_path, "name=x", "storage=d")).checkpoints == tmp_path / "d" / "x"
 
 
 def test_more_workers_than_the_cluster_has_is_said_and_not_waited_for(ray_cluster, tmp_path):

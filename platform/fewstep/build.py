@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .config import read, resolve, validate
+from .config import read, resolve, resolve_ref, validate
 from .data.feed import Feed, open_feed
 from .data.shards import Shards
 from .diffusion.draws import Draws, fold
@@ -41,7 +41,7 @@ def make_nets(recipe: Recipe) -> dict[str, nn.Module]:
     teacher = make_teacher(recipe)
     nets = recipe.method.nets(teacher, lambda: new_head(teacher))
     for role, folder in recipe.start.items():
-        path = latest(folder if "://" in folder else resolve(folder))
+        path = latest(resolve_ref(folder))
         if path is None:
             raise ValueError(f"start.{role}: no checkpoint below {folder!r}; give the folder of a run")
         state.load_net(nets[role], state.read_weights(path, f"net.{role}"), str(path))

@@ -68,6 +68,11 @@ def resolve(path: str | Path) -> Path:
     return Path(text).expanduser().absolute()
 
 
+def resolve_ref(ref: str | Path) -> Path | str:
+    """A URL such as s3://bucket/x as it is, and anything else as `resolve` has it."""
+    return str(ref) if "://" in str(ref) else resolve(ref)
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """A YAML file as a nested dict. Raises ConfigError naming the file when it is missing or is not a mapping."""
     path = Path(path)

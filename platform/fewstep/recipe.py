@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from functools import reduce
 from operator import or_
@@ -12,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from .config import ConfigError, Strict, nearest, override, read, resolve, validate, words
+from .config import ConfigError, Strict, nearest, override, read, resolve, resolve_ref, validate, words
 from .engine.guard import Guard
 from .engine.optim import Optim
+from .engine.state import fingerprint
 from .engine.train import Train
 from .engine.world import Layout
 from .methods import METHODS
@@ -198,7 +197,8 @@ class Recipe(Strict):
         """Where the run's checkpoints go: a folder, or a URL when `storage` is one."""
         if self.storage is None:
             return self.folder / "checkpoints"
-        return f"{self.storage.rstrip('/')}/{self.name}" if "://" in self.storage else resolve(self.storage) / self.name
+        storage = resolve_ref(self.storage)
+        return storage / self.name if isinstance(storage, Path) else f"{storage.rstrip('/')}/{self.name}"
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -209,8 +209,8 @@ class Recipe(Strict):
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen letters that stand for `numbers`."""
-        return hashlib.sha256(json.dumps(self.numbers, sort_keys=True).encode()).hexdigest()[:16]
+        """Sixteen letters that stand for `numbers`; a checkpoint's manifest has the same."""
+        return fingerprint(self.numbers)
 
 
 def find_recipe(ref: str, folder: Path) -> Path:

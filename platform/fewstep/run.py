@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from . import build
-from .config import read, resolve, validate
+from .config import read, resolve, resolve_ref, validate
 from .data.feed import Feed
 from .diffusion.draws import INDICES, Draws, fold
 from .diffusion.samplers import to_uint8
@@ -235,7 +235,7 @@ def start_from(recipe: Recipe) -> Path | str | None:
         return own[-1]
     if recipe.resume in ("auto", "never"):
         return None
-    given = recipe.resume if "://" in recipe.resume else resolve(recipe.resume)
+    given = resolve_ref(recipe.resume)
     inside = [given] if state.complete(given) else [c for c in (build.latest(given),) if c is not None]
     if not inside:
         raise ValueError(

@@ -35,13 +35,9 @@ def train(argv: list[str], doc: str, recipes: Path, default: str) -> dict[str, A
         with Progress(recipe) as progress:
             result = fit(recipe, progress)
     if not result["finished"]:
-        again = shlex.join(["python", sys.argv[0], *argv, *([] if named(argv) else [f"name={recipe.name}"])])
+        own = [word for word in argv if not word.startswith("name=")]
+        again = shlex.join(["python", sys.argv[0], *own, f"name={recipe.name}"])
         print(json.dumps({"run_id": result["run_id"], "finished": False, "step": result["step"], "again": again}))
         return None
     print(table(result["rows"]))
     return result
-
-
-def named(argv: list[str]) -> bool:
-    """Whether the words name the run, so that the same words go on with it."""
-    return any(word.startswith("name=") for word in argv)

@@ -38,7 +38,7 @@ from ..tracking.tracker import Tracker
 from ..watchdog import STOP
 from .session import connect
 from .stream import DATA_CPUS
-from .train import Lost, Unplaceable, fit, localized
+from .train import Lost, Unplaceable, fit, localized, reason_of
 
 for _name, _value in {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the record and MLflow are the logs
@@ -209,12 +209,6 @@ def spent(folder: Path, name: str) -> tuple[int, float]:
             images += seen
             hours += devices(recipe) * seen / report["metrics"]["images_per_s"] / 3600
     return int(images), hours
-
-
-def reason_of(error: BaseException) -> str:
-    """An error as one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 # What the driver does

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import build, run, watchdog
-from ..config import resolve
+from ..config import resolve, resolve_ref
 from ..engine.train import Collapsed
 from ..engine.world import World
 from ..metrics.base import Score, evaluate
@@ -54,9 +54,9 @@ def localized(recipe: Recipe) -> Recipe:
         data["teacher"] = str(locate(recipe.teacher))
     if recipe.storage and "://" not in recipe.storage:
         data["storage"] = str(base / recipe.storage)
-    if "://" not in recipe.resume and recipe.resume not in ("auto", "never"):
-        data["resume"] = str(resolve(recipe.resume))
-    data["start"] = {role: str(resolve(path)) for role, path in recipe.start.items()}
+    if recipe.resume not in ("auto", "never"):
+        data["resume"] = str(resolve_ref(recipe.resume))
+    data["start"] = {role: str(resolve_ref(path)) for role, path in recipe.start.items()}
     for key in ("features", "reference", "inception", "inception_reference"):
         if data["evaluate"][key]:
             data["evaluate"][key] = str(resolve(data["evaluate"][key]))
@@ -125,7 +125,6 @@ def fit(
                     raise
                 record(recipe, origin, "restart", str(lost))
                 gauges.count("restart")
-    raise AssertionError("unreachable: the loop returns or raises")
 
 
 def _attempt(recipe: Recipe, device: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -158,9 +157,9 @@ def _attempt(recipe: Recipe, device: str, config: dict[str, Any]) -> dict[str, A
     except WorkerGroupError as error:
         raise _cause(error.worker_failures) from error
     except ControllerError as error:
-        raise Lost(f"cluster: Ray Train's controller failed: {_first_line(error.controller_failure)}") from error
+        raise Lost(f"cluster: Ray Train's controller failed: {reason_of(error.controller_failure)}") from error
     except ray.exceptions.RayActorError as error:
-        raise Lost(f"cluster: Ray Train's controller died: {_first_line(error)}") from error
+        raise Lost(f"cluster: Ray Train's controller died: {reason_of(error)}") from error
 
 
 def on_workers(act: Callable[[], None]) -> Any:
@@ -188,11 +187,12 @@ def _cause(failures: Mapping[int, Exception]) -> Exception:
             return error
     died = {rank: error for rank, error in failures.items() if isinstance(error, WorkerHealthCheckFailedError)}
     for rank, error in (died or ({} if own else causes)).items():
-        return Lost(f"cluster: rank {rank} of the workers was lost: {_first_line(error)}")
+        return Lost(f"cluster: rank {rank} of the workers was lost: {reason_of(error)}")
     return next(iter(own.values()))
 
 
-def _first_line(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """An error as one line."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
