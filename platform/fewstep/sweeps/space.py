@@ -213,7 +213,7 @@ class Integers:
 class ZeroOr:
     """Zero, which switches something off, or a value of another domain."""
 
-    domain: Any
+    domain: Domain
 
     def draw(self, key: str, source: Source) -> Any:
         return self.domain.draw(key, source) if source.suggest_categorical(f"{key} on", [False, True]) else 0
@@ -245,7 +245,7 @@ class Given:
     """A domain that is asked only where the value of `key`, which stands above it in the space, is not zero."""
 
     key: str
-    domain: Any
+    domain: Domain
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.domain, name)
@@ -293,7 +293,7 @@ def zero_or(domain: Range | Integers) -> ZeroOr:
     return ZeroOr(domain)
 
 
-def given(key: str, domain: Any) -> Given:
+def given(key: str, domain: Domain) -> Given:
     """The domain where the value of `key` is not zero, and else nothing: the recipe's own value stays."""
     return Given(key, domain)
 
@@ -358,7 +358,7 @@ class Space:
                 yield values
 
     @staticmethod
-    def _applies(domain: Any, values: Mapping[str, Any]) -> bool:
+    def _applies(domain: Domain | Given, values: Mapping[str, Any]) -> bool:
         return not isinstance(domain, Given) or bool(values.get(domain.key))
 
 
