@@ -17,11 +17,11 @@ import torch
 from fewstep.build import make_engine, make_feed
 from fewstep.cluster import sweep as sweeps
 from fewstep.cluster.train import localized
-from fewstep.config import ConfigError, read, validate
+from fewstep.config import ConfigError, read, resolve, validate
 from fewstep.engine import state
 from fewstep.recipe import Recipe, load_recipe
 from fewstep.run import read_reports
-from fewstep.sweeps.record import FINISHED, SEARCH, Record
+from fewstep.sweeps.record import FINISHED, SEARCH, Record, Trial
 from fewstep.sweeps.settings import Sweep
 from fewstep.sweeps.space import Space, apply, choice, loguniform
 from fewstep.sweeps.warm import earlier_trials
@@ -60,6 +60,10 @@ def sweep(argv: list[str]) -> dict | None:
 
 def events(folder: Path, kind: str) -> list[dict]:
     return [e for e in map(json.loads, (folder / "trials.jsonl").read_text().splitlines()) if e["event"] == kind]
+
+
+def trials_of(folder: Path) -> dict[int, Trial]:
+    return Record(folder, events(folder, "sweep")[-1]["settings"]).trials
 
 
 # Before anything runs
@@ -147,8 +151,9 @@ def test_a_population_stays_within_its_bounds():
 
 
 def test_trials_are_runs_below_one_and_a_failed_one_says_why(ray_cluster, store, tmp_path, capsys):
-    """Two trials, one of which cannot find its data."""
-    space = space_file(tmp_path, "SPACE = {'data.path': choice('shipped:fashion_mnist/shards', '/nowhere')}")
+    """Two trials, one of which cannot find its data; once it is there, that one alone is run again."""
+    lost = tmp_path / "lost"
+    space = space_file(tmp_path, f"SPACE = {{'data.path': choice('shipped:fashion_mnist/shards', '{lost}')}}")
     argv = [space, "search=grid", *words(tmp_path, f"tracking.uri={store}", "tracking.experiment=sweep")]
     closing = sweep(argv)
     folder = tmp_path / "runs" / "s"
@@ -159,7 +164,7 @@ def test_trials_are_runs_below_one_and_a_failed_one_says_why(ray_cluster, store,
     parent = runs.find("s")
     children = {run.name: run for run in runs.children(parent)}
     assert {name: run.status for name, run in children.items()} == {"s-000": "FINISHED", "s-001": "FAILED"}
-    assert "/nowhere" in children["s-001"].tags["sweep.reason"]
+    assert str(lost) in children["s-001"].tags["sweep.reason"]
     assert children["s-000"].tags["sweep.path"] == "shipped:fashion_mnist/shards"
     assert {Path(path).name for path in runs.files(parent)} >= {"best.yaml", "table.md", "report.html"}
     assert parent.metrics["sweep/trials"] == 2
@@ -175,6 +180,12 @@ def test_trials_are_runs_below_one_and_a_failed_one_says_why(ray_cluster, store,
     before = (folder / "trials.jsonl").read_bytes()
     assert sweep(argv)["run_id"] == closing["run_id"]  # the same words again find everything done
     assert (folder / "trials.jsonl").read_bytes() == before
+
+    lost.symlink_to(resolve("shipped:fashion_mnist/shards"))
+    closing = sweep([*argv, "retry=true"])
+    assert {k: closing[k] for k in ("trials", "finished", "failed")} == dict(trials=2, finished=2, failed=0)
+    assert [e["trial"] for e in events(folder, "end")][2:] == [1]
+    assert len({trial.score("fd_fashion") for trial in trials_of(folder).values()}) == 1  # they are the same images
 
 
 def environment() -> dict[str, str]:
@@ -261,6 +272,38 @@ def test_the_same_error_in_the_first_trials_stops_the_sweep(ray_cluster, store, 
         sweep(argv)
     assert "the first 3 trials failed alike" in capsys.readouterr().err
     assert len(events(tmp_path / "runs" / "s", "end")) == 3
+
+
+@pytest.mark.slow
+def test_searches_learn_from_each_other_and_keep_to_their_budgets(ray_cluster, store, tmp_path, capsys):
+    """Random with finalists; a Gaussian process with median stopping that starts from it; a Pareto front."""
+    space = space_file(
+        tmp_path,
+        "OBJECTIVES = {'fd_fashion': 'min', 'diversity': 'max'}\n"
+        "SPACE = {'optim.student.lr': loguniform(1e-5, 1e-3), 'method.gan_weight': choice(0, 3e-3)}",
+    )
+    common = [space, f"tracking.uri={store}", "tracking.experiment=searches", "evaluate.every_images=16"]
+    first = sweep([*words(tmp_path, *common, "name=first", "search=random", "trials=3", "seeds=2", "finalists=1")])
+    trials = trials_of(tmp_path / "runs" / "first").values()
+    found = sorted((t for t in trials if t.seed == 0), key=lambda t: t.score("fd_fashion"))
+    again = [t for t in trials if t.seed == 1]
+    assert first["trials"] == 4 and [t.values for t in again] == [found[0].values]
+    assert first["fd_fashion"] == pytest.approx((found[0].score("fd_fashion") + again[0].score("fd_fashion")) / 2)
+
+    learned = ["name=second", "search=gp", "scheduler=median", "warm_start=first", "budget=200images", "parallel=1"]
+    second = sweep([*words(tmp_path, *common, *learned)])
+    assert "warm_start: 4 of the 4 trials of first lie in this space" in capsys.readouterr().out
+    assert 200 <= second["images"] < 200 + 48  # the trial that spends the last of it is the last
+    assert second["finished"] + second["stopped_early"] == second["trials"]
+
+    third = sweep([*words(tmp_path, *common, "name=third", "search=pareto", "trials=3")])
+    trials = trials_of(tmp_path / "runs" / "third")
+    scores = {n: (t.score("fd_fashion"), -t.score("diversity")) for n, t in trials.items()}
+    front = {n for n, a in scores.items() if not any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in scores.values())}
+    written = {path.stem: read(path) for path in (tmp_path / "runs" / "third" / "front").iterdir()}
+    assert third["trials"] == 3 and set(written) == {f"{n:03d}" for n in front}
+    for name, recipe in written.items():
+        assert validate(Recipe, recipe).optim["student"].lr == trials[int(name)].values["optim.student.lr"]
 
 
 @pytest.mark.slow

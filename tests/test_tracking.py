@@ -29,7 +29,7 @@ from PIL import Image
 from fewstep.tracking import Tracker, find_run, provenance, send, tracking_uri
 from fewstep.tracking.journal import Journal
 from fewstep.tracking.store import without_password
-from fewstep.tracking.tracker import flatten
+from fewstep.tracking.tracker import params_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = {"method": {"name": "dmd2", "ttur": 5, "t_range": [0.02, 0.98]}, "optim": {"lr": 1e-4}, "teacher": None}
@@ -553,13 +553,14 @@ def test_a_recipe_becomes_dotted_parameters():
         "h": Path("/x"),
         "i": {},
     }
-    assert flatten(recipe) == {"a.b.c": "0.0001", "a.d": '[1, "x"]', "e": "true", "f": "text", "g": "3", "h": "/x"}
-    long = flatten({"long": "x" * 7000})["long"]
+    known = {"a.b.c": "0.0001", "a.d": '[1, "x"]', "e": "true", "f": "text", "g": "3", "h": "/x", "i": "{}"}
+    assert params_of(recipe) == known
+    long = params_of({"long": "x" * 7000})["long"]
     assert len(long) == 6000 and long.endswith("x ... (cut; whole in recipe.yaml)")
     with pytest.raises(ValueError, match=r"recipe: 'a\?' is not a name"):
         Tracker.open(Path("unused"), uri=None, experiment="e", name="n", recipe={"a?": 1}, tags={})
     with pytest.raises(TypeError, match="torch.Tensor of torch.float32 cannot be tracked"):
-        flatten({"a": torch.zeros(1)})
+        params_of({"a": torch.zeros(1)})
 
 
 def test_provenance_names_commit_and_differences(tmp_path):

@@ -10,7 +10,7 @@ import contextlib
 import difflib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -71,6 +71,15 @@ def resolve(path: str | Path) -> Path:
 def resolve_ref(ref: str | Path) -> Path | str:
     """A URL such as s3://bucket/x as it is, and anything else as `resolve` has it."""
     return str(ref) if "://" in str(ref) else resolve(ref)
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {dotted key: value}; an empty mapping is a value."""
+    out: dict[str, Any] = {}
+    for key, value in nested.items():
+        below = isinstance(value, Mapping) and value
+        out |= flatten(value, f"{prefix}{key}.") if below else {f"{prefix}{key}": value}
+    return out
 
 
 def read(path: str | Path) -> dict[str, Any]:

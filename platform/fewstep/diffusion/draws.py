@@ -61,9 +61,7 @@ class Draws:
 
     def integers(self, name: str, low: int, high: int, count: int) -> Tensor:
         """(count,) int64, uniform in [low, high], both ends included."""
-        whole = torch.randint(
-            low, high + 1, (count * self.parts,), generator=self._generator(name), device=self.device
-        )
+        whole = torch.randint(low, high + 1, (count * self.parts,), generator=self._generator(name), device=self.device)
         return self._mine(whole)
 
     def choice(self, name: str, options: int) -> int:

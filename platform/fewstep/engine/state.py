@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, T
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 
-from ..config import Strict
+from ..config import Strict, flatten
 from .storage import Place, Ref, reason, writable
 from .world import World
 
@@ -503,20 +503,13 @@ def fingerprint(recipe: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _flat(value: Any, key: str = "") -> dict[str, str]:
-    """Nested settings as dotted key -> JSON."""
-    if not isinstance(value, Mapping) or not value:
-        return {key: json.dumps(value)}
-    dotted = {f"{key}.{k}" if key else str(k): v for k, v in value.items()}
-    return {name: text for k, v in dotted.items() for name, text in _flat(v, k).items()}
-
-
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], allow: Iterable[str] = ()) -> list[str]:
     """What tells two recipes apart, as "train.batch: 32 -> 64".
 
     allow: dotted keys that may differ, with all below them.
     """
-    a, b, allow = _flat(old), _flat(new), tuple(allow)
+    a, b = ({key: json.dumps(value) for key, value in flatten(recipe).items()} for recipe in (old, new))
+    allow = tuple(allow)
     changed = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
     changed = [key for key in changed if not any(key == name or key.startswith(f"{name}.") for name in allow)]
     return [f"{key}: {a.get(key, 'not there')} -> {b.get(key, 'not there')}" for key in changed]

@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from ..compare import short
+from ..config import flatten
 from ..recipe import Recipe
-from ..tracking.tracker import Tracker, flatten
+from ..tracking.tracker import Tracker
 from .judge import front, importance, judge
 from .record import FAILED, FINISHED, STOPPED, Record, Trial
 from .report import markdown, page

@@ -9,7 +9,7 @@ from typing import Any
 from ..config import ConfigError
 from ..recipe import Recipe
 from ..tracking.runs import Run, Store
-from ..tracking.tracker import flatten
+from ..tracking.tracker import params_of
 from .settings import Sweep, devices
 from .space import HOURS, Space
 
@@ -25,7 +25,7 @@ def earlier_trials(sweep: Sweep, space: Space, recipe: Recipe) -> list[tuple[dic
     children = [child for child in store.children(parent) if child.status == "FINISHED"]
     if not children:
         raise ConfigError(f"warm_start: run {parent.name!r} has no finished trials; give a sweep's parent run")
-    wanted = flatten(recipe.numbers)
+    wanted = params_of(recipe.numbers)
     for key in [key for key in wanted if key not in space.domains and key != "seed"]:
         if any(child.params.get(key, wanted[key]) != wanted[key] for child in children):
             theirs = next(c.params[key] for c in children if c.params.get(key, wanted[key]) != wanted[key])

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from ..config import flatten
 from .journal import Journal
 from .sender import Sender, drain
 from .store import tracking_uri, without_password
@@ -70,7 +71,7 @@ class Tracker:
         Raises ValueError for an unusable name, uri or run_id, RuntimeError when another process tracks this folder.
         """
         uri = tracking_uri(uri)
-        params, tags = flatten({k: v for k, v in recipe.items() if k not in aside}), _tags(tags)
+        params, tags = params_of({k: v for k, v in recipe.items() if k not in aside}), _tags(tags)
         for key in params:
             _check_name("recipe", key)
         if not experiment or not name:
@@ -376,16 +377,13 @@ def send(folder: Path, *, uri: str | None = None, timeout_s: float = 60.0) -> Se
 # ---------------------------------------------------------------------------------------------------- checks
 
 
-def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def params_of(recipe: Mapping[str, Any]) -> dict[str, str]:
     """Nested settings as {dotted key: text}: strings as they are, the rest as JSON; a long value is cut and says so."""
     out: dict[str, str] = {}
-    for key, value in recipe.items():
-        if isinstance(value, Mapping):
-            out |= flatten(value, f"{prefix}{key}.")
-            continue
+    for key, value in flatten(recipe).items():
         value = _plain(value)
         text = value if isinstance(value, str) else json.dumps(value)
-        out[f"{prefix}{key}"] = _cut(text, PARAM_CHARS, " ... (cut; whole in recipe.yaml)")
+        out[key] = _cut(text, PARAM_CHARS, " ... (cut; whole in recipe.yaml)")
     return out
 
 
