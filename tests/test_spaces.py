@@ -11,7 +11,7 @@ import pytest
 
 from fewstep.config import ConfigError, validate
 from fewstep.recipe import Recipe, load_recipe
-from fewstep.sweeps.answer import label, short_names
+from fewstep.sweeps.answer import at_the_edge, label, short_names
 from fewstep.sweeps.judge import front, importance, judge, settings
 from fewstep.sweeps.proposals import SEARCHES, proposals
 from fewstep.sweeps.record import FAILED, FINISHED, SEARCH, SEEDS, STOPPED, Record, Trial
@@ -351,6 +351,23 @@ def test_short_names_are_as_short_as_the_recipe_allows(recipe):
     names = short_names(found, recipe)
     assert names[GAN] == "gan_weight" and names["optim.student.lr"] == "student.lr"
     assert label({GAN: 0.003, "optim.student.lr": 1e-4}, names) == "gan_weight=0.003 student.lr=0.0001"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "lr", "said"),
+    [
+        (5, 3e-5, ""),
+        (1, 3e-5, ""),  # there is no ratio below one
+        (10, 3e-5, " a=10 is the largest in this space: better may lie beyond."),
+        (10, 1e-5, " a=10 is the largest and lr=1e-05 is the smallest in this space: better may lie beyond."),
+    ],
+)
+def test_an_answer_at_the_edge_of_its_space_says_so(ratio, lr, said):
+    found = space(
+        {"a": choice(1, 5, 10), "lr": loguniform(1e-5, 1e-4), "b": choice("x", "y"), "c": zero_or(uniform(1, 2))}
+    )
+    values = {"a": ratio, "lr": lr, "b": "y", "c": 0}
+    assert at_the_edge(values, found, {key: key for key in values}) == said
 
 
 def test_the_table_is_of_the_finished_settings_best_first():

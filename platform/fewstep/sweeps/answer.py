@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,19 @@ def label(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
     return " ".join(f"{names[key]}={text(value)}" for key, value in values.items())
 
 
+def at_the_edge(values: Mapping[str, Any], space: Space, names: Mapping[str, str]) -> str:
+    """A sentence on the settings that are the largest or smallest of their range, so that better may lie beyond."""
+    found = []
+    for key, value in values.items():
+        domain = space.domains[key]
+        if getattr(domain, "ordered", True) and len(domain.edges()) > 1:
+            at = domain.at(value)
+            # zero switches something off, and a count of one is the least there is
+            side = "largest" if at > 0.99 else "smallest" if at < 0.01 and value not in (0, 1) else None
+            found += [f"{label({key: value}, names)} is the {side}"] if side else []
+    return f" {' and '.join(found)} in this space: better may lie beyond." if found else ""
+
+
 def best_score(trials: Sequence[Trial], space: Space) -> float | None:
     """The best newest score of the finished trials."""
     scores = [t.score(space.metric) for t in trials if t.state == FINISHED and math.isfinite(t.score(space.metric))]
@@ -46,6 +60,7 @@ def write(sweep: Sweep, space: Space, base: Recipe, record: Record, tracker: Tra
     verdict = judge(ended, space.metric, space.mode, lambda values: label(values, names))
     best = folder / "best.yaml" if verdict else None
     if verdict is not None:
+        verdict = replace(verdict, text=verdict.text + at_the_edge(verdict.best.values, space, names))
         best.write_text(recipe_text(base, verdict.best.first, sweep, space, verdict.text))
         tracker.artifact(best)
         print(f"\n{verdict.text}\nagain: {again(best)}")

@@ -325,6 +325,7 @@ def score_map(space: Space, found: Sequence[Setting], names: Mapping[str, str]) 
     axes.tick_params(length=0, labelcolor=INK)
     axes.set_xlabel(names[across])
     axes.set_ylabel(names[down])
+    axes.set_title(f"{space.metric} ({_better(space)})", loc="left")
     for spine in axes.spines.values():
         spine.set_visible(False)
     return figure
