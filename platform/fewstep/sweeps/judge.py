@@ -15,6 +15,7 @@ from .space import Space
 
 IMPORTANCE_TRIALS = 8  # fewer tell nothing of importance
 FOREST_TREES = 64
+WIDE = 4.0  # largest over smallest score
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,11 @@ def spread(setting: Setting) -> str:
     return f"{setting.mean:.4g}{'' if setting.std is None else f' ± {setting.std:.2g}'} ({seeds})"
 
 
+def wide(scores: Sequence[float]) -> bool:
+    """Whether a few bad scores would hide how the others differ: then their logarithms are looked at."""
+    return min(scores) > 0 and max(scores) / min(scores) > WIDE
+
+
 def front(trials: Sequence[Trial], objectives: dict[str, str]) -> list[Trial]:
     """Finished trials that no other one beats in one objective without being worse in another."""
 
@@ -109,7 +115,8 @@ def front(trials: Sequence[Trial], objectives: dict[str, str]) -> list[Trial]:
 
 
 def importance(space: Space, trials: Sequence[Trial], metric: str) -> dict[str, float] | None:
-    """Share of the score's variance that each key explains alone, by fANOVA (Hutter et al. 2014) with a random forest.
+    """Share of the score's variance that each key explains alone, by fANOVA (Hutter et al. 2014) with a random forest;
+    of its logarithm's, where scores are wide apart.
 
     Over the finished trials of the search; keys that do not apply to all of them are left out. None where there are
     fewer than eight trials, or one key, or no variance.
@@ -124,11 +131,14 @@ def importance(space: Space, trials: Sequence[Trial], metric: str) -> dict[str, 
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study()
+    value = math.log if wide(scores) else float
     axis = optuna.distributions.FloatDistribution(0, 1)
     for trial in used:
         params = {key: space.domains[key].at(trial.values[key]) for key in keys}
         study.add_trial(
-            optuna.trial.create_trial(params=params, distributions=dict.fromkeys(keys, axis), value=trial.score(metric))
+            optuna.trial.create_trial(
+                params=params, distributions=dict.fromkeys(keys, axis), value=value(trial.score(metric))
+            )
         )
     evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=FOREST_TREES, seed=0)
     return dict(evaluator.evaluate(study))

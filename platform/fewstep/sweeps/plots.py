@@ -17,7 +17,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from .judge import Setting, front, settings
+from .judge import Setting, front, settings, wide
 from .record import FINISHED, STOPPED, Trial
 from .space import Space
 
@@ -42,7 +42,6 @@ STYLE = {
 }
 COLOURS = colormaps["viridis"]
 WIDTH = 10.7  # inches, which is the page's
-WIDE_SCORES = 4.0  # worst over best beyond which scores are drawn on a logarithmic axis
 MAP_SIDE = 16
 
 
@@ -90,14 +89,14 @@ def _own_ids(svg: str, name: str) -> str:
 
 def _norm(scores: Sequence[float]) -> Normalize:
     low, high = min(scores), max(scores)
-    if low > 0 and high / low > WIDE_SCORES:
+    if wide(scores):
         return LogNorm(low, high)
     return Normalize(low, high if high > low else low + 1e-9)
 
 
 def _scale(axis: Any, scores: Sequence[float]) -> None:
     """A logarithmic axis where a few bad trials would flatten all others."""
-    if min(scores) > 0 and max(scores) / min(scores) > WIDE_SCORES:
+    if wide(scores):
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))

@@ -23,8 +23,9 @@ CAPTIONS = {
         "early. Thick: the best trial."
     ),
     "importance": (
-        "How much of the variance of {metric} over this space each setting explains alone, by a random forest (fANOVA; "
-        "Hutter et al. 2014). What is missing from 100 % is noise and interplay."
+        "How much of the variance of {metric} over this space (of its logarithm, where scores span more than a factor "
+        "of four) each setting explains alone, by a random forest (fANOVA; Hutter et al. 2014). What is missing from "
+        "100 % is noise and interplay."
     ),
     "slices": (
         "{metric} against each setting alone. Hollow: stopped early, so at fewer images. Diamond: the best trial."
