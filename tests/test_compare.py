@@ -232,8 +232,10 @@ def test_of_reports_at_one_step_the_newest_counts(reader, built):
     assert reader.history(run, "never") == [] and reader.files(run, "nowhere") == []
 
 
-def test_a_sweeps_trials_are_found_by_their_parent(reader, built):
-    assert [run.run_id for run in reader.children(reader.find("gan-sweep"))] == list(built.ids)
+def test_a_sweeps_trials_are_found_by_their_parent_in_the_order_of_their_names(reader, built):
+    found = reader.children(reader.find("gan-sweep"))
+    assert {run.run_id for run in found} == set(built.ids)
+    assert [run.name for run in found] == sorted(name for name, *_ in WHO)
 
 
 # The page and the job

@@ -97,9 +97,9 @@ class Store:
         raise ValueError(f"run: no run has the id or name {ref!r} in {self.uri}; {hint}the latest are: {latest}")
 
     def children(self, parent: Run) -> list[Run]:
-        """The runs that were started as parts of `parent`, such as a sweep's trials, oldest first."""
+        """The runs that were started as parts of `parent`, by name: a sweep's trials are numbered."""
         found = self._search(f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent.run_id}'", None)
-        return sorted(found, key=lambda run: run.start_ms)
+        return sorted(found, key=lambda run: (run.name, run.start_ms))
 
     def history(self, run: Run, metric: str) -> list[Point]:
         """Every report of a metric, in the order of steps; of those at one step the newest, as MLflow's page shows."""
