@@ -16,7 +16,7 @@ from fewstep.sweeps.judge import front, importance, judge, settings
 from fewstep.sweeps.proposals import SEARCHES, proposals
 from fewstep.sweeps.record import FAILED, FINISHED, SEARCH, SEEDS, STOPPED, Record, Trial
 from fewstep.sweeps.report import markdown
-from fewstep.sweeps.settings import Budget, Sweep, check, split
+from fewstep.sweeps.settings import Budget, Sweep, check, images_of, split
 from fewstep.sweeps.space import Dice, Space, apply, choice, given, integers, load_space, loguniform, uniform, zero_or
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -238,6 +238,31 @@ def test_a_search_that_is_told_again_goes_on_alike():
         first.propose(n)
         first.tell(n, [score])
     assert again.propose(10) == first.propose(10)
+
+
+@pytest.mark.parametrize(("trials", "startup"), [(None, 8), (8, 3), (20, 5), (100, 8)])
+def test_a_quarter_of_a_search_is_drawn_before_it_learns(trials, startup):
+    """What it proposes depends on what it was told from then on, and not before."""
+    found = space({TTUR: integers(1, 10), GAN: loguniform(1e-4, 1)})
+
+    def proposed(sign: int) -> list[dict]:
+        source, out = proposals(found, "tpe", 0, trials), []
+        for n in range(startup + 4):
+            out.append(source.propose(n))
+            source.tell(n, [sign * bowl({TTUR: 5} | {GAN: out[-1][GAN]})])
+        return out
+
+    one, other = proposed(1), proposed(-1)
+    assert one[:startup] == other[:startup] and one[startup:] != other[startup:]
+
+
+def test_the_room_of_a_search_is_its_smallest_bound(recipe):
+    whole = images_of(recipe)
+    assert Sweep(space="s", search="grid").room(recipe) is None
+    assert Sweep(space="s").room(recipe) == 20
+    assert Sweep(space="s", budget=f"{8 * whole + 1}images").room(recipe) == 8
+    assert Sweep(space="s", budget=f"{8 * whole}images", trials=5).room(recipe) == 5
+    assert Sweep(space="s", budget="2hours").room(recipe) is None
 
 
 def test_a_failed_trial_teaches_nothing_and_stops_nothing():

@@ -245,7 +245,8 @@ class Conductor:
 
     def begin_search(self, known: list[tuple[dict[str, Any], list[float]]]) -> None:
         """The search phase, going on from the record; `known` are an earlier sweep's settings and scores."""
-        self.phase, self.proposals = SEARCH, proposals(self.space, self.sweep.search, self.recipe.seed)
+        self.phase = SEARCH
+        self.proposals = proposals(self.space, self.sweep.search, self.recipe.seed, self.sweep.room(self.recipe))
         for i, (values, scores) in enumerate(known):
             self.proposals.adopt(-1 - i, values)
             self.proposals.tell(-1 - i, scores)

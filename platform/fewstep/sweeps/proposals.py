@@ -12,7 +12,7 @@ import numpy as np
 from .space import Dice, Space
 
 SEARCHES = ("grid", "random", "tpe", "gp", "pareto")
-STARTUP_TRIALS = 8  # random settings before Optuna's models have something to go by
+STARTUP_TRIALS = (3, 8)  # random settings before Optuna's models have something to go by, at least and at most
 REDRAWS = 50
 
 
@@ -83,12 +83,12 @@ class Learned:
     that a killed process would take with it.
     """
 
-    def __init__(self, space: Space, search: str, seed: int, directions: list[str]):
+    def __init__(self, space: Space, search: str, seed: int, startup: int, directions: list[str]):
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         names = {"min": "minimize", "max": "maximize"}
-        self.space, self.search, self.seed = space, search, seed
+        self.space, self.search, self.seed, self.startup = space, search, seed, startup
         self.study = optuna.create_study(directions=[names[d] for d in directions])
         self.open: dict[int, Any] = {}
         self.tried: list[dict[str, Any]] = []
@@ -100,9 +100,9 @@ class Learned:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of `group`
             if self.search == "gp":
-                return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
+                return optuna.samplers.GPSampler(seed=seed, n_startup_trials=self.startup)
             # what applies together is modelled together, such as the GAN's settings
-            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=True, group=True)
+            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=self.startup, multivariate=True, group=True)
 
     def propose(self, number: int) -> dict[str, Any] | None:
         self.study.sampler = self._sampler(number)
@@ -147,11 +147,17 @@ class Learned:
         self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
 
 
-def proposals(space: Space, search: str, seed: int) -> Proposals:
-    """The proposals of a search: grid, random, tpe, gp or pareto."""
+def proposals(space: Space, search: str, seed: int, trials: int | None = None) -> Proposals:
+    """The proposals of a search: grid, random, tpe, gp or pareto.
+
+    trials: how many there is room for, of which tpe, gp and pareto draw the first quarter at random, from three to
+    eight; None where nobody knows.
+    """
     if search == "grid":
         return Grid(space.grid())
     if search == "random":
         return Random(space, seed)
     directions = list(space.objectives.values()) if search == "pareto" else [space.mode]
-    return Learned(space, search, seed, directions)
+    least, most = STARTUP_TRIALS
+    startup = most if trials is None else min(max(trials // 4, least), most)
+    return Learned(space, search, seed, startup, directions)

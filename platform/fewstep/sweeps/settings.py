@@ -84,6 +84,12 @@ class Sweep(Strict):
             return DEFAULT_TRIALS
         return self.trials
 
+    def room(self, recipe: Recipe) -> int | None:
+        """Whole trials of the recipe that the limit and the budget have room for; None where that is not known."""
+        budget = Budget.parse(self.budget) if self.budget else None
+        images = int(budget.amount // images_of(recipe)) if budget and budget.unit == "images" else None
+        return min((n for n in (self.limit, images) if n is not None), default=None)
+
 
 @dataclass(frozen=True)
 class Budget:
