@@ -32,7 +32,8 @@ demo: $(VENV)/.ready
 	$(BIN)/python jobs/distill.py recipe=fashion_mnist
 
 sweep: $(VENV)/.ready
-	$(BIN)/python jobs/sweep.py space=ttur recipe=fashion_mnist_short search=grid seeds=2 finalists=2
+	$(BIN)/python jobs/sweep.py space=ttur recipe=fashion_mnist_short search=grid seeds=2 finalists=2 \
+		evaluate.every_images=1600
 
 test: $(VENV)/.ready chromium
 	$(BIN)/python -m pytest
