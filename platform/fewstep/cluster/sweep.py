@@ -284,14 +284,14 @@ class Conductor:
         return self.record.add("trial", number, values=values, seed=seed, phase=self.phase, run=self.name(number))
 
     def _spent(self) -> bool:
-        """Whether the budget is gone, trials that run counted as if they ran to their end."""
+        """Whether the budget has no room for another trial, those that run counted as if they ran to their end."""
         if self.budget is None:
             return False
         trials = [t for t in self.record.trials.values() if t.phase == SEARCH]
         if self.budget.unit == "hours":
             return sum(t.hours for t in trials) >= self.budget.amount
         whole = lambda t: t.images if t.state else images_of(apply(self.recipe, t.values))
-        return sum(map(whole, trials)) >= self.budget.amount
+        return sum(map(whole, trials)) + images_of(self.recipe) > self.budget.amount
 
     def alike(self) -> str | None:
         """The reason for which the first trials all failed, if they did."""

@@ -31,7 +31,8 @@ class Sweep(Strict):
     trials: Annotated[int, Field(ge=1)] | None = None
     """Settings to try; null is all of a grid, else 20 unless there is a budget. With pbt, the population."""
     budget: str | None = None
-    """No trial starts once so much is spent on the search: 200000images, or 3hours of the CPUs or GPUs held."""
+    """Of the search: 200000images, which no trial is begun to exceed, or 3hours of the CPUs or GPUs held, after which
+    none is begun."""
     parallel: Annotated[int, Field(ge=1)] = 2
     """Trials at a time, if the cluster has room for them."""
     seeds: Annotated[int, Field(ge=1)] = 1
@@ -137,6 +138,8 @@ def check(sweep: Sweep, space: Space, recipe: Recipe) -> None:
         wrong.append(f"OBJECTIVES: search=pareto weighs two or more, and space {space.name!r} has {len(objectives)}")
     if sweep.search == "grid":
         space.grid()
+    if sweep.room(recipe) == 0:
+        wrong.append(f"budget: {sweep.budget} has no room for one trial of {images_of(recipe)} images")
     every, report = recipe.evaluate.every_images, recipe.train.report_every * recipe.train.batch
     if sweep.scheduler != "none":
         if every is None or every >= images_of(recipe):
