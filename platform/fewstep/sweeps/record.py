@@ -77,11 +77,6 @@ class Record:
         if plain != known:
             self._write({"event": "sweep", "settings": plain})
 
-    @property
-    def resumed(self) -> bool:
-        """Whether there were trials already."""
-        return bool(self.trials)
-
     def _read(self) -> dict[str, Any]:
         if not self.path.exists():
             return {}
