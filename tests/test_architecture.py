@@ -19,7 +19,7 @@ PACKAGE = ROOT / "platform" / "fewstep"
 
 # A part imports from lower floors only; parts of one floor do not know each other.
 FLOORS = [
-    {"config", "diffusion"},
+    {"config", "folders", "diffusion"},
     {"networks", "data", "methods", "metrics"},
     {"engine"},
     {"recipe"},

@@ -22,6 +22,7 @@ from fewstep.config import validate
 from fewstep.diffusion.samplers import few_step, to_uint8
 from fewstep.diffusion.schedules import DDPM, EDM, Flow, Trig
 from fewstep.engine import state
+from fewstep.folders import FolderError
 from fewstep.methods import METHODS
 from fewstep.networks import export as exporting
 from fewstep.networks.backbones import TextUNet, UNet
@@ -229,12 +230,13 @@ def test_an_export_that_gives_other_images_is_not_kept(tmp_path, monkeypatch, ex
     before = {p: p.read_bytes() for p in exported.rglob("*") if p.is_file()}
     with pytest.raises(ExportError, match="differ"):
         export(net, exported, **settings, overwrite=True)
-    with pytest.raises(ExportError, match="exists; choose another folder, or replace it with overwrite=true"):
+    with pytest.raises(FolderError, match="exists; choose another folder, or replace it with overwrite=true"):
         export(net, exported, **settings)
     assert {p: p.read_bytes() for p in exported.rglob("*") if p.is_file()} == before
     assert not [p.name for p in exported.parent.iterdir() if p.name.startswith(".")]
     (tmp_path / "mine").mkdir()
-    with pytest.raises(ExportError, match="is no export, so it is not replaced"):
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(FolderError, match="is not an export, so it is not replaced"):
         export(net, tmp_path / "mine", **settings, overwrite=True)
     with pytest.raises(ExportError, match="2 names for 10 classes"):
         export(net, tmp_path / "model", **settings, class_names=["a", "b"])
@@ -247,9 +249,14 @@ def test_an_earlier_export_is_replaced_whole(tmp_path, monkeypatch):
         x0 = few_step(net, z, torch.arange(4), [level(EDM(), *[80.0] * 4)])
     monkeypatch.setattr(exporting, "_in_fresh_process", lambda folder: x0 + 5e-6)
     assert export(net, tmp_path / "model", **settings) == pytest.approx(5e-6, rel=0.1)
-    (tmp_path / "model/leftover").touch()
+    stale = tmp_path / "model/unet/diffusion_pytorch_model.fp16.safetensors"
+    stale.touch()
     export(net, tmp_path / "model", **settings, overwrite=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["model"] and not (tmp_path / "model/leftover").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["model"] and not stale.exists()
+    (tmp_path / "model/notes.txt").touch()
+    with pytest.raises(FolderError, match="also holds 'notes.txt', which is no part of an export"):
+        export(net, tmp_path / "model", **settings, overwrite=True)
+    assert (tmp_path / "model/notes.txt").exists()
 
 
 def test_an_export_that_does_not_load_is_not_kept(tmp_path, monkeypatch):
@@ -268,7 +275,7 @@ def test_text_models_are_refused(tmp_path):
 def test_what_is_no_run_is_named(tmp_path, run, exported):
     with pytest.raises(ValueError, match="no checkpoint below"):
         open_student(tmp_path)
-    with pytest.raises(ExportError, match="exists"):
+    with pytest.raises(FolderError, match="exists"):
         export_run(run, out=exported)
     (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
     with pytest.raises(ValueError, match="recipe.yaml"):

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from ..diffusion.level import PREDICTIONS, Level
 from ..diffusion.samplers import few_step
+from ..folders import EXPORT, replace, replaceable
 from .backbones import UNet
 from .card import Card, write_card
 from .denoiser import Denoiser
-from .pretrained import DESCRIPTION, save_denoiser
+from .pretrained import save_denoiser
 
 PIPELINE = Path(__file__).with_name("pipeline.py")
 INDEX = "model_index.json"
@@ -86,8 +87,10 @@ def export(
     """Writes a few-step generator to `folder`, which appears only when it is whole and gives the same images.
 
     levels: of the student's calls for one sample, (1, 1, 1, 1), from noise to clean. overwrite: replace an earlier
-    export. Returns the largest difference to the denoiser's own images in [-1, 1], at most 1e-5, in float32 on the CPU.
-    Raises ExportError for a network without a pipeline here, a folder in the way, and an export that fails to compare.
+    export, in whose folder nothing else lies. Returns the largest difference to the denoiser's own images in [-1, 1],
+    at most 1e-5, in float32 on the CPU.
+    Raises ExportError for a network without a pipeline here and an export that fails to compare, FolderError for a
+    folder in the way.
     """
     folder = Path(folder).absolute()
     if not isinstance(denoiser.backbone, UNet):
@@ -97,10 +100,7 @@ def export(
         )
     if class_names and len(class_names) != denoiser.classes:
         raise ExportError(f"class_names: {len(class_names)} names for {denoiser.classes} classes")
-    if folder.exists() and not overwrite:
-        raise ExportError(f"out: {str(folder)!r} exists; choose another folder, or replace it with overwrite=true")
-    if folder.exists() and not all((folder / name).is_file() for name in (INDEX, DESCRIPTION)):
-        raise ExportError(f"out: {str(folder)!r} is no export, so it is not replaced; choose another folder")
+    replaceable(folder, EXPORT, overwrite=overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -108,13 +108,7 @@ def export(
         _write(net, tmp, levels, card, class_names)
         worst = _compare(net, tmp, levels)
         tmp.chmod(0o755)
-        if folder.exists():
-            old = tmp.with_name(tmp.name + ".old")
-            os.replace(folder, old)
-            os.replace(tmp, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(tmp, folder)
+        replace(tmp, folder, EXPORT, overwrite=overwrite)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return worst
