@@ -204,8 +204,8 @@ def test_files_that_are_no_settings_are_named(tmp_path):
     path = tmp_path / "x.yaml"
     for content, text in (
         (None, "no such file"),
-        ("", "expected `key: value` lines, found nothing"),
-        ("- a\n- b\n", "expected `key: value` lines, found ['a', 'b']"),
+        ("", "expected `key: value` lines, got nothing"),
+        ("- a\n- b\n", "expected `key: value` lines, got ['a', 'b']"),
         ("a: [1", "not valid YAML: "),
         ("a: 1\nb: {c: 1, c: 2}\n", "not valid YAML: key 'c' is given twice"),
     ):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from .config import ConfigError, Strict, nearest, override, read, resolve, resolve_ref, validate, words
+from .config import ConfigError, Strict, nearest, override_all, read, resolve, resolve_ref, validate, words
 from .engine.guard import Guard
 from .engine.optim import Optim
 from .engine.state import fingerprint
@@ -231,10 +231,7 @@ def load_recipe(argv: list[str], folder: Path, default: str) -> Recipe:
     """The recipe that `recipe=name key.sub=value ...` asks for. Raises ConfigError with every mistake."""
     given = words(argv)
     path = find_recipe(str(given.pop("recipe", default)), folder)
-    data: dict[str, Any] = {"recipe": path.stem} | read(path)
-    for key, value in given.items():
-        data = override(data, key, value)
-    recipe = validate(Recipe, data)
+    recipe = validate(Recipe, override_all({"recipe": path.stem} | read(path), given))
     if not recipe.name:
         recipe = recipe.model_copy(update={"name": f"{recipe.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"})
     return recipe

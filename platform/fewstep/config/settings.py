@@ -1,28 +1,42 @@
-"""Recipe files and dotted overrides, checked before anything runs.
-
-A recipe is YAML; `key.sub=value` words override it (values are YAML too); a pydantic model validates the whole. Every
-mistake is reported at once, with its dotted key, the value and the nearest valid name.
-"""
+"""Settings models, and data checked against them: every mistake at once, each with its key, value and nearest name."""
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
-ASSETS = Path(__file__).parent / "assets"
+from .reading import DEPTH, ConfigError, short
+
+ASSETS = Path(__file__).parents[1] / "assets"
+MISTAKES = 20  # that one error lists; more are counted
+INT_MIN, INT_MAX = -(2**63), 2**63 - 1
 M = TypeVar("M", bound=BaseModel)
 
 
-class ConfigError(ValueError):
-    """One or more mistakes in what the user asked for; each line names a dotted key and the way out."""
+def _plain_numbers(schema: Any, model: type[BaseModel]) -> Any:
+    """A model's pydantic schema whose numbers take no true or false, and whose whole numbers have 64 bits."""
+    if isinstance(schema, list):
+        return [_plain_numbers(part, model) for part in schema]
+    if not isinstance(schema, dict) or schema.get("cls", model) is not model:  # a model inside has been here by itself
+        return schema
+    if schema.get("type") not in ("int", "float"):
+        return {key: _plain_numbers(part, model) for key, part in schema.items()}
+    kind = schema["type"]
+    if kind == "int":
+        schema = {"ge": INT_MIN} | ({} if "lt" in schema else {"le": INT_MAX}) | schema
+
+    def number(value: Any) -> Any:
+        if isinstance(value, bool):
+            raise PydanticKnownError(f"{kind}_type")
+        return value
+
+    return core_schema.no_info_before_validator_function(number, schema)
 
 
 class Strict(BaseModel):
@@ -30,34 +44,9 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-4 is a float and 2026-01-31 a text (in YAML 1.1 a string and a date), and a key given
-    twice is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(":timestamp")]
-    for first, pairs in _Loader.yaml_implicit_resolvers.items()
-}
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one more float spelling
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return _plain_numbers(handler(source), cls)
 
 
 def resolve(path: str | Path) -> Path:
@@ -82,21 +71,22 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """A YAML file as a nested dict. Raises ConfigError naming the file when it is missing or is not a mapping."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
-    data = _yaml(path.read_text(), str(path))
-    if not isinstance(data, dict):
-        found = "nothing" if data is None else _short(data)
-        raise ConfigError(f"{path}: expected `key: value` lines, found {found}")
-    return data
-
-
 def override(data: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
-    """A copy of `data` with the dotted key set; mappings on the way are made or copied, never shared."""
-    return _override(data, dotted.split("."), value, dotted)
+    """A copy of `data` with the dotted key set; mappings on the way are made or copied, never shared.
+
+    Raises ConfigError where a value on the way is no mapping, or for a key of too many parts.
+    """
+    keys = dotted.split(".")
+    if len(keys) > DEPTH:
+        raise ConfigError(f"{short(dotted)}: a key of {len(keys)} parts, which no setting has")
+    return _override(data, keys, value, dotted)
+
+
+def override_all(data: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `data` with all dotted keys set, those of fewer parts first: `a.b` changes an `a` that is given too."""
+    for key, value in sorted(values.items(), key=lambda item: item[0].count(".")):
+        data = override(data, key, value)
+    return data
 
 
 def _override(data: dict[str, Any], keys: list[str], value: Any, dotted: str) -> dict[str, Any]:
@@ -105,29 +95,9 @@ def _override(data: dict[str, Any], keys: list[str], value: Any, dotted: str) ->
         inner = data.get(head)
         if inner is not None and not isinstance(inner, dict):
             above = dotted.removesuffix("." + ".".join(rest))
-            raise ConfigError(f"{dotted}: {above} is {inner!r}, which has no fields to set")
+            raise ConfigError(f"{dotted}: {above} is {short(inner)}, which has no fields to set")
         value = _override(inner or {}, rest, value, dotted)
     return {**data, head: value}
-
-
-def words(argv: Sequence[str]) -> dict[str, Any]:
-    """`key.sub=value` words as {dotted key: value}. Raises ConfigError for words of another form or given twice."""
-    found: dict[str, Any] = {}
-    wrong = []
-    for word in argv:
-        key, equals, text = word.partition("=")
-        if not equals or not all(key.split(".")):
-            wrong.append(f"{word!r}: arguments have the form key=value or key.sub=value, such as seed=1")
-        elif key in found:
-            wrong.append(f"{key}: given twice")
-        else:
-            try:
-                found[key] = _yaml(text, key)
-            except ConfigError as error:
-                wrong.append(str(error))
-    if wrong:
-        raise ConfigError("\n".join(wrong))
-    return found
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
@@ -165,13 +135,17 @@ def validate(model: type[M], data: dict[str, Any]) -> M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_line(model, e) for e in error.errors())) from None
+        mistakes = error.errors(include_url=False)
+        lines = list(dict.fromkeys(_line(model, e) for e in mistakes[:MISTAKES]))
+        more = [f"and {len(mistakes) - MISTAKES} more mistakes"] if len(mistakes) > MISTAKES else []
+        raise ConfigError("\n".join(lines + more)) from None
 
 
 # What pydantic calls a mistake: how we say it. {got} is the value, other names are pydantic's context.
 TEXTS = {
     "int_type": "expected a whole number, got {got}",
     "int_parsing": "expected a whole number, got {got}",
+    "int_parsing_size": "expected a whole number of 64 bits, got {got}",
     "int_from_float": "expected a whole number, got {got}",
     "float_type": "expected a number, got {got}",
     "float_parsing": "expected a number, got {got}",
@@ -196,7 +170,7 @@ def _line(model: type[BaseModel], e: Any) -> str:
     """One mistake as a line: its dotted key, the value, the way out."""
     location = [part for part in e["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
     visible = _visible(model, location)
-    dotted, context, got = ".".join(map(str, visible)), e.get("ctx", {}), _short(e["input"])
+    dotted, context, got = ".".join(map(str, visible)), e.get("ctx", {}), short(e["input"])
     if e["type"] == "extra_forbidden":
         return f"{dotted}: no such key; {nearest(visible[-1], _fields_at(model, location[:-1]))}"
     if e["type"] == "missing":
@@ -211,18 +185,13 @@ def _line(model: type[BaseModel], e: Any) -> str:
         valid = _tags(model, location) if tagged else re.findall(r"'([^']*)'", context["expected"])
         close = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.76)  # fp16 does not mean bf16
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"{dotted}{'.name' if tagged else ''}: {_short(value)} is not one of {', '.join(valid)}{hint}"
+        return f"{dotted}{'.name' if tagged else ''}: {short(value)} is not one of {', '.join(valid)}{hint}"
     if e["type"] in TEXTS:
         return f"{dotted}: " + TEXTS[e["type"]].format(**{**context, "got": got, "dotted": dotted})
     message = e["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if not dotted or message.startswith(dotted):
         return message  # a check of several fields names them itself
     return f"{dotted}: {message[0].lower() + message[1:]}, got {got}"
-
-
-def _short(value: Any) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _tags(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
@@ -249,42 +218,3 @@ def _visible(model: type[BaseModel], location: Sequence[Any]) -> list[Any]:
     return out
 
 
-def parse(model: type[M], argv: Sequence[str] | None = None, **defaults: Any) -> M:
-    """A job's settings from its `key=value` words over `defaults`; prints the fields and exits on `--help`.
-
-    Exits with status 2 and a line a mistake on standard error: people run jobs, and a traceback hides the answer.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        print(describe(model))
-        raise SystemExit(0)
-    try:
-        data = dict(defaults)
-        for key, value in words(argv).items():
-            data = override(data, key, value)
-        return validate(model, data)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-@contextlib.contextmanager
-def plain_errors(*others: type[Exception]) -> Iterator[None]:
-    """Mistakes that a person can mend, printed as they are, and exit status 2; anything else keeps its traceback.
-
-    Those are ValueError, FileNotFoundError and FloatingPointError, and `others`.
-    """
-    try:
-        yield
-    except (ValueError, FileNotFoundError, FloatingPointError, *others) as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def describe(model: type[BaseModel]) -> str:
-    """What `--help` prints: the model's first line, then a line a field."""
-    lines = [(model.__doc__ or model.__name__).strip(), "", "Arguments are key=value words:"]
-    for name, field in model.model_fields.items():
-        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
-        lines.append(f"  {name:14s} {field.description or ''} ({default})")
-    return "\n".join(lines)

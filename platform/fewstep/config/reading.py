@@ -1,0 +1,264 @@
+"""The one reader of YAML and JSON that people write or may damage: limits, encodings, and errors that name the file.
+
+YAML is read as version 1.2 has it: 010, 10:00, yes and 2026-01-31 are text, 1e-4 is a number, `<<: *other` merges
+another mapping. A key is text and stands once. Sizes are limited, so that no file takes longer than seconds to refuse.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.constructor import ConstructorError
+
+DEPTH = 64  # mappings and lists inside each other
+NODES = 10_000  # values and keys of a YAML file, where each use of an alias counts as what it stands for
+DIGITS = 40  # of a whole number; the longest that any setting takes has 19
+YAML_BYTES, JSON_BYTES = 1 << 20, 16 << 20
+BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
+BOMS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # UTF-32's begins with UTF-16's
+
+
+class UserError(Exception):
+    """Base of errors that the user can mend; the message says all that is needed, so jobs print it and no traceback."""
+
+
+class ConfigError(UserError, ValueError):
+    """One or more mistakes in what the user wrote: a line each, which names the file or the dotted key, and the fix."""
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A YAML file as a nested dict. Raises ConfigError naming the file, and the line of a mistake in it."""
+    data = parse_yaml(_bytes(path, YAML_BYTES), str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, got {'nothing' if data is None else short(data)}")
+    return data
+
+
+def read_json(path: str | Path, expected: type = dict, limit: int = JSON_BYTES) -> Any:
+    """A JSON file whose outermost value is of type `expected`: dict, list, or object for any.
+
+    limit: of the file's size, in bytes. Raises ConfigError naming the file, and the line of a mistake in it.
+    """
+    return parse_json(_bytes(path, limit), str(path), expected, limit)
+
+
+def read_json_lines(path: str | Path, limit: int = JSON_BYTES) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file that has one a line; a last line without its end, still being written, is left out.
+
+    limit: of a line's size, in bytes. Raises ConfigError naming the file and the line.
+    """
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n"):
+                    yield parse_json(line, f"{path}: line {number}", dict, limit)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def parse_yaml(content: str | bytes, where: str) -> Any:
+    """The value of a YAML document. where: its file or key, for errors. Raises ConfigError."""
+    text = _text(content, where, YAML_BYTES)
+    try:
+        return _Loader(text).get_single_data()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {_yaml_mistake(error, text)}") from None
+
+
+def parse_json(content: str | bytes, where: str, expected: type = dict, limit: int = JSON_BYTES) -> Any:
+    """The value of a JSON document, of type `expected`. where: its file, for errors. Raises ConfigError."""
+    text = _text(content, where, limit)
+    try:
+        data = json.loads(text, object_pairs_hook=_once, parse_int=_whole_number)
+    except RecursionError:
+        raise ConfigError(f"{where}: {_too_deep()}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: not valid JSON: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if not isinstance(data, expected):
+        kinds = {dict: "an object {...}", list: "a list [...]"}
+        raise ConfigError(f"{where}: expected {kinds.get(expected, expected.__name__)}, got {short(data)}")
+    level = [data]
+    for _ in range(DEPTH + 1):
+        level = [v for x in level if isinstance(x, (dict, list)) for v in (x.values() if isinstance(x, dict) else x)]
+    if level:
+        raise ConfigError(f"{where}: {_too_deep()}")
+    return data
+
+
+def short(value: Any) -> str:
+    """A value for an error text, cut after 60 letters; null, true and false are spelt as in YAML."""
+    text = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _bytes(path: str | Path, limit: int) -> bytes:
+    """A file's content, and one byte more than `limit` of a larger one."""
+    path = Path(path)
+    try:
+        if not path.exists():
+            raise ConfigError(f"{path}: no such file")
+        if not path.is_file():
+            raise ConfigError(f"{path}: {'a folder' if path.is_dir() else 'a device or pipe'}, expected a file")
+        with open(path, "rb") as file:
+            return file.read(limit + 1)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str | Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{str(path)[:300]}: cannot be read: {error.strerror or error}")
+
+
+def _text(content: str | bytes, where: str, limit: int) -> str:
+    """The content as text: UTF-8, or UTF-16 or UTF-32 with a byte order mark."""
+    if len(content) > limit:
+        raise ConfigError(f"{where}: more than {limit >> 10} KiB, which no file of this kind has")
+    if isinstance(content, str):
+        return content.removeprefix("\ufeff")
+    encoding = next((name for mark, name in BOMS.items() if content.startswith(mark)), "utf-8")
+    try:
+        return content.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        at = f"line {line}, byte 0x{content[error.start]:02x}" if encoding == "utf-8" else f"byte {error.start}"
+        raise ConfigError(f"{where}: not {encoding.upper()} text ({at}); save the file as UTF-8") from None
+
+
+def _too_deep() -> str:
+    return f"more than {DEPTH} values inside each other, which no file of this kind has"
+
+
+# JSON
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return data
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > DIGITS:
+        raise ValueError(f"{text[:10]}... has {len(text):,} digits, and a whole number at most {DIGITS}")
+    return int(text, 0)
+
+
+# YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core schema, with merge keys, and with limits on depth and on what aliases stand for."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_constructors: dict[str | None, Any] = {}
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.depth = self.nodes = 0
+        self.sizes: dict[int, int] = {}  # of each finished node, by its id
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event, before = self.peek_event(), self.nodes
+        if self.depth > DEPTH:
+            raise ConstructorError(None, None, _too_deep(), event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if not isinstance(event, yaml.AliasEvent):
+            self.nodes += 1
+            self.sizes[id(node)] = self.nodes - before
+        elif id(node) in self.sizes:
+            self.nodes += self.sizes[id(node)]
+        else:
+            raise ConstructorError(None, None, f"*{event.anchor} stands inside what it stands for", event.start_mark)
+        if self.nodes > NODES:
+            what = f"more than {NODES:,} values, aliases counted as what they stand for"
+            raise ConstructorError(None, None, f"{what}; no file of this kind has as many", event.start_mark)
+        return node
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag == MERGE:
+                continue
+            if key.tag != TAG + "str":
+                got = repr(key.value) if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
+                text = f"a key is text, got {got}; put it in quotes if it is meant as text"
+                raise ConstructorError(None, None, text, key.start_mark)
+            if key.value in seen:
+                raise ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return node
+
+
+TAG = "tag:yaml.org,2002:"
+MERGE = TAG + "merge"
+_NAMES = {"null": None, "~": None, "": None, "true": True, "false": False}
+# the words without quotes that are not text: their patterns, and the letters that they begin with
+_WORDS = {
+    "merge": ("<<", ["<"]),
+    "null": ("null|Null|NULL|~|", ["n", "N", "~", ""]),
+    "bool": ("true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": ("[-+]?(0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+}
+
+
+def _scalar(kind: str, value: Any) -> Any:
+    """A constructor of scalars of a kind, which refuses a word that is none, such as `!!int x`."""
+
+    def construct(loader: _Loader, node: yaml.ScalarNode) -> Any:
+        text = loader.construct_scalar(node)
+        if not re.fullmatch(_WORDS[kind][0], text):
+            raise ConstructorError(None, None, f"{short(text)} is no {kind}", node.start_mark)
+        try:
+            return value(text)
+        except ValueError as error:
+            raise ConstructorError(None, None, str(error), node.start_mark) from None
+
+    return construct
+
+
+def _unknown(loader: _Loader, node: yaml.Node) -> Any:
+    text = f"tag {node.tag!r}: only plain text, numbers, lists and mappings are read"
+    raise ConstructorError(None, None, text, node.start_mark)
+
+
+for _kind, (_pattern, _first) in _WORDS.items():
+    _Loader.add_implicit_resolver(TAG + _kind, re.compile(f"(?:{_pattern})\\Z"), _first)
+for _kind, _value in {
+    "null": lambda text: _NAMES[text.lower()],
+    "bool": lambda text: _NAMES[text.lower()],
+    "int": _whole_number,
+    "float": lambda text: float(re.sub(r"\.(?=inf|nan)", "", text.lower())),
+}.items():
+    _Loader.add_constructor(TAG + _kind, _scalar(_kind, _value))
+_Loader.add_constructor(MERGE, yaml.SafeLoader.construct_yaml_str)  # as a value it is text
+for _kind in ("str", "seq", "map"):
+    _Loader.add_constructor(TAG + _kind, getattr(yaml.SafeLoader, f"construct_yaml_{_kind}"))
+_Loader.add_constructor(None, _unknown)
+
+
+def _yaml_mistake(error: yaml.YAMLError, text: str) -> str:
+    """An error of PyYAML's as one line: what is wrong, and its line and column."""
+    if isinstance(error, yaml.reader.ReaderError):  # a character that YAML has not
+        line = text.count("\n", 0, error.position) + 1
+        return f"control character U+{error.character:04X} (line {line})"
+    mark = error.problem_mark or error.context_mark
+    what = ", ".join(part for part in (error.context, error.problem) if part)
+    return f"{what} (line {mark.line + 1}, column {mark.column + 1})"
