@@ -17,8 +17,8 @@ from fewstep.diffusion.schedules import DDPM, EDM, Flow, Trig, from_config, to_c
 from fewstep.networks.denoiser import Denoiser
 
 SD = DDPM("scaled_linear", 0.00085, 0.012)
-SCHEDULES = [EDM(), Flow(), Trig(), DDPM(), SD, DDPM("squaredcos_cap_v2"), DDPM(zero_snr=True)]
-NAMES = ["edm", "flow", "trig", "ddpm", "sd", "cosine", "zero-snr"]
+SCHEDULES = [EDM(), Flow(), Flow(shift=3.0), Trig(), DDPM(), SD, DDPM("squaredcos_cap_v2"), DDPM(zero_snr=True)]
+NAMES = ["edm", "flow", "shifted-flow", "trig", "ddpm", "sd", "cosine", "zero-snr"]
 
 
 def normal(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
@@ -125,6 +125,18 @@ def test_ramps_rise_from_clean_to_noise_within_the_bounds(schedule):
     assert (schedule.level(t, 1).angle.diff() > 0).all()
 
 
+def test_no_ramp_reaches_the_level_without_noise():
+    for schedule in SCHEDULES:
+        clean = schedule.level(schedule.ramp(torch.zeros(1)), 1)
+        assert 1e-3 <= clean.sigma / clean.alpha < 0.03, schedule  # of Stable Diffusion's first step: 0.0292
+
+
+def test_a_shift_multiplies_the_noise_of_every_level():
+    u = torch.linspace(0.01, 0.99, 50)
+    plain, shifted = (Flow(1e-12, 1.0, shift).level(Flow(1e-12, 1.0, shift).ramp(u), 1) for shift in (1.0, 3.0))
+    torch.testing.assert_close(shifted.sigma / shifted.alpha, 3 * plain.sigma / plain.alpha, rtol=1e-5, atol=0)
+
+
 def test_edms_ramp_has_the_published_karras_values():
     # the published table has four digits: index 100, 250, 500, 750 of the thousand, ascending
     sigma = EDM().ramp(torch.tensor([0, 20, 100, 250, 500, 750, 980, 999]) / 999)
@@ -175,7 +187,27 @@ def test_a_wrong_schedule_is_named():
     with pytest.raises(ValueError, match="edm has the fields t_min, t_max, rho; got sigma"):
         from_config({"name": "edm", "sigma": 1})
     with pytest.raises(ValueError, match="beta_schedule: 'cosine' is not one of linear"):
-        DDPM("cosine").angles()
+        DDPM("cosine")
+    with pytest.raises(ValueError, match="ddpm has beta_start 0.1, beta_end 0.02 and steps 1000; they need"):
+        DDPM(beta_start=0.1)
+
+
+@pytest.mark.parametrize(
+    "config, says",
+    [
+        ({"name": "edm", "t_min": 0.0}, "edm has t_min 0.0 and t_max 80.0; they need 0 < t_min < t_max"),
+        ({"name": "flow", "t_max": 1.5}, "flow has t_min 0.001 and t_max 1.5; they need 0 < t_min < t_max <= 1"),
+        ({"name": "trig", "t_min": 2}, "trig has t_min 2 and t_max 1.57"),
+        ({"name": "flow", "shift": 0}, "flow has the shift 0; it needs a positive number"),
+        ({"name": "flow", "shift": math.nan}, "schedule.shift: nan of flow is no float"),
+        ({"name": "flow", "shift": "3"}, "schedule.shift: '3' of flow is no float"),
+        ({"name": "ddpm", "zero_snr": 1}, "schedule.zero_snr: 1 of ddpm is no bool"),
+        ({"name": "ddpm", "steps": 10.5}, "schedule.steps: 10.5 of ddpm is no int"),
+    ],
+)
+def test_a_schedules_wrong_value_is_named(config, says):
+    with pytest.raises(ValueError, match=says):
+        from_config(config)
 
 
 class Exact(nn.Module):

@@ -6,6 +6,7 @@ import json
 import math
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -17,7 +18,7 @@ from fewstep.config import ConfigError
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.level import PREDICTIONS, Level
 from fewstep.diffusion.samplers import heun
-from fewstep.diffusion.schedules import DDPM, EDM, Flow, Trig, to_config
+from fewstep.diffusion.schedules import DDPM, EDM, Flow, Trig, from_config, to_config
 from fewstep.methods.dmd2 import DMD2
 from fewstep.networks.average import Exponential, Power, average
 from fewstep.networks.backbones import Backbone, TextUNet, Transformer, UNet
@@ -105,9 +106,16 @@ class Known(Backbone):
 SCHEDULES = {"edm": EDM(), "ddpm": DDPM(), "sd": SD, "zero_snr": DDPM(zero_snr=True), "flow": Flow(), "trig": Trig()}
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_a_perfect_network_gives_back_x0_at_a_level_of_any_other_schedule(name, prediction):
+def trained(prediction: str, name: str) -> bool:
+    """Whether a network of this prediction can have this schedule."""
+    return name == "edm" if prediction == "edm" else prediction != "eps" or name not in ("zero_snr", "flow", "trig")
+
+
+CELLS = [(p, name) for p in PREDICTIONS for name in SCHEDULES if trained(p, name)]
+
+
+@pytest.mark.parametrize("prediction, name", CELLS)
+def test_a_perfect_network_gives_back_x0_at_a_level_of_any_other_schedule(prediction, name):
     own = SCHEDULES[name]
     x0, eps = draw(1, 4, 2, 8, 8), draw(2, 4, 2, 8, 8)
     given = level(EDM(), 0.05, 0.5, 2.0, 12.0)
@@ -121,6 +129,16 @@ def test_a_perfect_network_gives_back_x0_at_a_level_of_any_other_schedule(name, 
         x, time = net.backbone.seen
         assert (x - mine.noise(x0, eps)).abs().max() < 1e-5
         assert torch.equal(time, t.float())
+
+
+def test_a_prediction_without_an_x0_on_its_schedule_is_refused():
+    for name, schedule in SCHEDULES.items():
+        for prediction in PREDICTIONS:
+            if not trained(prediction, name):
+                with pytest.raises(ValueError, match=f"prediction: {prediction} .* {schedule.name}"):
+                    Denoiser(Known(), schedule, prediction)
+    assert Denoiser(Known(), Flow(t_max=0.99), "eps").prediction == "eps"  # alpha stays above 0
+    assert Denoiser(Known(), DDPM("squaredcos_cap_v2"), "eps").prediction == "eps"
 
 
 def test_a_network_on_its_own_schedule_is_called_as_diffusers_calls_it():
@@ -152,8 +170,6 @@ def test_edm_preconditioning_is_that_of_table_1():
 
 def test_flow_matching_counts_time_in_thousandths():
     model = unet()
-    fields = from_scheduler(said(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)), Path("x"))
-    assert fields == {"schedule": to_config(Flow()), "prediction": "flow", "time_scale": 1000.0}
     x, s = draw(1, 2, 2, 8, 8), torch.tensor([0.25, 1.0])
     net = Denoiser(UNet(model), Flow(), "flow", time_scale=1000.0)
     with torch.no_grad():
@@ -469,6 +485,57 @@ def test_stable_diffusions_alphas():
         assert ab[t].item() == pytest.approx(value, abs=6e-8)
 
 
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flows_training_levels_are_those_of_diffusers(name, shift):
+    scheduler = getattr(diffusers, name)(shift=shift)
+    theirs = scheduler.sigmas[:1000].flip(0).double()  # ascending
+    fields = from_scheduler(said(getattr(diffusers, name)(shift=shift)), Path("x"))
+    assert (fields["prediction"], fields["time_scale"]) == ("flow", 1000.0)
+    schedule = from_config(fields["schedule"])
+    assert schedule.shift == shift and schedule.t_min == pytest.approx(scheduler.sigmas[999].item(), rel=1e-5)
+    ours = schedule.ramp(torch.arange(1000) / 999)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    x0, eps, index = draw(1, 3, 2, 8, 8), draw(2, 3, 2, 8, 8), torch.tensor([0, 499, 999])
+    if name.startswith("FlowMatchEuler"):
+        noised = scheduler.scale_noise(x0, scheduler.timesteps.flip(0)[index], eps)
+        torch.testing.assert_close(schedule.level(ours[index], 4).noise(x0, eps), noised, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+@pytest.mark.parametrize("tokens, mu", [(256, 0.5), (4096, 1.15), (2176, 0.825)])
+def test_a_dynamic_shift_follows_the_images_size_as_in_diffusers(kind, tokens, mu):
+    """mu of the SD3 and FLUX pipelines: 0.5 at 256 tokens, 1.15 at 4096, a straight line through both."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=mu)
+    schedule = from_config(from_scheduler(said(scheduler), Path("x"), tokens)["schedule"])
+    levels = DMD2(student_steps=4).levels(SimpleNamespace(schedule=schedule), torch.zeros(1, 1, 1, 1))
+    sigmas = torch.tensor([level.sigma.item() for level in levels])
+    torch.testing.assert_close(sigmas, scheduler.sigmas[:4], rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="use_dynamic_shifting needs the image's size"):
+        from_scheduler(said(scheduler), Path("x"))
+
+
+def test_a_teachers_dynamic_shift_is_that_of_its_own_size(tmp_path):
+    torch.manual_seed(0)
+    model = diffusers.DiTTransformer2DModel(**DIT | {"sample_size": 32})
+    model.save_pretrained(tmp_path / "transformer", safe_serialization=True)
+    diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(tmp_path / "scheduler")
+    schedule = open_teacher(tmp_path).schedule
+    assert isinstance(schedule, Flow) and schedule.shift == pytest.approx(math.exp(0.5))  # 256 patches of 2 x 2
+
+
+def test_a_shift_of_another_solver_is_read_too():
+    """Sana and Wan come with multistep solvers, whose flow_shift is the flow's shift."""
+    solver = diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    solver.set_timesteps(4)
+    schedule = from_config(from_scheduler(said(solver), Path("x"))["schedule"])
+    u = (torch.linspace(0.999, 0, 5)[:4] - 0.001) / 0.999  # its own grid, as shares of the ramp
+    torch.testing.assert_close(schedule.ramp(u).float(), solver.sigmas[:4], rtol=1e-5, atol=0)
+
+
 def test_edm_scheduler_names_its_preconditioning():
     fields = from_scheduler(said(diffusers.EDMEulerScheduler(sigma_max=50.0, sigma_data=0.4)), Path("x"))
     assert fields == {"schedule": to_config(EDM(0.002, 50.0, 7.0)), "prediction": "edm", "data_std": 0.4}
@@ -482,11 +549,20 @@ def test_edm_scheduler_names_its_preconditioning():
         ({"beta_schedule": "linear", "trained_betas": [0.1]}, "trained_betas"),
         ({"beta_schedule": "linear", "prediction_type": "score"}, "'score' is not one of epsilon"),
         ({"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}, "epsilon"),
+        ({"_class_name": "EDMEulerScheduler", "sigma_max": 80.0}, "sigma_min is missing"),
+        ({"_class_name": "EDMEulerScheduler", "sigma_min": 0.0, "sigma_max": 80.0}, "edm has t_min 0.0 and t_max 80.0"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas counts time"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0.0}, "flow has t_min 0.0"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": "3"}, "a value that gives no schedule"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "time_shift_type": "x"},
+            "time_shift_type 'x' is not one of exponential, linear",
+        ),
     ],
 )
 def test_schedulers_that_name_no_schedule_are_refused(config, says):
     with pytest.raises(ValueError, match=says):
-        from_scheduler(config, Path("scheduler_config.json"))
+        from_scheduler(config, Path("scheduler_config.json"), 1024)
 
 
 def test_one_step_at_399_starts_from_ab_399():
@@ -663,8 +739,15 @@ def test_a_new_network_starts_as_its_skip(model):
         ({"config": SMALL | {"sample_size": None}}, "sample_size is missing"),
         ({"config": SMALL | {"time_embedding_type": "fourier"}}, "time_embedding_type 'fourier'"),
         ({"config": SMALL | {"mid_block_type": None}}, "no mid_block"),
-        ({"config": SMALL, "schedule": {"name": "ddpm"}}, "network.prediction: edm is told ln"),
-        ({"config": SMALL, "schedule": {"name": "ddpm", "zero_snr": True}, "prediction": "eps"}, "zero SNR"),
+        ({"config": SMALL, "schedule": {"name": "ddpm"}}, "network.prediction: edm takes ln"),
+        ({"config": SMALL, "schedule": {"name": "ddpm", "zero_snr": True}, "prediction": "eps"}, "alpha = 0, .* ddpm"),
+        ({"config": SMALL, "schedule": {"name": "flow"}, "prediction": "eps"}, "network.prediction: eps says .* flow"),
+        ({"config": SMALL, "schedule": {"name": "trig"}, "prediction": "eps"}, "network.prediction: eps says .* trig"),
+        ({"config": SMALL, "schedule": {"name": "flow", "shift": -1.0}}, "network.schedule: flow has the shift -1"),
+        (
+            {"config": SMALL, "schedule": {"name": "edm", "t_min": "a"}},
+            "network.schedule.t_min: 'a' of edm is no float",
+        ),
         ({"config": SMALL, "schedule": {"name": "cosine"}}, "network.schedule.name: 'cosine'"),
         ({"model": "DiTTransformer2DModel", "config": DIT, "patch": 2}, "its own way with patches"),
     ],

@@ -1,7 +1,9 @@
 """Schedules: a network's own time t and the level it stands for, in float64; the Level that leaves is float32.
 
 Each schedule has `level(t, ndim)`, its inverse `time(angle)`, the bounds `t_min` and `t_max`, and `ramp(u)`: the times
-at which it is trained and sampled when u is uniform in [0, 1], from clean to noise.
+at which it is trained and sampled when u is uniform in [0, 1], from clean (t_min) to noise (t_max).
+
+t_min is the least noise that a network is trained at. It lies above t = 0, where there is nothing to denoise.
 """
 
 from __future__ import annotations
@@ -22,6 +24,14 @@ def _level(alpha: Tensor, sigma: Tensor, ndim: int) -> Level:
     return Level(alpha.reshape(shape).float(), sigma.reshape(shape).float())
 
 
+def _check(name: str, t_min: float, t_max: float, top: float) -> None:
+    if not 0 < t_min < t_max <= top:
+        raise ValueError(
+            f"schedule: {name} has t_min {t_min} and t_max {t_max}; they need 0 < t_min < t_max"
+            + ("" if top == math.inf else f" <= {top:g}")
+        )
+
+
 @dataclass(frozen=True)
 class EDM:
     """alpha = 1, sigma = t; the ramp is Karras et al. 2022, eq. 5 (spelt from clean to noise)."""
@@ -30,6 +40,9 @@ class EDM:
     t_max: float = 80.0
     rho: float = 7.0
     name: str = field(default="edm", init=False)
+
+    def __post_init__(self) -> None:
+        _check(self.name, self.t_min, self.t_max, math.inf)
 
     def level(self, t: Tensor, ndim: int) -> Level:
         t = t.double()
@@ -45,11 +58,21 @@ class EDM:
 
 @dataclass(frozen=True)
 class Flow:
-    """alpha = 1 - t, sigma = t: rectified flow (Liu et al. 2022; Lipman et al. 2022)."""
+    """alpha = 1 - t, sigma = t: rectified flow (Liu et al. 2022; Lipman et al. 2022).
 
-    t_min: float = 0.0
+    shift: > 0; above 1 the ramp stays longer at high noise, t = shift u / (1 + (shift - 1) u) (Esser et al. 2024,
+    eq. 23), which multiplies sigma / alpha by shift. t_min, t_max: bounds of t, behind the shift.
+    """
+
+    t_min: float = 1e-3
     t_max: float = 1.0
+    shift: float = 1.0
     name: str = field(default="flow", init=False)
+
+    def __post_init__(self) -> None:
+        _check(self.name, self.t_min, self.t_max, 1.0)
+        if not self.shift > 0:
+            raise ValueError(f"schedule: flow has the shift {self.shift}; it needs a positive number, and 1 for none")
 
     def level(self, t: Tensor, ndim: int) -> Level:
         t = t.double()
@@ -59,16 +82,21 @@ class Flow:
         return angle.sin() / (angle.sin() + angle.cos())
 
     def ramp(self, u: Tensor) -> Tensor:
-        return self.t_min + u.double() * (self.t_max - self.t_min)
+        low, high = (t / (self.shift - (self.shift - 1) * t) for t in (self.t_min, self.t_max))
+        u = low + u.double() * (high - low)
+        return self.shift * u / (1 + (self.shift - 1) * u)
 
 
 @dataclass(frozen=True)
 class Trig:
-    """alpha = cos t, sigma = sin t (Lu & Song 2024, TrigFlow): t is the angle itself."""
+    """alpha = cos t, sigma = sin t (Lu & Song 2024, TrigFlow): t is the angle itself. t_min is EDM's least noise."""
 
-    t_min: float = 0.0
+    t_min: float = 2e-3
     t_max: float = math.pi / 2
     name: str = field(default="trig", init=False)
+
+    def __post_init__(self) -> None:
+        _check(self.name, self.t_min, self.t_max, math.pi / 2)
 
     def level(self, t: Tensor, ndim: int) -> Level:
         t = t.double()
@@ -81,17 +109,18 @@ class Trig:
         return self.t_min + u.double() * (self.t_max - self.t_min)
 
 
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+
 def _betas(schedule: str, start: float, end: float, steps: int) -> Tensor:
     """diffusers' beta schedules by their names there, in float64."""
     if schedule == "linear":
         return torch.linspace(start, end, steps, dtype=torch.float64)
     if schedule == "scaled_linear":
         return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-    if schedule == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, eq. 17
-        u = torch.arange(steps + 1, dtype=torch.float64) / steps
-        bar = ((u + 0.008) / 1.008 * math.pi / 2).cos() ** 2
-        return (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
-    raise ValueError(f"beta_schedule: {schedule!r} is not one of linear, scaled_linear, squaredcos_cap_v2")
+    u = torch.arange(steps + 1, dtype=torch.float64) / steps  # Nichol & Dhariwal 2021, eq. 17
+    bar = ((u + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+    return (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
 
 
 @lru_cache(maxsize=32)
@@ -113,7 +142,18 @@ class DDPM:
     steps: int = 1000
     zero_snr: bool = False
     name: str = field(default="ddpm", init=False)
-    t_min: float = field(default=0.0, init=False)
+    t_min: float = field(default=0.0, init=False)  # the first trained step, whose sigma is above 0
+
+    def __post_init__(self) -> None:
+        if self.beta_schedule not in BETA_SCHEDULES:
+            raise ValueError(
+                f"schedule.beta_schedule: {self.beta_schedule!r} is not one of {', '.join(BETA_SCHEDULES)}"
+            )
+        if not 0 < self.beta_start <= self.beta_end < 1 or self.steps < 2:
+            raise ValueError(
+                f"schedule: ddpm has beta_start {self.beta_start}, beta_end {self.beta_end} and steps {self.steps}; "
+                "they need 0 < beta_start <= beta_end < 1 and two steps or more"
+            )
 
     @property
     def t_max(self) -> float:
@@ -143,6 +183,14 @@ class DDPM:
 
 
 Schedule = EDM | DDPM | Flow | Trig
+
+
+def ends_in_noise(schedule: Schedule) -> bool:
+    """Whether nothing of the image is left at t_max: alpha below a millionth of sigma."""
+    top = schedule.level(torch.tensor([schedule.t_max]), 1)
+    return bool(top.alpha < 1e-6 * top.sigma)
+
+
 SCHEDULES: dict[str, type] = {"edm": EDM, "ddpm": DDPM, "flow": Flow, "trig": Trig}
 
 
@@ -153,13 +201,16 @@ def to_config(schedule: Schedule) -> dict[str, Any]:
 
 
 def from_config(config: dict[str, Any]) -> Schedule:
-    """The inverse of `to_config`. Raises ValueError for a name or a field that no schedule has."""
+    """The inverse of `to_config`. Raises ValueError naming the field that no schedule has, or whose value is wrong."""
     config = dict(config)
     name = config.pop("name", None)
     if name not in SCHEDULES:
         raise ValueError(f"schedule.name: {name!r} is not one of {', '.join(SCHEDULES)}")
-    try:
-        return SCHEDULES[name](**config)
-    except TypeError:
-        valid = [k for k, f in SCHEDULES[name].__dataclass_fields__.items() if f.init]
-        raise ValueError(f"schedule: {name} has the fields {', '.join(valid)}; got {', '.join(config)}") from None
+    defaults = {k: f.default for k, f in SCHEDULES[name].__dataclass_fields__.items() if f.init}
+    if config.keys() - defaults:
+        raise ValueError(f"schedule: {name} has the fields {', '.join(defaults)}; got {', '.join(config)}")
+    for key, value in config.items():
+        kinds = (float, int) if isinstance(defaults[key], float) else (type(defaults[key]),)
+        if type(value) not in kinds or value != value:
+            raise ValueError(f"schedule.{key}: {value!r} of {name} is no {kinds[0].__name__}")
+    return SCHEDULES[name](**config)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.level import PREDICTIONS, Level
-from ..diffusion.schedules import Schedule
+from ..diffusion.schedules import EDM, Schedule, ends_in_noise
 from .blocks import Pass, in_bf16, in_float32
 
 Mode = Literal["x0", "features", "both"]
@@ -39,6 +39,15 @@ class Denoiser(nn.Module):
         super().__init__()
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction: {prediction!r} is not one of {', '.join(PREDICTIONS)}")
+        if prediction == "edm" and not isinstance(schedule, EDM):
+            raise ValueError(
+                f"prediction: edm takes ln(sigma) for its time, so its schedule is edm, not {schedule.name}"
+            )
+        if prediction == "eps" and ends_in_noise(schedule):
+            raise ValueError(
+                f"prediction: eps says nothing of the image at alpha = 0, where the schedule {schedule.name} ends; "
+                "v, x0 and flow do"
+            )
         if precision not in ("fp32", "bf16"):
             raise ValueError(f"precision: {precision!r} is not one of fp32, bf16 (fp16 diverges: DMD2, appendix)")
         self.backbone, self.schedule, self.prediction = backbone, schedule, prediction

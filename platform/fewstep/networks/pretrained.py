@@ -18,7 +18,7 @@ from torch import nn
 
 from ..config import ConfigError, Strict, resolve, validate
 from ..diffusion.level import Level
-from ..diffusion.schedules import DDPM, from_config, to_config
+from ..diffusion.schedules import from_config, to_config
 from .backbones import Backbone, TextUNet, Transformer, UNet
 from .denoiser import Denoiser
 from .heads import Head
@@ -57,15 +57,14 @@ def _denoiser(model: nn.Module, network: Network, precision: str) -> Denoiser:
         schedule = from_config(network.schedule)
     except ValueError as error:
         raise ConfigError(f"network.{error}") from None
-    if network.prediction == "edm" and network.schedule["name"] != "edm":
-        raise ConfigError(f"network.prediction: edm is told ln(sigma), so its schedule is edm and not {schedule.name}")
-    if network.prediction == "eps" and isinstance(schedule, DDPM) and schedule.zero_snr:
-        raise ConfigError("network.prediction: eps says nothing at the zero SNR where this schedule ends; v does")
     try:
         backbone = _backbone(model, network)
     except ValueError as error:
         raise ConfigError(f"network: {network.model}: {error}") from None
-    return Denoiser(backbone, schedule, network.prediction, network.data_std, network.time_scale, precision)
+    try:
+        return Denoiser(backbone, schedule, network.prediction, network.data_std, network.time_scale, precision)
+    except ValueError as error:
+        raise ConfigError(f"network.{error}") from None
 
 
 def _backbone(model: nn.Module, network: Network) -> Backbone:
@@ -237,4 +236,14 @@ def _described(folder: Path, config: dict[str, Any], where: Path) -> Network:
     if path is None:
         raise ValueError(f"teacher: {str(folder)!r} holds neither {DESCRIPTION} nor {names[0]}")
     classes = config.get("num_class_embeds") if model == "UNet2DModel" else None
-    return Network(model=model, classes=classes, **from_scheduler(_json(path), path))
+    return Network(model=model, classes=classes, **from_scheduler(_json(path), path, _tokens(config)))
+
+
+def _tokens(config: dict[str, Any]) -> int | None:
+    """Patches of one sample, by the model's config; None where that names no size."""
+    size = config.get("sample_size")
+    if size is None:
+        return None
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    patch = config.get("patch_size", 1)
+    return (height // patch) * (width // patch)

@@ -1,30 +1,49 @@
-"""diffusers' schedulers, read as what they say of the network: its schedule, its prediction, how it counts time."""
+"""diffusers' schedulers, read for what they say of the network: its schedule, its prediction, how it counts time."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from ..diffusion.schedules import DDPM, EDM, Flow, to_config
 
-PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' word: ours
+PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' name: ours
 
 
-def from_scheduler(config: dict[str, Any], where: Path) -> dict[str, Any]:
+def from_scheduler(config: dict[str, Any], where: Path, tokens: int | None = None) -> dict[str, Any]:
     """The fields of a Network that a diffusers scheduler's config decides: schedule, prediction, data_std, time_scale.
 
-    How the scheduler would step (its spacing, order, clipping) is not the network's and is left out. where: the file,
-    for errors. Raises ValueError for a scheduler whose network is none of ours.
+    The levels at which a network was trained are its own, and so is a flow's shift. A sampler's spacing, order and
+    clipping are not, and are left out. where: the file, for errors. tokens: of an image as the network sees it,
+    (H / patch) (W / patch), on which a dynamic shift depends; None where it is not known.
+    Raises ValueError for a scheduler whose network is none of ours.
     """
+    try:
+        return _read(config, where, tokens)
+    except KeyError as error:
+        raise ValueError(f"{where}: {error.args[0]} is missing") from None
+    except (TypeError, ArithmeticError) as error:
+        raise ValueError(f"{where}: a value that gives no schedule ({error})") from None
+
+
+def _read(config: dict[str, Any], where: Path, tokens: int | None) -> dict[str, Any]:
     name = config.get("_class_name", "")
-    word = config.get("prediction_type", "epsilon")
+    predicts = config.get("prediction_type", "epsilon")
     steps = config.get("num_train_timesteps", 1000)
-    if name.startswith("FlowMatch") or word == "flow_prediction":
-        return {"schedule": to_config(Flow()), "prediction": "flow", "time_scale": float(steps)}
+    if name.startswith("FlowMatch") or predicts == "flow_prediction":
+        if config.get("invert_sigmas"):
+            raise ValueError(f"{where}: invert_sigmas counts time from noise to image; known: from image to noise")
+        shift = _shift(config, where, tokens)
+        # the published grid is i / steps for i = 1 ... steps, shifted
+        schedule = _valid(where, lambda: Flow(shift / (steps + shift - 1), 1.0, shift))
+        return {"schedule": to_config(schedule), "prediction": "flow", "time_scale": float(steps)}
     if name.startswith("EDM"):
-        if word != "epsilon":
-            raise ValueError(f"{where}: prediction_type {word!r} of {name}; known with EDM's preconditioning: epsilon")
-        schedule = EDM(config["sigma_min"], config["sigma_max"], config.get("rho", 7.0))
+        if predicts != "epsilon":
+            raise ValueError(
+                f"{where}: prediction_type {predicts!r} of {name}; known with EDM's preconditioning: epsilon"
+            )
+        schedule = _valid(where, lambda: EDM(config["sigma_min"], config["sigma_max"], config.get("rho", 7.0)))
         return {"schedule": to_config(schedule), "prediction": "edm", "data_std": config["sigma_data"]}
     if "beta_schedule" not in config:
         raise ValueError(
@@ -35,19 +54,34 @@ def from_scheduler(config: dict[str, Any], where: Path) -> dict[str, Any]:
         raise ValueError(
             f"{where}: trained_betas and continuous timesteps name no schedule; known: a beta_schedule by name"
         )
-    if word not in PREDICTION_TYPES:
+    if predicts not in PREDICTION_TYPES:
         raise ValueError(
-            f"{where}: prediction_type {word!r} is not one of {', '.join(PREDICTION_TYPES)}, flow_prediction"
+            f"{where}: prediction_type {predicts!r} is not one of {', '.join(PREDICTION_TYPES)}, flow_prediction"
         )
-    schedule = DDPM(
-        config["beta_schedule"],
-        config["beta_start"],
-        config["beta_end"],
-        steps,
-        bool(config.get("rescale_betas_zero_snr", False)),
-    )
+    betas = (config[key] for key in ("beta_schedule", "beta_start", "beta_end"))
+    schedule = _valid(where, lambda: DDPM(*betas, steps, bool(config.get("rescale_betas_zero_snr", False))))
+    return {"schedule": to_config(schedule), "prediction": PREDICTION_TYPES[predicts]}
+
+
+def _shift(config: dict[str, Any], where: Path, tokens: int | None) -> float:
+    """A flow's shift: fixed, or dynamic, a function of the image's size (Esser et al. 2024; diffusers' defaults)."""
+    if not config.get("use_dynamic_shifting"):
+        return config.get("flow_shift", config.get("shift", 1.0))
+    if tokens is None:
+        raise ValueError(
+            f"{where}: use_dynamic_shifting needs the image's size, and the model's config.json names no sample_size"
+        )
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = low + (high - low) * (tokens - few) / (many - few)
+    kind = config.get("time_shift_type", "exponential")
+    if kind not in ("exponential", "linear"):
+        raise ValueError(f"{where}: time_shift_type {kind!r} is not one of exponential, linear")
+    return math.exp(mu) if kind == "exponential" else mu
+
+
+def _valid(where: Path, build: Any) -> Any:
     try:
-        schedule.angles()
+        return build()
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    return {"schedule": to_config(schedule), "prediction": PREDICTION_TYPES[word]}
