@@ -17,10 +17,9 @@ from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
-from fewstep.config import Strict, parse, resolve
-from fewstep.data.decode import CorruptImage
-from fewstep.data.shards import ShardError
-from fewstep.data.sources import SOURCES, SourceError, pack
+from fewstep.config import Strict, parse, plain_errors, resolve
+from fewstep.data.decode import MAX_PIXELS
+from fewstep.data.sources import SOURCES, pack
 
 
 class Prepare(Strict):
@@ -39,11 +38,15 @@ class Prepare(Strict):
     seed: int = Field(0, ge=0)
     """Of the choice and of the order in the shards."""
     size: int | None = Field(None, ge=1)
-    """Resize the shorter side of files to this and crop the centre; without it files are kept as they are."""
+    """Resize the shorter side of files to this and crop the centre; without it files keep their size."""
     channels: Literal[1, 3] = 3
     """Of files: 1 is grey, 3 is colour."""
     format: Literal["png", "jpeg", "webp"] = "png"
-    """How pixels are stored; png and webp keep every one."""
+    """Format of stored pixels; png and webp keep every one."""
+    background: str = "white"
+    """Colour behind transparent parts of files: a name or #rrggbb."""
+    max_pixels: int = Field(MAX_PIXELS, ge=1)
+    """A file with more pixels than this in its header counts as corrupt; it would take 4 bytes of memory for each."""
     max_corrupt: float = Field(0.001, ge=0, le=1)
     """The part of the rows that may be unusable; beyond it the job stops and lists them."""
     overwrite: bool = False
@@ -53,14 +56,13 @@ class Prepare(Strict):
 def main(argv: list[str] | None = None) -> None:
     job = parse(Prepare, argv)
     started = time.perf_counter()
-    try:
+    with plain_errors(OSError):
         source = SOURCES[job.source](resolve(job.path) if job.path else None, job.split)
         manifest = pack(
             source, resolve(job.out), limit=job.limit, seed=job.seed, size=job.size, channels=job.channels,
-            format=job.format, max_corrupt=job.max_corrupt, overwrite=job.overwrite,
+            format=job.format, background=job.background, max_pixels=job.max_pixels, max_corrupt=job.max_corrupt,
+            overwrite=job.overwrite,
         )  # fmt: skip
-    except (SourceError, ShardError, CorruptImage) as error:
-        raise SystemExit(f"prepare: {error}") from None
     summary = {
         "out": str(resolve(job.out)),
         "rows": manifest.rows,
@@ -72,6 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     size = "x".join(map(str, manifest.size))
     print(f"{summary['out']}: {manifest.rows} rows of {size} and {manifest.classes} classes in {summary['shards']} "
           f"shards, {summary['mb']} MB, {summary['skipped']} skipped")  # fmt: skip
+    for note in manifest.notes:
+        print(f"  {note}")
     for name in manifest.skipped:
         print(f"  skipped {name}")
     print(json.dumps(summary))

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fewstep.data import shards as shards_module
-from fewstep.data.decode import CorruptImage, decode, decode_all, encode
+from fewstep.data.decode import CorruptImage, Picture, decode, decode_all, encode
 from fewstep.data.feed import MemoryFeed, StreamFeed, ahead, open_feed
 from fewstep.data.plan import LANES, Plan, mix
 from fewstep.data.shards import CorruptRows, ShardError, ShardWriter, latents, open_shards
@@ -29,7 +29,7 @@ UNITS = [7, 60, 1, 33, 60, 60, 12, 60, 5, 60, 41]
 def write(out, rows=200, size=(1, 12, 12), classes=10, bad=(), monkeypatch=None, **options):
     """A set whose image number i has all pixels i mod 256 and label i mod classes; `bad` ones are bytes, no image."""
     if bad:
-        monkeypatch.setattr(shards_module, "decode", lambda data, size: None)
+        monkeypatch.setattr(shards_module, "read_picture", lambda *_, **__: Picture(None, ()))
     with ShardWriter(out, size, classes=classes, **({"group_rows": 16, "shard_bytes": 4000} | options)) as writer:
         for i in range(rows):
             image = b"\x89PNG broken" if i in bad else np.full(size, i % 256, np.uint8)

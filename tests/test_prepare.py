@@ -12,15 +12,19 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tracemalloc
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from fewstep.data import sources
-from fewstep.data.decode import decode, encode
+from fewstep.data.decode import COLOURS, DEPTH, FRAME, LAID, CorruptImage, decode, encode, read_picture
 from fewstep.data.shards import CorruptRows, open_shards
 from fewstep.data.sources import SourceError, cifar10, fashion_mnist, folder, pack, webdataset
 
@@ -94,7 +98,8 @@ def test_missing_files_name_the_places_and_the_package(tmp_path, monkeypatch):
     def offline(*args, **kwargs):
         raise RuntimeError("Error downloading")
 
-    monkeypatch.setattr("torchvision.datasets.FashionMNIST", offline)
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace())  # its import takes seconds
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", SimpleNamespace(FashionMNIST=offline))
     with pytest.raises(SourceError, match="not-installed.*download failed.*dataset-fashion-mnist"):
         fashion_mnist()
 
@@ -263,9 +268,17 @@ def test_corrupt_files_are_skipped_and_named(tmp_path):
     assert "16x17 pixels where the set has 16x16" in manifest.skipped[2]
 
 
-def test_too_many_corrupt_files_stop_the_job_and_leave_nothing(tmp_path):
-    with pytest.raises(CorruptRows, match=r"2 corrupt rows, 1 allowed(.|\n)*07.png(.|\n)*09.png"):
-        pack(folder(broken_folder(tmp_path / "in")), tmp_path / "out", max_corrupt=0.04)
+def test_too_many_corrupt_files_stop_the_job_with_a_list_of_all_and_leave_nothing(tmp_path):
+    source = folder(broken_folder(tmp_path / "in"))
+    with pytest.raises(CorruptRows) as error:
+        pack(source, tmp_path / "out", max_corrupt=0.04)
+    first, *names = str(error.value).splitlines()
+    assert first.endswith(
+        "3 corrupt rows, 1 allowed; bring all to one size with size=16 or another, or raise max_corrupt:"
+    )
+    assert [name.split(":")[0].strip() for name in names] == ["07.png", "09.png", "11.png"]
+    with pytest.raises(CorruptRows, match="2 corrupt rows, 1 allowed; restore them or raise max_corrupt"):
+        pack(source, tmp_path / "out", max_corrupt=0.04, size=16)  # brings 11.png to the size
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -279,6 +292,14 @@ def job(monkeypatch, capsys, *words):
     return capsys.readouterr().out.splitlines()
 
 
+def refused(monkeypatch, capsys, *words):
+    """Runs a job that must end with exit status 2: its one line on standard error."""
+    with pytest.raises(SystemExit) as end:
+        job(monkeypatch, capsys, *words)
+    assert end.value.code == 2
+    return capsys.readouterr().err.strip()
+
+
 def test_the_job_says_what_it_wrote(tmp_path, monkeypatch, capsys):
     source = fashion_files(tmp_path / "idx", True, "t10k")
     words = ["source=fashion_mnist", f"path={source}", "split=test", "limit=12", f"out={tmp_path / 'out'}"]
@@ -286,8 +307,7 @@ def test_the_job_says_what_it_wrote(tmp_path, monkeypatch, capsys):
     assert "12 rows of 1x28x28 and 10 classes in 1 shards" in out[0]
     summary = json.loads(out[-1])
     assert summary["rows"] == 12 and summary["skipped"] == 0 and open_shards(summary["out"]).rows == 12
-    with pytest.raises(SystemExit, match="exists; choose another folder or add overwrite=true"):
-        job(monkeypatch, capsys, *words)
+    assert "exists; choose another folder or add overwrite=true" in refused(monkeypatch, capsys, *words)
 
 
 def test_the_job_names_a_field_it_does_not_know():
@@ -296,13 +316,174 @@ def test_the_job_names_a_field_it_does_not_know():
     assert done.returncode != 0 and "did you mean 'overwrite'?" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_pictures_turned_by_their_exif_stand_upright_when_resized(tmp_path):
+# pictures as people see them
+
+
+def saved(picture, format="PNG", **options):
+    """The bytes of a Pillow image's file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def turned(data, format="PNG"):
+    """A file of pixels (H, W) or (H, W, 3) that is stored for each EXIF orientation such that people see `data`."""
+    transposed = np.swapaxes(data, 0, 1)
+    # by the tag's definition, the edge of the picture that the first row and the first column hold
+    stored = {
+        1: data,
+        2: data[:, ::-1],
+        3: data[::-1, ::-1],
+        4: data[::-1],
+        5: transposed,
+        6: transposed[::-1],
+        7: transposed[::-1, ::-1],
+        8: transposed[:, ::-1],
+    }
+    for tag, values in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = tag
+        yield tag, saved(Image.fromarray(np.ascontiguousarray(values)), format, exif=exif, **LOSSLESS[format])
+
+
+LOSSLESS = {"PNG": {}, "WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}}
+
+
+@pytest.mark.parametrize("format", LOSSLESS)
+def test_pictures_turned_by_their_exif_tag_stand_upright_with_and_without_size(tmp_path, format):
+    shown = np.repeat(np.repeat(RNG.integers(0, 256, (2, 2, 3), dtype=np.uint8), 8, 0), 8, 1)
     (tmp_path / "in").mkdir()
-    image = Image.new("RGB", (8, 8))
-    image.paste((255, 255, 255), (0, 0, 8, 4))  # the upper half is white
+    for tag, data in turned(shown, format):
+        (tmp_path / "in" / f"{tag}.{format.lower()}").write_bytes(data)
+    for size in (None, 16):
+        manifest = pack(folder(tmp_path / "in"), tmp_path / f"out{size}", size=size)
+        assert manifest.notes == ("7 pictures turned as the EXIF tag says",)
+        for row in open_shards(tmp_path / f"out{size}").read(0).to_pylist():
+            with Image.open(io.BytesIO(row["image"])) as image:  # by any reader, not only by ours
+                kept = image.format == format and size is None
+                assert (image.getexif().get(0x0112, 1) == 1) and (kept or image.format == "PNG")
+                assert np.abs(np.asarray(image).astype(int) - shown).max() <= (6 if format == "JPEG" else 0)
+
+
+def test_a_turned_picture_has_the_size_that_people_see(tmp_path):
+    wide = RNG.integers(0, 256, (6, 10), dtype=np.uint8)
+    files = dict(turned(wide))
+    for tag, data in files.items():
+        assert read_picture(data, 1).pixels.shape == (1, 6, 10), tag
+        assert np.array_equal(decode(data, (1, 6, 10))[0], wide), tag
+    with pytest.raises(CorruptImage, match="6x10 pixels where the set has 10x6"):
+        decode(files[6], (1, 10, 6))
+
+
+def test_transparent_parts_show_one_background_and_never_the_colours_below_them(tmp_path):
+    colours = RNG.integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    colours[:4, :, 3] = 0
+    colours[4:, :, 3] = 255
+    palette = Image.new("P", (8, 8), 7)
+    palette.putpalette([i for k in range(256) for i in (k, 0, 0)])
+    grey = Image.fromarray(np.full((8, 8), 9, np.uint8))
+    deep = Image.fromarray(np.full((8, 8), 9, np.uint16))
+    files = {
+        "rgba": (saved(Image.fromarray(colours)), colours[4:, :, :3]),
+        "webp": (saved(Image.fromarray(colours), "WEBP", lossless=True), colours[4:, :, :3]),
+        "grey and alpha": (saved(Image.fromarray(colours[..., [0, 3]])), colours[4:, :, [0, 0, 0]]),
+        "palette with a transparent entry": (saved(palette, transparency=7), None),
+        "grey with a transparent value": (saved(grey, transparency=9), None),
+        "16 bits with a transparent value": (saved(deep, transparency=9), None),
+    }
+    for name, (data, opaque) in files.items():
+        for background, channels in (((255, 255, 255), 3), ((10, 20, 30), 3), ((7, 7, 7), 1)):
+            picture = read_picture(data, channels, background=background)
+            upper = picture.pixels if opaque is None else picture.pixels[:, :4]
+            assert (upper == np.array(background)[:channels, None, None]).all(), name
+            assert LAID in picture.changes
+            if opaque is not None and channels == 3:
+                assert np.array_equal(picture.pixels[:, 4:].transpose(1, 2, 0), opaque), name
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(files["rgba"][0])
+    for size in (None, 8):
+        manifest = pack(folder(tmp_path / "in"), tmp_path / f"out{size}", size=size, background="#0a141e")
+        assert manifest.notes == ("1 picture with transparency, laid over the background",)
+        pixels = np.frombuffer(next(iter(rows(tmp_path / f"out{size}"))), np.uint8).reshape(3, 8, 8)
+        assert (pixels[:, :4] == np.array([10, 20, 30])[:, None, None]).all()
+    with pytest.raises(SourceError, match="background: 'whit' is no colour"):
+        pack(folder(tmp_path / "in"), tmp_path / "never", background="whit")
+
+
+def test_half_transparent_pixels_are_mixed_and_an_opaque_alpha_changes_nothing():
+    half = np.zeros((4, 4, 4), np.uint8)
+    half[..., 3] = 51  # a fifth
+    assert np.all(read_picture(saved(Image.fromarray(half)), 3).pixels == 204)
+    half[..., 3] = 255
+    picture = read_picture(saved(Image.fromarray(half)), 3)
+    assert picture.changes == () and np.all(picture.pixels == 0)
+
+
+def test_grey_values_of_16_bits_are_scaled_and_not_clipped():
+    values = np.array([[0, 256, 32768, 65535]], np.uint16)
+    picture = read_picture(saved(Image.fromarray(values)), 1)
+    assert picture.pixels.tolist() == [[[0, 1, 128, 255]]] and picture.changes == (DEPTH,)
+
+
+def test_inks_and_colour_profiles_become_srgb():
+    ink = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    picture = read_picture(saved(ink, "JPEG", quality=95), 3)
+    assert np.abs(picture.pixels.astype(int) - np.array([255, 0, 0])[:, None, None]).max() <= 3
+    assert picture.changes == (COLOURS,)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace(b"rXYZ", b"....", 1).replace(b"bXYZ", b"rXYZ", 1).replace(b"....", b"bXYZ", 1)
+    red = Image.new("RGB", (8, 8), (255, 0, 0))
+    plain, other = (read_picture(saved(red, icc_profile=profile), 3) for profile in (srgb, swapped))
+    assert plain.changes == () and plain.pixels[:, 0, 0].tolist() == [255, 0, 0]
+    assert other.changes == (COLOURS,) and np.abs(other.pixels[:, 0, 0] - np.array([0, 0, 255])).max() <= 1
+    assert read_picture(saved(red, icc_profile=b"none"), 3).changes == ()
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_of_an_animated_file_the_first_frame_is_taken(format):
+    frames = [Image.new("RGB", (8, 8), (40 * i, 0, 0)) for i in range(1, 4)]
+    data = saved(frames[0], format, save_all=True, append_images=frames[1:], **LOSSLESS[format])
+    picture = read_picture(data, 3)
+    assert picture.changes == (FRAME,) and np.all(picture.pixels[0] == 40)
+
+
+def test_a_huge_picture_in_a_small_file_is_refused_by_its_header(tmp_path):
+    header = struct.pack(">II", 30000, 30000) + bytes([8, 2, 0, 0, 0])
+    data = bytearray(saved(Image.new("RGB", (8, 8))))
+    data[16:33] = header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (tmp_path / "huge.png").write_bytes(data)
+    tracemalloc.start()
+    for limits in ({}, {"fit": 8}, {"max_pixels": 899_999_999}):
+        with pytest.raises(CorruptImage, match=r"30000x30000 pixels in its header, more than max_pixels=\d+$"):
+            read_picture(bytes(data), 3, **limits)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+    assert read_picture(saved(Image.new("L", (30, 20))), 1, max_pixels=600).pixels.shape == (1, 20, 30)
+    with pytest.raises(SourceError, match="no readable image in .*huge.png: 30000x30000 pixels in its header"):
+        pack(folder(tmp_path), tmp_path / "out")
+
+
+def test_megabytes_of_text_in_a_file_reject_no_pixels():
+    text = PngInfo()
+    text.add_text("workflow", "x" * (2 << 20), zip=True)
     exif = Image.Exif()
-    exif[0x0112] = 3  # stored upside down
-    image.save(tmp_path / "in" / "a.png", exif=exif)
-    pack(folder(tmp_path / "in"), tmp_path / "out", size=8)
-    pixels = np.frombuffer(next(iter(rows(tmp_path / "out"))), np.uint8).reshape(3, 8, 8)
-    assert np.all(pixels[:, :4] == 0) and np.all(pixels[:, 4:] == 255)
+    exif[0x0112] = 3
+    pixels = RNG.integers(0, 256, (5, 6), dtype=np.uint8)
+    data = saved(Image.fromarray(pixels), pnginfo=text, exif=exif)
+    assert np.array_equal(read_picture(data, 1).pixels[0], pixels[::-1, ::-1])
+
+
+@pytest.mark.parametrize("format", LOSSLESS)
+def test_a_truncated_file_is_corrupt(format):
+    data = saved(Image.fromarray(COLOUR[0].transpose(1, 2, 0)), format, **LOSSLESS[format])
+    for end in (8, 40, len(data) // 2, len(data) - 40):
+        with pytest.raises(CorruptImage):
+            read_picture(data[:end], 3)
+
+
+def test_small_pictures_that_size_enlarges_are_counted(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        (tmp_path / "in" / f"{i}.png").write_bytes(picture(i, (16, 8 * i + 8)))
+    manifest = pack(folder(tmp_path / "in"), tmp_path / "out", size=12)
+    assert manifest.notes == ("1 picture smaller than size, enlarged",)

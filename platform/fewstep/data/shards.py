@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +22,12 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from fewstep.config import Strict, resolve
-from fewstep.data.decode import CorruptImage, decode, encode, size_of
+from fewstep.data.decode import WHITE, CorruptImage, encode, read_picture, size_of
 from fewstep.data.plan import mix
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+LISTED = 200  # corrupt rows that an error names
 WRITE = "write one with: python jobs/prepare.py source=... out=..."
 RESTORE = "restore the file, or write the set again: python jobs/prepare.py source=... out=... overwrite=true"
 
@@ -38,16 +40,20 @@ class CorruptRows(ShardError):
     """More rows without a usable image than `max_corrupt` allows; the text lists them."""
 
 
-def refuse(names: Sequence[str], allowed: int, where: str, rows: int | None = None) -> CorruptRows:
-    """The error of a set with too many corrupt rows: what was found, what is allowed, how to go on.
+def refuse(
+    names: Sequence[str],
+    allowed: int,
+    where: str,
+    rows: int | None = None,
+    way_out: str = "restore them or raise max_corrupt",
+) -> CorruptRows:
+    """The error of a set with too many corrupt rows: their names with the reasons, how many are allowed, the way out.
 
     rows: how many they are, where a name stands for more than one.
     """
-    listed = "\n  ".join(names[:50]) + (f"\n  and {len(names) - 50} more" if len(names) > 50 else "")
+    listed = "\n  ".join(names[:LISTED]) + (f"\n  and {len(names) - LISTED} more" if len(names) > LISTED else "")
     rows = len(names) if rows is None else rows
-    return CorruptRows(
-        f"{where}: {rows} corrupt rows, {allowed} allowed; restore them or raise max_corrupt:\n  {listed}"
-    )
+    return CorruptRows(f"{where}: {rows} corrupt rows, {allowed} allowed; {way_out}:\n  {listed}")
 
 
 class Shard(Strict):
@@ -71,7 +77,8 @@ class Manifest(Strict):
     range: tuple[float, float]
     """Of the stored values: [0, 255] for images, the extremes found for latents."""
     encoding: str
-    """png, jpeg or webp; source where the files are as they were found; float16 or float32 for latents."""
+    """png, jpeg or webp; source where files are kept byte for byte, but for those of `notes`; float16 or float32 for
+    latents."""
     classes: int
     """0 where rows have no label."""
     class_names: tuple[str, ...] = ()
@@ -81,7 +88,9 @@ class Manifest(Strict):
     shards: tuple[Shard, ...]
     source: dict[str, Any] = {}
     skipped: tuple[str, ...] = ()
-    """What was found corrupt in the source and left out, by name."""
+    """Corrupt files and rows of the source, which were left out: name and reason."""
+    notes: tuple[str, ...] = ()
+    """Changes made to pictures, and what of the source was left out on purpose, with counts."""
 
 
 class Unit(NamedTuple):
@@ -270,7 +279,7 @@ def _verify_first_image(shards: Shards, path: Path) -> None:
     unit = next(i for i, u in enumerate(shards.units) if u.file == path.name)
     for data in shards.read(unit, np.arange(min(8, shards.units[unit].rows))).column("image").to_pylist():
         try:
-            _, height, width = size_of(data or b"")
+            height, width = size_of(data or b"")
         except CorruptImage:
             continue  # one bad image is the feed's to count
         if (height, width) != shards.size[1:]:
@@ -299,7 +308,9 @@ class ShardWriter:
 
     size: (C, H, W) of every row.
     encoding: how arrays are stored: png, jpeg or webp for uint8 pixels, float16 or float32 for latents; "source" where
-        only bytes are added. Bytes are kept as they are in every case.
+        only files (bytes) are added.
+    Files are kept byte for byte where their stored pixels are those that people see. Others (turned by their EXIF tag,
+        transparent, of other colours) are stored anew in the format `recode`, laid over `background` (RGB).
     classes: labels are 0..classes-1; 0 means rows without labels. captions: rows have a text.
     seed: of the order. Rows are shuffled when written, so that a row group is a fair sample of the set; where the
         encoded rows exceed `window_bytes` they are shuffled window by window.
@@ -313,6 +324,8 @@ class ShardWriter:
         size: tuple[int, int, int],
         *,
         encoding: str = "png",
+        recode: str = "png",
+        background: tuple[int, int, int] = WHITE,
         classes: int = 0,
         class_names: Sequence[str] = (),
         captions: bool = False,
@@ -334,6 +347,9 @@ class ShardWriter:
         self.temp.mkdir(parents=True)
         self.group_rows, self.group_bytes = group_rows, group_bytes
         self.shard_bytes, self.window_bytes = shard_bytes, window_bytes
+        self.recode, self.background = recode, background
+        self.changes: Counter[str] = Counter()  # pictures, by what `read_picture` did to them
+        self.notes: list[str] = []
         self.manifest = Manifest(
             kind="latent" if encoding.startswith("float") else "image",
             rows=0, size=size, range=(0, 255), encoding=encoding, classes=classes, class_names=tuple(class_names),
@@ -351,33 +367,42 @@ class ShardWriter:
     def add(self, image: bytes | np.ndarray, label: int | None = None, caption: str | None = None) -> None:
         """One row: an encoded file, or an array (C, H, W): uint8 for an image, numbers for a latent.
 
-        Raises CorruptImage when bytes cannot be decoded or have another size, ValueError for a wrong shape or label.
+        Raises as `content` does, and ValueError for a wrong label or caption.
         """
         m = self.manifest
         if m.classes and (label is None or not 0 <= label < m.classes):
             raise ValueError(f"label: {label} where the set has classes 0..{m.classes - 1}")
         if m.captions and caption is None:
             raise ValueError("caption: missing; every row of a captioned set needs one")
-        if isinstance(image, bytes):
-            decode(image, m.size)
-            content = image
-        elif image.shape != tuple(m.size):
-            raise ValueError(f"image: shape {image.shape} where the set has {m.size}")
-        elif m.kind == "latent":
-            content = np.asarray(image, m.encoding).ravel()
-            self._extremes = min(self._extremes[0], float(content.min())), max(self._extremes[1], float(content.max()))
-        elif image.dtype != np.uint8:
-            raise ValueError(f"image: dtype {image.dtype}; images are uint8")
-        else:
-            content = encode(image, m.encoding)
+        content = self.content(image)
         row = (content,) + ((int(label),) if m.classes else ()) + ((caption,) if m.captions else ())
         self._window.append(row)
         self._window_bytes += _bytes(content)
         if self._window_bytes >= self.window_bytes:
             self._write_window()
 
+    def content(self, image: bytes | np.ndarray) -> bytes | np.ndarray:
+        """The bytes, or a latent's numbers, that `add` stores for an image.
+
+        Raises CorruptImage when bytes cannot be decoded or have another size, ValueError for a wrong shape or type.
+        """
+        m = self.manifest
+        if isinstance(image, bytes):
+            picture = read_picture(image, m.size[0], size=tuple(m.size[1:]), background=self.background)
+            self.changes.update(picture.changes)
+            return encode(picture.pixels, self.recode) if picture.changes else image
+        if image.shape != tuple(m.size):
+            raise ValueError(f"image: shape {image.shape} where the set has {m.size}")
+        if m.kind == "image":
+            if image.dtype != np.uint8:
+                raise ValueError(f"image: dtype {image.dtype}; images are uint8")
+            return encode(image, m.encoding)
+        numbers = np.asarray(image, m.encoding).ravel()
+        self._extremes = min(self._extremes[0], float(numbers.min())), max(self._extremes[1], float(numbers.max()))
+        return numbers
+
     def skip(self, name: str) -> None:
-        """Names a row of the source that was left out."""
+        """Names a corrupt row of the source, which is left out."""
         self._skipped.append(name)
 
     def _write_window(self) -> None:
@@ -435,9 +460,10 @@ class ShardWriter:
         if not self._shards:
             raise ShardError(f"out: no rows were written to {str(self.out)!r}; the source gave none")
         found = {"range": self._extremes} if self.manifest.kind == "latent" else {}
+        changed = [f"{count} picture{'s' * (count > 1)} {change}" for change, count in sorted(self.changes.items())]
         self.manifest = self.manifest.model_copy(
             update=found | {"rows": sum(s.rows for s in self._shards), "shards": tuple(self._shards),
-                            "skipped": tuple(self._skipped)}
+                            "skipped": tuple(self._skipped), "notes": (*self.notes, *changed)}
         )  # fmt: skip
         (self.temp / MANIFEST).write_text(self.manifest.model_dump_json(indent=1) + "\n")
         old = self.out.with_name(f".{self.out.name}.{os.getpid()}.old")

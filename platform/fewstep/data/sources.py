@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor
 
-from fewstep.data.decode import FORMATS, MODES, PILLOW_ERRORS, CorruptImage, corrupt, size_of
+from fewstep.data.decode import FORMATS, MAX_PIXELS, CorruptImage, OtherSize, read_picture, size_of
 from fewstep.data.plan import mix
 from fewstep.data.shards import Manifest, ShardWriter, refuse
 
@@ -76,6 +76,8 @@ def pack(
     size: int | None = None,
     channels: int = 3,
     format: str = "png",
+    background: str = "white",
+    max_pixels: int = MAX_PIXELS,
     max_corrupt: float = 0.001,
     overwrite: bool = False,
     **writer_options: int,
@@ -83,56 +85,67 @@ def pack(
     """Writes a source as shards and returns their manifest.
 
     limit: keep that many rows, chosen at random by the seed. size: resize the shorter side to it and crop the centre.
-    channels: 1 or 3, of sources that are files. Files are kept byte for byte unless they are resized; everything else
-    is stored in `format`. A file that is no image, or not of the set's size, is skipped and named in the manifest.
-    Raises CorruptRows, and writes nothing, when more than max_corrupt of the rows are skipped.
+    channels: 1 or 3, of sources that are files. background: the colour, by name or #rrggbb, behind transparent parts.
+    Files are kept byte for byte unless they are resized, or stored as people do not see them (ShardWriter); everything
+    else is stored in `format`. A file that is no image, not of the set's size, or of more than max_pixels, is skipped
+    and named in the manifest.
+    Raises CorruptRows, naming every such file, and writes nothing, when more than max_corrupt of the rows are skipped.
     """
     chosen = np.ones(source.total, bool)
     if limit is not None and limit < source.total:
         chosen[np.argsort(mix(seed, _SELECT, np.arange(source.total)), kind="stable")[limit:]] = False
+    behind = _colour(background)
     files = source.size is None
-    shape = (channels, size, size) if files and size else source.size or _first_size(source, channels)
+    shape = (channels, size, size) if files and size else source.size or _first_size(source, channels, max_pixels)
     allowed = int(max_corrupt * chosen.sum())
     skipped: list[str] = []
+    way_out = "restore them or raise max_corrupt"
     writer = ShardWriter(
-        out, shape, encoding="source" if files and not size else format, classes=source.classes,
-        class_names=source.class_names, captions=source.captions, seed=seed, overwrite=overwrite,
-        source=source.info | {"rows": source.total, "limit": limit, "seed": seed}, **writer_options,
+        out, shape, encoding="source" if files and not size else format, recode=format, background=behind,
+        classes=source.classes, class_names=source.class_names, captions=source.captions, seed=seed,
+        overwrite=overwrite, source=source.info | {"rows": source.total, "limit": limit, "seed": seed},
+        **writer_options,
     )  # fmt: skip
     with writer:
         for example, wanted in zip(source.examples(), chosen.tolist(), strict=True):
             if not wanted:
                 continue
             try:
-                image = example.image if not (files and size) else _resized(example.image, size, channels)
-                writer.add(image, example.label, example.caption)
+                image = example.image
+                if files and size:
+                    picture = read_picture(image, channels, fit=size, background=behind, max_pixels=max_pixels)
+                    writer.changes.update(picture.changes)
+                    image = picture.pixels
+                if len(skipped) > allowed:
+                    writer.content(image)  # only the list of corrupt files is still wanted
+                else:
+                    writer.add(image, example.label, example.caption)
             except CorruptImage as error:
+                if isinstance(error, OtherSize):
+                    way_out = f"bring all to one size with size={min(shape[1:])} or another, or raise max_corrupt"
                 skipped.append(f"{example.name}: {error}")
                 writer.skip(skipped[-1])
-                if len(skipped) > allowed:
-                    raise refuse(skipped, allowed, source.where) from None
+        if len(skipped) > allowed:
+            raise refuse(skipped, allowed, source.where, way_out=way_out)
     return writer.manifest
 
 
-def _first_size(source: Source, channels: int) -> tuple[int, int, int]:
+def _first_size(source: Source, channels: int, max_pixels: int) -> tuple[int, int, int]:
+    reason = ""
     for example in source.examples():
         try:
-            return (channels, *size_of(example.image)[1:])
-        except CorruptImage:
-            continue
-    raise SourceError(f"path: no readable image in {source.where!r}; formats: {', '.join(FORMATS)}")
+            return (channels, *size_of(example.image, max_pixels))
+        except CorruptImage as error:
+            reason = reason or f"; the first, {example.name}: {error}"
+    raise SourceError(f"path: no readable image in {source.where!r}; formats: {', '.join(FORMATS)}{reason}")
 
 
-def _resized(data: bytes, size: int, channels: int) -> np.ndarray:
-    """A file's picture, turned as its EXIF says, resized by its shorter side, its centre cropped: (C, size, size)."""
+def _colour(background: str) -> tuple[int, int, int]:
+    """A colour by its name or as #rrggbb."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            image.draft(MODES[channels], (2 * size, 2 * size))  # a JPEG may be unpacked at a half, a quarter, ...
-            picture = ImageOps.exif_transpose(image).convert(MODES[channels])
-    except PILLOW_ERRORS as error:
-        raise corrupt(error) from None
-    pixels = np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS))
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+        return ImageColor.getrgb(background)[:3]
+    except ValueError:
+        raise SourceError(f"background: {background!r} is no colour; give white, black or #rrggbb") from None
 
 
 # Fashion-MNIST ------------------------------------------------------------------------------------------------------
