@@ -50,7 +50,7 @@ class Prepare(Strict):
     max_corrupt: float = Field(0.001, ge=0, le=1)
     """The part of the rows that may be unusable; beyond it the job stops and lists them."""
     overwrite: bool = False
-    """Replace the folder when it exists."""
+    """Replace a shard set at `out`. A folder that holds anything else, or the source, is never replaced."""
 
 
 def main(argv: list[str] | None = None) -> None:

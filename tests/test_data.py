@@ -21,6 +21,7 @@ from fewstep.data.decode import CorruptImage, Picture, decode, decode_all, encod
 from fewstep.data.feed import MemoryFeed, StreamFeed, ahead, open_feed
 from fewstep.data.plan import LANES, Plan, mix
 from fewstep.data.shards import CorruptRows, ShardError, ShardWriter, latents, open_shards
+from fewstep.folders import FolderError
 
 GOLDEN = [5, 3, 6, 4, 10, 9, 7, 11, 8, 0, 1, 2, 6, 3, 4, 5, 11, 7, 8, 9, 10, 0, 1, 2]
 UNITS = [7, 60, 1, 33, 60, 60, 12, 60, 5, 60, 41]
@@ -203,7 +204,7 @@ def test_a_set_appears_whole_or_not_at_all(tmp_path):
 
 def test_an_existing_set_is_replaced_only_when_asked(tmp_path):
     write(tmp_path / "set", rows=20)
-    with pytest.raises(ShardError, match="overwrite=true"):
+    with pytest.raises(FolderError, match="overwrite=true"):
         write(tmp_path / "set", rows=30)
     assert write(tmp_path / "set", rows=30, overwrite=True).rows == 30
     assert [path.name for path in tmp_path.iterdir()] == ["set"]

@@ -307,7 +307,37 @@ def test_the_job_says_what_it_wrote(tmp_path, monkeypatch, capsys):
     assert "12 rows of 1x28x28 and 10 classes in 1 shards" in out[0]
     summary = json.loads(out[-1])
     assert summary["rows"] == 12 and summary["skipped"] == 0 and open_shards(summary["out"]).rows == 12
-    assert "exists; choose another folder or add overwrite=true" in refused(monkeypatch, capsys, *words)
+    assert "exists; choose another folder, or replace it with overwrite=true" in refused(monkeypatch, capsys, *words)
+
+
+def test_only_a_shard_set_is_replaced_and_never_the_source_or_what_holds_it(tmp_path, monkeypatch, capsys):
+    for name in ("photos", "data/originals"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.png").write_bytes(picture(1))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.tex").write_text("years of work")
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    before = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for path, out, reason in (
+        ("photos", "photos", "is or contains"),
+        ("data/originals", "data", "is or contains"),
+        ("link", "photos", "is or contains"),
+        ("photos/../photos", "photos", "is or contains"),
+        ("photos", "link", "is or contains"),
+        ("photos", "notes", "is not a shard set, so it is not replaced"),
+        ("photos", "", "is or contains"),
+    ):
+        words = ["source=folder", f"path={tmp_path / path}", "size=8", f"out={tmp_path / out}", "overwrite=true"]
+        line = refused(monkeypatch, capsys, *words)
+        assert line.startswith("out: ") and reason in line and "\n" not in line
+    pack(folder(tmp_path / "photos"), tmp_path / "set")
+    (tmp_path / "set" / "mine.txt").write_text("keep")
+    words = ["source=folder", f"path={tmp_path / 'photos'}", f"out={tmp_path / 'set'}", "overwrite=true"]
+    assert "also holds 'mine.txt'" in refused(monkeypatch, capsys, *words)
+    (tmp_path / "set" / "mine.txt").unlink()
+    assert "1 rows" in job(monkeypatch, capsys, *words)[0]
+    assert {str(path): path.read_bytes() for path in tmp_path.rglob("*") if str(path) in before} == before
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_the_job_names_a_field_it_does_not_know():

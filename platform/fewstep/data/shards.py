@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -24,11 +25,13 @@ from pydantic import ValidationError
 from fewstep.config import Strict, resolve
 from fewstep.data.decode import WHITE, CorruptImage, encode, read_picture, size_of
 from fewstep.data.plan import mix
+from fewstep.folders import NAME_BYTES, SHARDS, replace, replaceable
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 LISTED = 200  # corrupt rows that an error names
 WRITE = "write one with: python jobs/prepare.py source=... out=..."
+AGAIN = "restore the file, or write the set to another folder: python jobs/prepare.py source=... out=..."
 RESTORE = "restore the file, or write the set again: python jobs/prepare.py source=... out=... overwrite=true"
 
 
@@ -231,7 +234,7 @@ def open_shards(path: str | os.PathLike[str], verify: Literal["sha256", "size"] 
     try:
         manifest = Manifest.model_validate_json((path / MANIFEST).read_text())
     except (ValidationError, UnicodeDecodeError) as error:
-        raise ShardError(f"{path / MANIFEST}: not a manifest of format {FORMAT} ({_short(error)}); {RESTORE}") from None
+        raise ShardError(f"{path / MANIFEST}: not a manifest of format {FORMAT} ({_short(error)}); {AGAIN}") from None
     shards = Shards(path, manifest)
     for shard in manifest.shards:
         _verify(shards, shard, verify == "sha256")
@@ -315,7 +318,9 @@ class ShardWriter:
     seed: of the order. Rows are shuffled when written, so that a row group is a fair sample of the set; where the
         encoded rows exceed `window_bytes` they are shuffled window by window.
     group_bytes, group_rows: the size of a row group, whichever comes first; shard_bytes: of a file.
-    Raises ShardError when the folder exists and overwrite is False, and leaves nothing behind when the body raises.
+    overwrite: replace a shard set; nothing else is ever replaced. apart: files and folders that are read, which `out`
+        may neither be nor contain.
+    Raises FolderError when `out` may not be made, and leaves nothing behind when the body raises.
     """
 
     def __init__(
@@ -332,18 +337,18 @@ class ShardWriter:
         source: dict[str, Any] | None = None,
         seed: int = 0,
         overwrite: bool = False,
+        apart: Sequence[Path | None] = (),
         group_rows: int = 1000,
         group_bytes: int = 8 << 20,
         shard_bytes: int = 256 << 20,
         window_bytes: int = 1 << 30,
     ):
         self.out = Path(out).absolute()
-        if self.out.exists() and not overwrite:
-            raise ShardError(f"out: {str(self.out)!r} exists; choose another folder or add overwrite=true")
+        replaceable(self.out, SHARDS, overwrite=overwrite, apart=apart)
         if class_names and len(class_names) != classes:
             raise ValueError(f"class_names: {len(class_names)} names for {classes} classes")
-        self.temp = self.out.with_name(f".{self.out.name}.{os.getpid()}.part")
-        shutil.rmtree(self.temp, ignore_errors=True)
+        self.overwrite = overwrite
+        self.temp = self.out.with_name(f".{self.out.name[:NAME_BYTES]}.{secrets.token_hex(4)}.part")
         self.temp.mkdir(parents=True)
         self.group_rows, self.group_bytes = group_rows, group_bytes
         self.shard_bytes, self.window_bytes = shard_bytes, window_bytes
@@ -466,11 +471,7 @@ class ShardWriter:
                             "skipped": tuple(self._skipped), "notes": (*self.notes, *changed)}
         )  # fmt: skip
         (self.temp / MANIFEST).write_text(self.manifest.model_dump_json(indent=1) + "\n")
-        old = self.out.with_name(f".{self.out.name}.{os.getpid()}.old")
-        if self.out.exists():
-            self.out.rename(old)
-        self.temp.rename(self.out)
-        shutil.rmtree(old, ignore_errors=True)
+        replace(self.temp, self.out, SHARDS, overwrite=self.overwrite)
         return self.manifest
 
     def __enter__(self) -> ShardWriter:

@@ -54,7 +54,7 @@ class Source:
     """A set that can be read from its start: how many rows there are, and what they hold.
 
     size: (C, H, W), or None where it is that of the first good image. `examples` gives all `total` rows in order.
-    where: how errors name the source; info: what the manifest says of it.
+    where: how errors name the source; info: what the manifest says of it. path: the file or folder that is read.
     """
 
     total: int
@@ -65,6 +65,7 @@ class Source:
     captions: bool = False
     where: str = ""
     info: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
 
 
 def pack(
@@ -89,6 +90,7 @@ def pack(
     Files are kept byte for byte unless they are resized, or stored as people do not see them (ShardWriter); everything
     else is stored in `format`. A file that is no image, not of the set's size, or of more than max_pixels, is skipped
     and named in the manifest.
+    overwrite: replace a shard set at `out`; the source, and a folder that holds it, are never replaced.
     Raises CorruptRows, naming every such file, and writes nothing, when more than max_corrupt of the rows are skipped.
     """
     chosen = np.ones(source.total, bool)
@@ -103,8 +105,8 @@ def pack(
     writer = ShardWriter(
         out, shape, encoding="source" if files and not size else format, recode=format, background=behind,
         classes=source.classes, class_names=source.class_names, captions=source.captions, seed=seed,
-        overwrite=overwrite, source=source.info | {"rows": source.total, "limit": limit, "seed": seed},
-        **writer_options,
+        overwrite=overwrite, apart=(source.path,), **writer_options,
+        source=source.info | {"rows": source.total, "limit": limit, "seed": seed},
     )  # fmt: skip
     with writer:
         for example, wanted in zip(source.examples(), chosen.tolist(), strict=True):
@@ -177,7 +179,7 @@ def fashion_mnist(path: Path | None = None, split: str = "train") -> Source:
             yield Example(f"{names[0]} row {i}", image[None], label)
 
     info = {"source": "fashion_mnist", "split": split, "licence": "MIT", "paper": "arXiv:1708.07747"}
-    return Source(len(images), examples, (1, 28, 28), 10, FASHION_MNIST, where=str(place), info=info)
+    return Source(len(images), examples, (1, 28, 28), 10, FASHION_MNIST, where=str(place), info=info, path=path)
 
 
 _HOW = (
@@ -251,7 +253,7 @@ def cifar10(path: Path | None, split: str = "train") -> Source:
             yield Example(f"{split} row {i}", image, label)
 
     info = {"source": "cifar10", "split": split}
-    return Source(len(images), examples, (3, 32, 32), 10, CIFAR10, where=str(path), info=info)
+    return Source(len(images), examples, (3, 32, 32), 10, CIFAR10, where=str(path), info=info, path=path)
 
 
 def _members(path: Path, wanted: Sequence[str]) -> dict[str, bytes]:
@@ -336,7 +338,7 @@ def folder(path: Path | None, split: str = "train") -> Source:
             yield Example(name, (path / name).read_bytes(), numbers.get(label, label), caption)
 
     info = {"source": "folder", "name": path.name}
-    return Source(len(rows), examples, None, classes, class_names, captions, str(path), info)
+    return Source(len(rows), examples, None, classes, class_names, captions, str(path), info, path)
 
 
 Row = tuple[str, "str | int | None", "str | None"]  # file, label, caption
@@ -437,7 +439,7 @@ def webdataset(path: Path | None, split: str = "train") -> Source:
 
     info = {"source": "webdataset", "name": path.name}
     captioned = _all_or_none(captions, names, "caption")
-    return Source(len(names), examples, None, classes, class_names, captioned, str(path), info)
+    return Source(len(names), examples, None, classes, class_names, captioned, str(path), info, path)
 
 
 def _samples(archive: Path, images: bool) -> Iterator[tuple[str, dict[str, bytes]]]:
