@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
             from fewstep.recipe import load_recipe
 
             recipe = load_recipe([f"recipe={job.recipe}"], ROOT / "jobs" / "recipes", "")
-        facts = examine(wanted(recipe, job.out, job.storage, job.uri), job.limit_s)
+        facts = examine(wanted(recipe, job.out, job.storage, job.uri), job.limit_s, recipe)
     checks = judge(facts)
     if JSON & set(argv):
         print(json.dumps({"healthy": healthy(checks), "checks": [vars(check) for check in checks], "facts": facts}))

@@ -17,10 +17,13 @@ sys.path.insert(0, str(ROOT / "platform"))
 
 from pydantic import Field
 
-from fewstep.config import Strict, parse, plain_errors
+from fewstep.config import parse, plain_errors
+from fewstep.metrics.build import Metrics
+from fewstep.metrics.features import FEATURES
+from fewstep.metrics.reference import REFERENCE
 
 
-class Evaluate(Strict):
+class Evaluate(Metrics):
     """Scores a run, a checkpoint, an export or a teacher folder."""
 
     model: str
@@ -31,20 +34,16 @@ class Evaluate(Strict):
     """Guidance scale, for a teacher."""
     metrics: list[str] = ["fd_fashion", "class_consistency", "diversity"]
     """Metric names."""
+    features: Annotated[str | None, FEATURES] = "shipped:fashion_mnist/features.safetensors"
+    """Weights of the small feature network."""
+    reference: Annotated[str | None, REFERENCE] = "shipped:fashion_mnist/statistics.npz"
+    """Statistics of the real images under it."""
     images: Annotated[int, Field(ge=2)] = 10000
     """Sample count."""
     batch: Annotated[int, Field(ge=1)] = 250
     """Images sampled at once."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the samples."""
-    features: str | None = "shipped:fashion_mnist/features.safetensors"
-    """Weights of the small feature network."""
-    reference: str | None = "shipped:fashion_mnist/statistics.npz"
-    """Statistics of the real images under it."""
-    inception: str | None = None
-    """clean-fid's Inception weights, for fid and kid."""
-    inception_reference: str | None = None
-    """Statistics of the real images under Inception."""
     threads: Annotated[int, Field(ge=1)] = 1
     """Threads of the CPU arithmetic."""
     device: str = "cpu"
@@ -60,16 +59,13 @@ def main(argv: list[str]) -> None:
     from fewstep.cluster.progress import table
     from fewstep.engine.world import World
     from fewstep.metrics.base import evaluate
-    from fewstep.metrics.build import build_metrics
     from fewstep.run import Row
     from fewstep.students import open_sampler
 
     torch.set_num_threads(job.threads)
     world = World(device=torch.device(job.device))
     with plain_errors():
-        metrics = build_metrics(
-            job.metrics, job.features, job.reference, job.inception, job.inception_reference, world.device
-        )
+        metrics = job.build(world.device)
         samplers = [open_sampler(job.model, steps, job.guidance, world.device) for steps in job.steps]
     rows, scores = [], []
     for sampler in {s.name: s for s in samplers}.values():  # a student's is the same for any number of steps

@@ -15,9 +15,10 @@ from pydantic import Field
 from fewstep.config import Strict, parse, resolve
 from fewstep.data.feed import Feed, open_feed
 from fewstep.diffusion.samplers import to_uint8
+from fewstep.metrics import METRICS
+from fewstep.metrics.base import Extractor, File, file_fields
 from fewstep.metrics.features import Info, SmallNetwork, accuracy, open_features, save_features, train_features
 from fewstep.metrics.frechet import frechet_distance
-from fewstep.metrics.inception import open_inception
 from fewstep.metrics.reference import moments, save_reference
 
 BATCH = 128
@@ -33,7 +34,8 @@ class Features(Strict):
     out: str
     """Folder for features.safetensors and statistics.npz."""
     extractor: str | None = None
-    """Describe the images with this network: a features.safetensors, Inception's .pt, or `inception` to look for it."""
+    """Describe the images with this network of a metric: a file, such as features.safetensors or Inception's .pt, or
+    the name of a network that is looked for, such as inception."""
     name: str = "fashion"
     """Of the network: its Frechet distance is called fd_<name>."""
     images: int | None = Field(None, ge=2)
@@ -83,6 +85,28 @@ def train(job: Features, feed: Feed, test: tuple[torch.Tensor, torch.Tensor] | N
     return open_features(path, job.device)
 
 
+def networks() -> dict[str, File]:
+    """The networks of all metrics: by the name of the field that names one, its kind of file."""
+    fields = (item for metric in METRICS.values() for item in file_fields(metric).items())
+    return {name: kind for name, kind in fields if kind.suffix}
+
+
+def open_extractor(ref: str, device: str) -> Extractor:
+    """The network in a file, or the one that a metric looks for. Raises OSError or ValueError naming the file."""
+    known = networks()
+    if ref in known and known[ref].find is not None:
+        return known[ref].open(known[ref].find(True), device)
+    errors = []
+    for kind in dict.fromkeys(kind for kind in known.values() if ref.endswith(kind.suffix)):
+        try:
+            return kind.open(resolve(ref), device)
+        except (OSError, ValueError) as error:
+            errors.append(str(error))
+    names = [name for name, kind in known.items() if kind.find is not None]
+    endings = ", ".join(sorted({kind.suffix for kind in known.values()}))
+    raise ValueError("\n".join(errors) or f"extractor: {ref!r} is neither {' or '.join(names)} nor a file in {endings}")
+
+
 def run(job: Features) -> dict:
     """Trains or opens the extractor, writes the statistics, and returns what the job reports."""
     out = resolve(job.out)
@@ -95,10 +119,8 @@ def run(job: Features) -> dict:
         test = read(held_out, held_out.rows)
     if job.extractor is None:
         extractor = train(job, feed, test, out / "features.safetensors")
-    elif job.extractor.endswith(".safetensors"):
-        extractor = open_features(resolve(job.extractor), job.device)
     else:
-        extractor = open_inception(None if job.extractor == "inception" else resolve(job.extractor), job.device)
+        extractor = open_extractor(job.extractor, job.device)
     images, labels = read(feed, job.images or feed.rows)
     reference = save_reference(
         out / "statistics.npz",

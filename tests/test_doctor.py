@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from fewstep.cluster import doctor
-from fewstep.cluster.doctor import Wanted, healthy, judge, reach, table, wanted, weights
+from fewstep.cluster.doctor import healthy, judge, reach, table, wanted, weights
 from fewstep.metrics import inception
+from fewstep.metrics.build import Metrics
 from fewstep.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,7 +161,9 @@ def facts(a: dict | None = None, b: dict | None = None, **changes) -> dict:
         "driver": {"versions": node()["versions"]},
         "nodes": {"a": node(**(a or {})), "b": node(**(b or {}))},
         "reduce": {"backend": "nccl", "workers": 2, "gpus": 2, "error": None, "gb_per_s": 40.0, "devices": ["X", "X"]},
-        "weights": [{"what": "features", "path": "/x/features.safetensors", "error": None, "needed": True}],
+        "weights": [
+            {"what": "features", "path": "/x/features.safetensors", "error": None, "needed": True, "remedy": "x"}
+        ],
         "wanted": {"folders": {"out": "/x/runs"}, "uri": "http://u:secret@h:5000", "database": None, "data": "/x/data"},
     }
     return copy.deepcopy(made | changes)
@@ -258,7 +261,7 @@ def test_a_cluster_that_cannot_be_joined_is_all_there_is_to_say():
 def test_warnings_do_not_fail():
     busy = {"backend": "nccl", "workers": 0, "gpus": 2, "error": None, "gb_per_s": None, "devices": []}
     file = {"folders": {"out": "/x/runs"}, "uri": "sqlite:////x/m.db", "database": "/x/m.db", "data": None}
-    no = [{"what": "inception", "path": None, "error": "no inception", "needed": False}]
+    no = [{"what": "inception", "path": None, "error": "no inception", "needed": False, "remedy": "x"}]
     checks = judge(facts(reduce=busy, wanted=file, weights=no))
     assert healthy(checks)
     warned = {c.check: c.result for c in checks if c.status == "warning"}
@@ -314,16 +317,16 @@ def test_operators_run_in_a_process_that_may_die(monkeypatch):
 
 def test_inception_is_looked_for_and_a_wrong_file_is_no_inception(tmp_path, monkeypatch):
     monkeypatch.setattr(inception, "folders", lambda: (tmp_path / "cache", tmp_path / "tmp"))
-    no_recipe = Wanted({}, "", None, None, ("fid",), dict.fromkeys(doctor.SHIPPED), strict=False)
-    (absent,) = weights(no_recipe)
+    fid = Metrics(metrics=["fid"])
+    (absent,) = weights(fid, strict=False)
     assert absent["error"].startswith("no inception-2015-12-05.pt in ") and str(tmp_path / "cache") in absent["error"]
     assert not absent["needed"]
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / inception.FILE).write_bytes(b"something else")
-    (wrong,) = weights(no_recipe)
+    (wrong,) = weights(fid, strict=False)
     assert "is not the official inception-2015-12-05.pt" in wrong["error"]
     monkeypatch.setattr(inception, "SHA256", inception.digest(tmp_path / "cache" / inception.FILE))
-    (right,) = weights(no_recipe)
+    (right,) = weights(fid, strict=False)
     assert right["error"] is None and right["path"] == str(tmp_path / "cache" / inception.FILE)
 
 
@@ -337,6 +340,6 @@ def test_what_a_recipe_names_is_what_is_looked_for(tmp_path, monkeypatch):
     assert looked.folders == {"out": str(tmp_path / "runs"), "storage": "s3://bucket/x"}
     assert looked.uri == f"sqlite:///{tmp_path / 'mlflow.db'}" and looked.database == str(tmp_path / "mlflow.db")
     assert wanted(recipe, out="/y", uri="http://h:5000").folders["out"] == "/y"
-    features, reference = weights(looked)
+    features, reference = weights(recipe.evaluate)
     assert features["error"] is None and features["path"].endswith("features.safetensors")
     assert reference["error"] == "fd_fashion and diversity need this file and the recipe names none"

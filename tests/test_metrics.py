@@ -7,6 +7,7 @@ import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 from urllib.error import URLError
 
 import numpy as np
@@ -17,13 +18,18 @@ from safetensors.torch import load_file, save_file
 from scipy.linalg import sqrtm
 from torch import nn
 
-from fewstep.config import resolve
+from fewstep.build import make_metrics
+from fewstep.cluster.doctor import weights
+from fewstep.cluster.train import localized
+from fewstep.compare import Record
+from fewstep.compare import scores as compare_runs
+from fewstep.config import ConfigError, resolve
 from fewstep.data.feed import open_feed
 from fewstep.data.shards import ShardWriter
 from fewstep.diffusion.samplers import to_uint8
-from fewstep.metrics import inception, kid, prdc
-from fewstep.metrics.base import Outputs, Samples, Score, compare, digest, evaluate
-from fewstep.metrics.build import build_metrics
+from fewstep.metrics import METRICS, Metric, better, find_metric, inception, kid, prdc
+from fewstep.metrics.base import File, Files, Measure, Outputs, Samples, Score, compare, digest, evaluate, score
+from fewstep.metrics.build import Metrics
 from fewstep.metrics.classes import Diversity
 from fewstep.metrics.features import FeatureNet, Info, SmallNetwork, open_features, save_features, train_features
 from fewstep.metrics.frechet import Frechet, frechet_distance
@@ -31,11 +37,24 @@ from fewstep.metrics.inception import Inception
 from fewstep.metrics.kid import Kernel, kernel_distance
 from fewstep.metrics.prdc import Neighbours
 from fewstep.metrics.reference import moments, open_reference, save_reference
+from fewstep.recipe import load_recipe
+from fewstep.run import check as check_run
+from fewstep.sweeps.judge import judge
+from fewstep.sweeps.record import FINISHED, Trial
+from fewstep.sweeps.settings import Sweep
+from fewstep.sweeps.settings import check as check_sweep
+from fewstep.sweeps.space import load_space
 
 FEATURES = "shipped:fashion_mnist/features.safetensors"
 STATISTICS = "shipped:fashion_mnist/statistics.npz"
 ALL = ("fd_fashion", "precision", "recall", "density", "coverage", "class_consistency", "diversity")
 JOB = Path(__file__).parents[1] / "jobs" / "features.py"
+RECIPES = Path(__file__).parents[1] / "jobs" / "recipes"
+
+
+def build(names, features: str | None = None, reference: str | None = None, **settings) -> list:
+    """The functions that score samples by these metrics."""
+    return Metrics(metrics=list(names), features=features, reference=reference, **settings).build()
 
 
 def spd(size: int, seed: int, rank: int | None = None) -> np.ndarray:
@@ -221,7 +240,7 @@ def test_fid_and_kid_from_the_weights_file_to_the_score(tiny, tmp_path, monkeypa
     levels, others = [64, 128, 192], [96, 128, 160]
     network = Inception(tiny)
     save_reference(tmp_path / "real.npz", "flat", network(flat(levels)), network)
-    metrics = build_metrics(["kid", "fid"], inception=tiny, inception_reference=tmp_path / "real.npz")
+    metrics = build(["kid", "fid"], inception=str(tiny), inception_reference=str(tmp_path / "real.npz"))
     kernel, fid = evaluate(metrics, samples_of(flat(others)))
     x, y = (np.array(v) / 128 - 1 for v in (levels, others))
     assert (fid.name, kernel.name, fid.extractor) == ("fid", "kid", digest(tiny))
@@ -235,7 +254,7 @@ def test_scores_of_other_weights_are_not_called_fid(tiny, tmp_path):
     assert Frechet(network, reference).name == f"fd_inception-{digest(tiny)[:8]}"
     assert Kernel(network, reference).name == f"kd_inception-{digest(tiny)[:8]}"
     with pytest.raises(ValueError, match=f"sha256 {digest(tiny)[:12]}.*not called fid"):
-        build_metrics(["fid"], inception=tiny, inception_reference=tmp_path / "real.npz")
+        build(["fid"], inception=str(tiny), inception_reference=str(tmp_path / "real.npz"))
 
 
 def test_missing_inception_names_the_file_the_places_and_the_alternatives(tmp_path, monkeypatch):
@@ -247,7 +266,7 @@ def test_missing_inception_names_the_file_the_places_and_the_alternatives(tmp_pa
     monkeypatch.setattr(downloads_helper, "check_download_inception", offline)
     monkeypatch.setattr(inception, "folders", lambda: (tmp_path / "cache", tmp_path / "tmp"))
     with pytest.raises(FileNotFoundError) as error:
-        build_metrics(["fid"])
+        build(["fid"])
     for part in (
         "inception-2015-12-05.pt",
         str(tmp_path / "cache"),
@@ -259,7 +278,7 @@ def test_missing_inception_names_the_file_the_places_and_the_alternatives(tmp_pa
         assert part in str(error.value)
     assert list((tmp_path / "cache").iterdir()) == []
     with pytest.raises(FileNotFoundError, match="nowhere.pt"):
-        build_metrics(["kid"], inception=tmp_path / "nowhere.pt")
+        build(["kid"], inception=str(tmp_path / "nowhere.pt"))
 
 
 def test_a_download_that_is_not_inception_is_refused_and_not_kept(tmp_path, monkeypatch):
@@ -272,7 +291,7 @@ def test_a_download_that_is_not_inception_is_refused_and_not_kept(tmp_path, monk
     monkeypatch.setattr(downloads_helper, "check_download_inception", page)
     monkeypatch.setattr(inception, "folders", lambda: (tmp_path / "cache", tmp_path / "tmp"))
     with pytest.raises(ValueError, match=inception.SHA256):
-        build_metrics(["fid"])
+        build(["fid"])
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -460,16 +479,143 @@ def test_diversity_is_the_ratio_of_within_class_variances(tmp_path):
 
 
 def test_build_metrics_keeps_the_order_and_names_the_nearest_of_an_unknown():
-    names = [metric.name for metric in build_metrics(ALL[::-1], FEATURES, STATISTICS)]
+    names = [metric.name for metric in build(ALL[::-1], FEATURES, STATISTICS)]
     assert names == list(ALL[::-1])
     with pytest.raises(ValueError, match="no metric 'recal'; did you mean 'recall'"):
-        build_metrics(["recal"])
+        build(["recal"])
     with pytest.raises(ValueError, match="no metric 'fd_fashoin'; did you mean 'fd_fashion'"):
-        build_metrics(["fd_fashoin", "recall"], FEATURES, STATISTICS)
+        build(["fd_fashoin", "recall"], FEATURES, STATISTICS)
     with pytest.raises(ValueError, match="features: precision needs this file"):
-        build_metrics(["precision"])
+        build(["precision"])
     with pytest.raises(ValueError, match="reference: diversity needs this file"):
-        build_metrics(["diversity"], FEATURES)
+        build(["diversity"], FEATURES)
+
+
+def test_a_name_belongs_to_one_metric_and_says_which_direction_is_better():
+    found = {name: better(name) for name in (*ALL, "fid", "kid", "fd_cifar10", "loss")}
+    assert [name for name, which in found.items() if which == "lower"] == ["fd_fashion", "fid", "kid", "fd_cifar10"]
+    assert found["loss"] is None and find_metric("fd_cifar10") is find_metric("fd_fashion")
+    with pytest.raises(TypeError, match="Second: Shares already has the name 'recall'"):
+        type("Second", (Metric,), {"__module__": __name__, "names": ("recall",), "better": "lower"})
+
+
+# A metric of one's own
+
+
+def read_limit(path: Path, device: object) -> int:
+    """What the file of the metric below holds."""
+    if not path.is_file():
+        raise FileNotFoundError(f"threshold: no file {str(path)!r}")
+    return int(path.read_text())
+
+
+@pytest.fixture
+def bright():
+    """A metric as a person would add it: one class. It is taken out of the registry afterwards."""
+
+    class Bright(Metric):
+        """Share of the pixels above a threshold."""
+
+        names = ("bright",)
+        better = "higher"
+
+        threshold: Annotated[str | None, File(open=read_limit, remedy="write a number into it")] = None
+        """File with the threshold."""
+
+        def build(self, files: Files) -> Measure:
+            limit = files.open(self, "threshold")
+
+            def measure(samples: Samples) -> Score:
+                return score("bright", (samples.images > limit).float().mean().item(), samples)
+
+            return measure
+
+    yield Bright
+    del METRICS["bright"]
+
+
+def test_a_metric_of_one_class_serves_recipe_score_comparison_and_sweep(bright, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "limit").write_text("127")
+    words = [
+        "evaluate.metrics=[bright]",
+        "evaluate.settings.bright.threshold=limit",
+        "evaluate.every_images=1600",
+        f"out={tmp_path / 'runs'}",
+        "train.keep_best=1",
+        "train.keep_best_by=bright",
+        "train.keep_best_mode=max",
+    ]
+    recipe = localized(load_recipe([*words, "train.save_every=50", "train.batch=32"], RECIPES, "fashion_mnist"))
+    assert recipe.evaluate.settings == {"bright": {"threshold": str(tmp_path / "limit")}}
+    check_run(recipe)
+
+    metrics = make_metrics(recipe)
+    dark, light = (evaluate(metrics, samples_of(flat([level, 255])))[0] for level in (0, 200))
+    assert (dark.name, dark.value, light.value) == ("bright", 0.5, 1.0)
+
+    runs = [Record(None, "0", {"a": str(i)}, [], {}, [s.to_dict() | {"step": 4}], {}, None)
+            for i, s in enumerate((dark, light))]  # fmt: skip
+    table = compare_runs(runs, [[0], [1]])
+    assert [column["better"] for column in table["columns"]] == ["higher"]
+    assert [row["cells"][0].get("mark") for row in table["rows"]] == [None, "best"]
+
+    (tmp_path / "mine.py").write_text(
+        "from fewstep.sweeps.space import *\nMETRIC = 'bright'\nSPACE = {'method.gan_weight': choice(0, 1e-3)}"
+    )
+    space = load_space(str(tmp_path / "mine.py"), tmp_path)
+    check_sweep(Sweep(space="mine"), space, recipe)
+    scored = [[{"images": 8, "step": 4, "scores": {s.name: s.value}}] for s in (light, dark)]
+    trials = [Trial(i, v, 0, "search", f"s-{i}", 0.0, scored[i], FINISHED) for i, v in enumerate(space.grid())]
+    assert judge(trials, space.metric, space.mode, str).best.values == {"method.gan_weight": 0}
+
+    (looked,) = weights(recipe.evaluate)
+    assert (looked["what"], looked["path"], looked["error"]) == (
+        "settings.bright.threshold", str(tmp_path / "limit"), None
+    )  # fmt: skip
+    (tmp_path / "limit").unlink()
+    assert weights(recipe.evaluate)[0]["error"] == f"threshold: no file {str(tmp_path / 'limit')!r}"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["evaluate.metrics=[recal]"], "evaluate.metrics: no metric 'recal'; did you mean 'recall'?"),
+        (["evaluate.settings.recall.k=3"], "evaluate.settings.recall: no such metric in metrics; valid: fd_fashion"),
+        (
+            ["evaluate.metrics=[bright]", "evaluate.settings.bright.treshold=x"],
+            "evaluate.settings.bright.treshold: no such key; did you mean 'threshold'?",
+        ),
+        (
+            ["evaluate.metrics=[bright]", "evaluate.settings.bright.threshold=3"],
+            "evaluate.settings.bright.threshold: expected text, got 3",
+        ),
+        (
+            ["train.keep_best=1", "train.keep_best_by=diversity", "evaluate.every_images=16000"],
+            "train.keep_best_mode: 'min', but the higher diversity is the better; give max",
+        ),
+    ],
+)
+def test_a_setting_of_a_metric_that_does_not_fit_is_named(bright, words, said):
+    with pytest.raises(ConfigError) as error:
+        load_recipe(words, RECIPES, "fashion_mnist")
+    assert [line for line in str(error.value).splitlines() if line.startswith(said)]
+
+
+def test_a_direction_is_the_metrics_and_no_space_turns_it_round(tmp_path):
+    text = "from fewstep.sweeps.space import *\nSPACE = {'method.gan_weight': choice(0, 1)}\n"
+    (tmp_path / "mine.py").write_text(text + "METRIC = 'diversity'\nOBJECTIVES = ['diversity', 'hours']")
+    space = load_space(str(tmp_path / "mine.py"), tmp_path)
+    assert (space.mode, space.objectives) == ("max", {"diversity": "max", "hours": "min"})
+    for more, said in (
+        ("METRIC, MODE = 'diversity', 'min'", "MODE: 'min', but the higher diversity is the better; leave it out"),
+        ("METRIC = 'mine'", "MODE: None is not one of min, max"),
+        ("METRIC = 'fid'\nOBJECTIVES = {'fid': 'max'}", r"OBJECTIVES\['fid'\]: 'max', but the lower fid"),
+        ("METRIC = 'fid'\nOBJECTIVES = []", "OBJECTIVES: expected a list of metrics"),
+    ):
+        (tmp_path / "mine.py").write_text(text + more)
+        with pytest.raises(ConfigError, match=said):
+            load_space(str(tmp_path / "mine.py"), tmp_path)
 
 
 # Fashion-MNIST
@@ -477,7 +623,7 @@ def test_build_metrics_keeps_the_order_and_names_the_nearest_of_an_unknown():
 
 def test_real_images_score_as_real_and_the_score_says_by_what(real):
     images, labels = real
-    metrics = build_metrics(
+    metrics = build(
         [n for n in ALL if n in ("fd_fashion", "class_consistency", "diversity")], FEATURES, STATISTICS
     )
     scores = {s.name: s for s in evaluate(metrics, samples_of(images, labels))}
@@ -492,7 +638,7 @@ def test_real_images_score_as_real_and_the_score_says_by_what(real):
 def test_real_images_are_covered_and_the_four_shares_state_their_counts(real):
     images, labels = real[0][:2000], real[1][:2000]
     precision, recall, density, coverage = evaluate(
-        build_metrics(prdc.PRDC._fields, FEATURES, STATISTICS), samples_of(images, labels)
+        build(prdc.PRDC._fields, FEATURES, STATISTICS), samples_of(images, labels)
     )
     assert (coverage.images, coverage.reference_images) == (2000, 2000)
     # For two sets of one law E[coverage] = 1 - 2^-k for large counts (arXiv:2002.09797, section 3.3).
@@ -503,7 +649,7 @@ def test_real_images_are_covered_and_the_four_shares_state_their_counts(real):
 
 def test_noise_is_far_and_repeated_means_are_not_diverse(real):
     images, labels = real
-    metrics = build_metrics(["fd_fashion", "diversity", "coverage"], FEATURES, STATISTICS)
+    metrics = build(["fd_fashion", "diversity", "coverage"], FEATURES, STATISTICS)
     fd, _, coverage = evaluate(metrics, samples_of(noise(1000), labels[:1000]))
     assert fd.value > 20 and coverage.value < 0.01
     means = torch.stack([images[labels == c].float().mean(0).round().to(torch.uint8) for c in range(10)])

@@ -2,8 +2,8 @@
 
 from fewstep.sweeps.space import given, loguniform, zero_or
 
-METRIC, MODE = "fd_fashion", "min"
-OBJECTIVES = {"fd_fashion": "min", "diversity": "max"}
+METRIC = "fd_fashion"
+OBJECTIVES = ["fd_fashion", "diversity"]
 SPACE = {
     "method.gan_weight": zero_or(loguniform(1e-3, 3e-2, points=4)),
     "method.critic_gan_weight": given("method.gan_weight", loguniform(3e-3, 3e-2, points=3)),

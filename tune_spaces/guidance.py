@@ -2,8 +2,8 @@
 
 from fewstep.sweeps.space import uniform
 
-METRIC, MODE = "fd_fashion", "min"
-OBJECTIVES = {"fd_fashion": "min", "diversity": "max"}
+METRIC = "fd_fashion"
+OBJECTIVES = ["fd_fashion", "diversity"]
 SPACE = {
     "method.guidance": uniform(1.0, 4.0, points=4),
 }

@@ -2,8 +2,8 @@
 
 from fewstep.sweeps.space import choice
 
-METRIC, MODE = "fd_fashion", "min"
-OBJECTIVES = {"fd_fashion": "min", "hours": "min"}
+METRIC = "fd_fashion"
+OBJECTIVES = ["fd_fashion", "hours"]
 SPACE = {
     "method.critic_updates_per_student_update": choice(1, 2, 5, 10),
 }

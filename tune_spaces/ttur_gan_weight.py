@@ -2,8 +2,8 @@
 
 from fewstep.sweeps.space import choice
 
-METRIC, MODE = "fd_fashion", "min"
-OBJECTIVES = {"fd_fashion": "min", "diversity": "max"}
+METRIC = "fd_fashion"
+OBJECTIVES = ["fd_fashion", "diversity"]
 SPACE = {
     "method.critic_updates_per_student_update": choice(1, 2, 5, 10),
     "method.gan_weight": choice(0, 1e-3, 3e-3, 1e-2, 3e-2),

@@ -21,8 +21,7 @@ from .diffusion.samplers import heun, to_uint8
 from .engine import state
 from .engine.train import Engine
 from .engine.world import World
-from .metrics.base import Metric, Samples, digest
-from .metrics.build import build_metrics
+from .metrics.base import Measure, Samples, digest
 from .networks.denoiser import Denoiser, Guided
 from .networks.pretrained import locate, new_denoiser, new_head, open_teacher
 from .recipe import Data, Recipe
@@ -181,17 +180,9 @@ def _interleave(mine: Tensor, batch: int, world: World) -> Tensor | None:
     return torch.stack(gathered, 1).flatten(0, 1)
 
 
-def make_metrics(recipe: Recipe, device: torch.device | str = "cpu") -> list[Metric]:
-    """The recipe's metrics. Raises ValueError for an unknown name or a missing file."""
-    e = recipe.evaluate
-    return build_metrics(
-        e.metrics,
-        features=e.features,
-        reference=e.reference,
-        inception=e.inception,
-        inception_reference=e.inception_reference,
-        device=device,
-    )
+def make_metrics(recipe: Recipe, device: torch.device | str = "cpu") -> list[Measure]:
+    """The functions that score the recipe's samples. Raises ValueError for an unknown name or a missing file."""
+    return recipe.evaluate.build(device)
 
 
 def grid(images: Tensor, columns: int) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .metrics import better
 from .tracking.runs import Run, Store
 
 SEED = "seed"
@@ -24,7 +25,6 @@ LABEL_SETTINGS = 3  # a label names what varies, as long as that is no more than
 FIRST = ("score/", "student/match_gradient", "critic/denoise", "student/grad_norm", "critic/grad_norm")
 LAST = ("score/teacher/", "updates/", "critic_s", "student_s", "data_wait", "images_per_s")
 SHOWN_CURVES = 6  # that the page shows before anybody chooses
-LOWER, HIGHER = r"fid|kid|fd_.*", "class_consistency|diversity|precision|recall|density|coverage"
 COMPARABLE = ("images", "extractor", "reference", "reference_images")  # scores that differ in these do not compare
 
 
@@ -173,7 +173,7 @@ def scores(records: Sequence[Record], grouped: list[list[int]]) -> dict[str, Any
     for i, record in enumerate(records):
         for score in record.scores:
             who, name = re.fullmatch(r"(?:(teacher)/.*/)?(.*)", score["name"]).groups()
-            column = {"name": name, "better": _better(name)} | {key: score.get(key) for key in COMPARABLE}
+            column = {"name": name, "better": better(name)} | {key: score.get(key) for key in COMPARABLE}
             if column not in columns:
                 columns.append(column)
             about = {key: score.get(key) for key in ("sampler", "calls", "checkpoint")}
@@ -196,16 +196,11 @@ def scores(records: Sequence[Record], grouped: list[list[int]]) -> dict[str, Any
     return {"columns": [columns[c] for c in order], "rows": table}
 
 
-def _better(name: str) -> str | None:
-    """Whether less or more of a metric is better; None where that is not known."""
-    return "lower" if re.fullmatch(LOWER, name) else "higher" if re.fullmatch(HIGHER, name) else None
-
-
-def _mark(cells: list[dict[str, Any]], better: str | None) -> None:
+def _mark(cells: list[dict[str, Any]], direction: str | None) -> None:
     cells = [cell for cell in cells if cell["mean"] is not None]
-    if better is None or len(cells) < 2:
+    if direction is None or len(cells) < 2:
         return
-    best = (min if better == "lower" else max)(cells, key=lambda cell: cell["mean"])
+    best = (min if direction == "lower" else max)(cells, key=lambda cell: cell["mean"])
     for cell in cells:
         spread = max(cell["std"] or 0.0, best["std"] or 0.0)
         if cell is best:
@@ -229,7 +224,7 @@ def _place(name: str) -> tuple:
     """Where a metric stands in a list: scores, what tells of a distillation's health, the rest, bookkeeping."""
     last = name.startswith(LAST)
     first = next((i for i, start in enumerate(FIRST) if name.startswith(start)), len(FIRST))
-    return (last, first, 0 if _better(name.rpartition("/")[2]) == "lower" else 1, name)
+    return (last, first, 0 if better(name.rpartition("/")[2]) == "lower" else 1, name)
 
 
 def compare(records: Sequence[Record], *, what: str, store: str) -> dict[str, Any]:

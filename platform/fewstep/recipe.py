@@ -17,6 +17,8 @@ from .engine.state import fingerprint
 from .engine.train import Train
 from .engine.world import Layout
 from .methods import METHODS
+from .metrics.base import MODES, better
+from .metrics.build import Metrics
 from .networks.pretrained import Network
 
 # what does not decide a run's numbers: of a recipe, and of its `train`
@@ -67,25 +69,15 @@ class Failure(Strict):
     """What to do when the health of the student says that it collapsed."""
 
 
-class Evaluate(Strict):
+class Evaluate(Metrics):
     """Scores of the student; at the end of the run, and every so many images if asked."""
 
-    metrics: list[str] = []
-    """Names, such as fd_fashion, class_consistency, diversity, precision, recall, fid; none scores nothing."""
     images: Annotated[int, Field(ge=2)] = 2000
     """Sample count."""
     every_images: Annotated[int, Field(ge=1)] | None = None
     """Images between scores during training, taken at the next report; null scores only the last checkpoint."""
     batch: Annotated[int, Field(ge=1)] = 250
     """Images sampled at once, over all workers."""
-    features: str | None = None
-    """Weights of the small feature network, for every metric but fid and kid."""
-    reference: str | None = None
-    """Statistics of the real images under that network."""
-    inception: str | None = None
-    """clean-fid's Inception weights, for fid and kid; null looks where clean-fid keeps them."""
-    inception_reference: str | None = None
-    """Statistics of the real images under Inception."""
     teacher_steps: list[Annotated[int, Field(ge=1)]] = []
     """Heun steps at which the teacher is scored beside the student at the end (2 steps - 1 calls an image)."""
     grid_every_images: Annotated[int, Field(ge=1)] | None = None
@@ -148,7 +140,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
-        wrong = []
+        wrong = [f"evaluate.{line}" for line in self.evaluate.mistakes()]
         if (self.teacher is None) == (self.network is None):
             wrong.append("teacher: give either a teacher to distil or a network to train, and not both")
         roles = self.method.roles
@@ -179,6 +171,12 @@ class Recipe(Strict):
             if train.keep_best_by not in self.evaluate.metrics:
                 hint = nearest(str(train.keep_best_by), self.evaluate.metrics)
                 wrong.append(f"train.keep_best_by: {train.keep_best_by!r} is not scored; {hint}")
+            direction = better(str(train.keep_best_by))
+            if direction and MODES[direction] != train.keep_best_mode:
+                wrong.append(
+                    f"train.keep_best_mode: {train.keep_best_mode!r}, but the {direction} {train.keep_best_by} is the "
+                    f"better; give {MODES[direction]}"
+                )
         if self.train.save_every % self.train.report_every:
             wrong.append(
                 f"train.save_every: {self.train.save_every} is not a multiple of report_every {self.train.report_every}"

@@ -24,7 +24,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,8 +36,9 @@ from ..config import resolve
 from ..engine.storage import Place, reason
 from .session import connect, home
 
-if TYPE_CHECKING:
-    from ..recipe import Recipe  # with torch, which a node should not need to be looked at
+if TYPE_CHECKING:  # with torch, which a node should not need to be looked at
+    from ..metrics.build import Metrics
+    from ..recipe import Recipe
 
 PACKAGES = ("torch", "torchvision", "ray", "diffusers", "mlflow", "pyarrow")
 LOCK = "install the same requirements.lock on every node: pip install -r requirements.lock"
@@ -68,31 +69,27 @@ class Wanted:
     """What runs will use, with absolute paths: what the doctor looks for.
 
     folders: by setting (out, storage). uri: of the tracking store. database: its file, where it is SQLite.
-    data: folder of shards. metrics: names, with the four files of their weights and references.
-    strict: whether a recipe asks for these metrics; without one, Inception's absence breaks nothing.
+    data: folder of shards.
     """
 
     folders: dict[str, str]
     uri: str
     database: str | None
     data: str | None
-    metrics: tuple[str, ...]
-    files: dict[str, str | None] = field(default_factory=dict)
-    strict: bool = True
 
 
 SHIPPED = {
+    "metrics": ["class_consistency", "diversity", "fid", "kid"],
     "features": "shipped:fashion_mnist/features.safetensors",
     "reference": "shipped:fashion_mnist/statistics.npz",
-    "inception": None,
-    "inception_reference": None,
 }
+"""What is scored with where there is no recipe."""
 
 
 def wanted(
     recipe: Recipe | None = None, out: str | None = None, storage: str | None = None, uri: str | None = None
 ) -> Wanted:
-    """What a recipe's run would use; what is given beside it comes first. Without a recipe: the shipped weights.
+    """What a recipe's run would use; what is given beside it comes first.
 
     Raises ValueError for a tracking store that is none.
     """
@@ -108,15 +105,11 @@ def wanted(
     }
     uri = tracking_uri(uri or (recipe.tracking.uri if recipe else None), base)
     file = database(uri)
-    given = {key: getattr(recipe.evaluate, key) for key in SHIPPED} if recipe else SHIPPED
     return Wanted(
         folders=folders,
         uri=uri,
         database=None if file is None else str(file),
         data=str(resolve(recipe.data.path)) if recipe else None,
-        metrics=tuple(recipe.evaluate.metrics) if recipe else ("class_consistency", "diversity", "fid", "kid"),
-        files={key: None if path is None else str(resolve(path)) for key, path in given.items()},
-        strict=recipe is not None,
     )
 
 
@@ -270,9 +263,11 @@ class Peer:
 # Asking all nodes
 
 
-def examine(wanted: Wanted, limit_s: float = 300.0) -> dict[str, Any]:
+def examine(wanted: Wanted, limit_s: float = 300.0, recipe: Recipe | None = None) -> dict[str, Any]:
     """Joins the cluster, or starts one, and gathers the facts of all nodes within four fifths of `limit_s`."""
     from ray.exceptions import RayError
+
+    from ..metrics.build import Metrics
 
     until = time.monotonic() + 0.8 * limit_s
     address = os.environ.get("RAY_ADDRESS", "")
@@ -283,7 +278,8 @@ def examine(wanted: Wanted, limit_s: float = 300.0) -> dict[str, Any]:
         return {"cluster": {"address": address, "error": _last_line(reason(error)), "nodes": {}}}
     facts: dict[str, Any] = {"cluster": _cluster(), "driver": {"versions": versions()}}
     facts["wanted"] = asdict(wanted)
-    facts["weights"] = weights(wanted)
+    evaluate = recipe.evaluate if recipe else Metrics(**SHIPPED)
+    facts["weights"] = weights(evaluate, strict=recipe is not None)
     ids = {name: node["id"] for name, node in facts["cluster"]["nodes"].items()}
     peers = _Peers(ids, max(until - time.monotonic(), 1))
     try:
@@ -420,44 +416,25 @@ class _Peers:
             ray.kill(peer)
 
 
-def weights(wanted: Wanted) -> list[dict[str, Any]]:
-    """The files that the metrics need, opened in this process: {what, path, error, needed}. Nothing is downloaded."""
-    from ..metrics.base import digest
-    from ..metrics.build import INCEPTION
-    from ..metrics.features import open_features
-    from ..metrics.inception import FILE, SHA256, folders, installed
-    from ..metrics.reference import open_reference
+def weights(evaluate: Metrics, strict: bool = True) -> list[dict[str, Any]]:
+    """The files that the metrics need, opened in this process. Nothing is downloaded.
 
-    def official(path: str) -> None:
-        if digest(path) != SHA256:
-            raise ValueError(
-                f"{path} is not the official {FILE}: its sha256 is {digest(path)[:12]}..., not {SHA256[:12]}..."
-            )
-
-    small = [name for name in wanted.metrics if name not in INCEPTION]
-    large = [name for name in wanted.metrics if name in INCEPTION]
+    strict: whether a recipe asks for the metrics; where none does, a file that is looked for in the usual places may
+    be absent. Returns {what, path, error, needed, remedy} of each file.
+    """
     found = []
-    for what, names, check in (
-        ("features", small, open_features),
-        ("reference", [name for name in small if name != "class_consistency"], open_reference),
-        ("inception", large, official),
-        ("inception_reference", large if wanted.strict else [], open_reference),
-    ):
-        if not names:
+    for need in evaluate.needs():
+        searched = need.kind.find is not None
+        if not strict and need.path is None and not searched:
             continue
-        path, error = wanted.files[what], None
-        if path is None and what == "inception" and (file := installed()) is not None:
-            path = str(file)
+        path, error = need.path and str(resolve(need.path)), None
         try:
-            if path is not None:
-                check(path)
-            elif what == "inception":
-                error = f"no {FILE} in {' or '.join(map(str, folders()))}, and so no {' and '.join(names)}"
-            else:
-                error = f"{' and '.join(names)} need this file and the recipe names none"
+            path = str(need.look())
         except (OSError, ValueError) as problem:
             error = " ".join(str(problem).split())
-        found.append({"what": what, "path": path, "error": error, "needed": wanted.strict or what != "inception"})
+        remedy = f"name it with evaluate.{need.key}=<path>; {need.kind.remedy}"
+        line = {"what": need.key, "path": path, "error": error, "needed": strict or not searched, "remedy": remedy}
+        found.append(line)
     return found
 
 
@@ -639,20 +616,12 @@ def _judge_tracking(wanted: dict[str, Any], nodes: dict[str, Any]) -> Check:
     return Check("MLflow", "ok", f"{uri}: " + ("writable" if wanted["database"] else "answers"))
 
 
-FETCH = (
-    "where there is a network: python -c 'from fewstep.metrics.inception import find_inception as f; print(f())'; copy "
-    "that file to the same place on every node, or name it with evaluate.inception=<path>"
-)
-MAKE = "name it with evaluate.{what}=<path>, or make it with: python jobs/features.py data=<shards> out=<folder>"
-
-
 def _judge_weights(weights: list[dict[str, Any]], nodes: dict[str, Any]) -> Iterator[Check]:
     for file in weights:
         name, bad = f"weights {file['what']}", "broken" if file["needed"] else "warning"
         absent = [node for node, facts in nodes.items() if not facts["files"].get(file["path"], True)]
         if file["error"] is not None:
-            remedy = FETCH if file["what"] == "inception" else MAKE.format(what=file["what"])
-            yield Check(name, bad, file["error"], remedy)
+            yield Check(name, bad, file["error"], file["remedy"])
         elif absent:
             yield Check(name, bad, f"{file['path']}: not on {', '.join(absent)}",
                         "copy it there, to the same path, or use a folder that all nodes mount")  # fmt: skip

@@ -57,9 +57,7 @@ def localized(recipe: Recipe) -> Recipe:
     if recipe.resume not in ("auto", "never"):
         data["resume"] = str(resolve_ref(recipe.resume))
     data["start"] = {role: str(resolve_ref(path)) for role, path in recipe.start.items()}
-    for key in ("features", "reference", "inception", "inception_reference"):
-        if data["evaluate"][key]:
-            data["evaluate"][key] = str(resolve(data["evaluate"][key]))
+    data["evaluate"] = recipe.evaluate.resolved().model_dump(mode="json")
     return Recipe.model_validate(data)
 
 

@@ -1,17 +1,26 @@
-"""Samples in, scores out: what every metric shares, and what makes two scores comparable."""
+"""Samples in, scores out: the settings of a metric, the files it is measured with, and when two scores compare."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.config import Strict, nearest, resolve
+
+METRICS: dict[str, type[Metric]] = {}
+Better = Literal["lower", "higher"]
+MODES: dict[Better, Literal["min", "max"]] = {"lower": "min", "higher": "max"}
+"""What a search does with a score, by the direction in which the score improves."""
+Device = str | torch.device
 T = TypeVar("T")
 
 
@@ -145,12 +154,107 @@ def compare(a: Score, b: Score) -> float:
     return a.value - b.value
 
 
-class Metric(Protocol):
-    """A named function from samples to a score."""
+Measure = Callable[[Samples], Score]
+"""A function that scores samples."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A kind of file that metrics are measured with.
+
+    A field of a metric's settings holds the path of one when it is annotated with the kind: `Annotated[str | None,
+    FEATURES] = None`. Such paths become absolute before a run starts, the doctor looks at the files, and
+    `Files.open` reads them.
+
+    open(path, device): the content. Raises OSError or ValueError naming the file.
+    check(path): the same errors without the cost of opening; None opens the file on the CPU.
+    find(download): a path where the settings give none. Raises FileNotFoundError. None where only the settings can
+    name a file.
+    suffix: the end of the file's name where the content is an Extractor, so that jobs/features.py can describe images
+    with it; "" for other content. remedy: one clause on how a person gets the file.
+    """
+
+    open: Callable[[Path, Device], Any]
+    remedy: str
+    suffix: str = ""
+    check: Callable[[Path], Any] | None = None
+    find: Callable[[bool], Path] | None = None
+
+    def look(self, path: Path) -> None:
+        """Raises OSError or ValueError where the file cannot be used."""
+        if self.check is None:
+            self.open(path, "cpu")
+        else:
+            self.check(path)
+
+
+def file_fields(model: type[Strict]) -> dict[str, File]:
+    """The fields of a settings model that name a file, with the kind of each."""
+    found = {name: [m for m in f.metadata if isinstance(m, File)] for name, f in model.model_fields.items()}
+    return {name: kinds[0] for name, kinds in found.items() if kinds}
+
+
+class Metric(Strict):
+    """Settings of one metric; a subclass with `names` registers itself, and recipes find it by the names of its scores.
+
+    Its fields are its settings. Those that `evaluate` has too, such as `features`, are taken from there; the others
+    are given as `evaluate.settings.<name>.<field>`.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ()
+    """Names of its scores; `fd_*` stands for every name that starts with fd_."""
+    better: ClassVar[Better]
+    """The direction in which its scores improve."""
 
     name: str
+    """Name of the score, as the recipe gives it."""
 
-    def __call__(self, samples: Samples) -> Score: ...
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        for name in cls.__dict__.get("names", ()):
+            if METRICS.setdefault(name, cls) is not cls:
+                raise TypeError(f"{cls.__name__}: {METRICS[name].__name__} already has the name {name!r}")
+
+    @abstractmethod
+    def build(self, files: Files) -> Measure:
+        """The function that scores samples. Raises OSError or ValueError for a file that cannot be used."""
+
+
+class Files:
+    """Opens the files of metrics, each once however many metrics use it. device: where their networks run."""
+
+    def __init__(self, device: Device = "cpu"):
+        self.device = device
+        self._opened: dict[tuple[File, Path], Any] = {}
+
+    def open(self, metric: Metric, name: str) -> Any:
+        """The content of the file that the metric's field `name` names.
+
+        Raises ValueError for a file that is needed and not given, and what the kind's `open` and `find` raise.
+        """
+        kind, given = file_fields(type(metric))[name], getattr(metric, name)
+        if given is None and kind.find is None:
+            raise ValueError(f"{name}: {metric.name} needs this file and none is given; {kind.remedy}")
+        path = kind.find(True) if given is None else resolve(given)
+        if (kind, path) not in self._opened:
+            self._opened[kind, path] = kind.open(path, self.device)
+        return self._opened[kind, path]
+
+
+def find_metric(name: str) -> type[Metric] | None:
+    """The metric whose score has this name; None where no metric has."""
+    return METRICS.get(name) or next((m for names, m in METRICS.items() if fnmatchcase(name, names)), None)
+
+
+def unknown(name: str, *more: str) -> str:
+    """The error text for a name that no metric has. more: names that are valid beside the registered ones."""
+    return f"metrics: no metric {name!r}; {nearest(name, [*(n for n in METRICS if '*' not in n), *more])}"
+
+
+def better(name: str) -> Better | None:
+    """The direction in which scores of this name improve; None for a name that no metric has."""
+    metric = find_metric(name)
+    return None if metric is None else metric.better
 
 
 def score(
@@ -178,6 +282,6 @@ def score(
     )
 
 
-def evaluate(metrics: Sequence[Metric], samples: Samples) -> list[Score]:
+def evaluate(metrics: Sequence[Measure], samples: Samples) -> list[Score]:
     """Every metric's score of the samples, in order; features are computed once for all of them."""
     return [metric(samples) for metric in metrics]

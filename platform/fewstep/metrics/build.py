@@ -1,79 +1,114 @@
-"""Names to metrics."""
+"""Which metrics score a run, and the files that they are measured with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Self
 
-import torch
-
-from fewstep.config import nearest, resolve
-from fewstep.metrics.base import Metric
-from fewstep.metrics.classes import ClassConsistency, Diversity
-from fewstep.metrics.features import open_features
-from fewstep.metrics.frechet import Frechet
-from fewstep.metrics.inception import SHA256, open_inception
-from fewstep.metrics.kid import Kernel
-from fewstep.metrics.prdc import PRDC, Neighbours
-from fewstep.metrics.reference import open_reference
-
-INCEPTION = ("fid", "kid")
-SMALL = (*PRDC._fields, "class_consistency", "diversity")
+from fewstep.config import ConfigError, Strict, nearest, resolve, validate
+from fewstep.metrics.base import Device, File, Files, Measure, Metric, file_fields, find_metric, unknown
+from fewstep.metrics.features import FEATURES
+from fewstep.metrics.inception import INCEPTION
+from fewstep.metrics.reference import REFERENCE
 
 
-def build_metrics(
-    names: Sequence[str],
-    features: str | Path | None = None,
-    reference: str | Path | None = None,
-    inception: str | Path | None = None,
-    inception_reference: str | Path | None = None,
-    device: str | torch.device = "cpu",
-) -> list[Metric]:
-    """The metrics of these names, in order. Files are opened once, and only those that a name needs.
+class Metrics(Strict):
+    """Metrics by the names of their scores, and what they share."""
 
-    names: fid, kid; fd_<features' name>, precision, recall, density, coverage, class_consistency, diversity.
-    features, reference: the small network and the statistics of the real images under it.
-    inception: clean-fid's TorchScript weights; None looks for them. inception_reference: statistics under these.
-    Raises ValueError for unknown names (each with the nearest valid one) and for a file that is needed and not given.
-    """
-    _refuse_unknown(names, [*INCEPTION, *SMALL, *(name for name in names if name.startswith("fd_"))])
-    built: dict[str, Callable[[], Metric]] = {}
-    small = [name for name in names if name not in INCEPTION]
-    if small:
-        extractor = open_features(_given(features, "features", small[0]), device)
-        frechet = f"fd_{extractor.name}"
-        _refuse_unknown(small, [*INCEPTION, *SMALL, frechet])
-        built["class_consistency"] = lambda: ClassConsistency(extractor)
-        if any(name != "class_consistency" for name in small):
-            statistics = open_reference(_given(reference, "reference", small[0]))
-            built[frechet] = lambda: Frechet(extractor, statistics)
-            built["diversity"] = lambda: Diversity(extractor, statistics)
-            for name in PRDC._fields:
-                built[name] = lambda name=name: Neighbours(name, extractor, statistics)
-    if len(small) < len(names):
-        needs = next(name for name in names if name in INCEPTION)
-        network = open_inception(None if inception is None else resolve(inception), device)
-        if network.name != "inception":
-            raise ValueError(
-                f"inception: {str(inception)!r} has sha256 {network.hash[:12]}..., the official weights "
-                f"{SHA256[:12]}...; a score by other weights is not called {needs}"
-            )
-        real = open_reference(_given(inception_reference, "inception_reference", needs))
-        built["fid"] = lambda: Frechet(network, real)
-        built["kid"] = lambda: Kernel(network, real)
-    return [built[name]() for name in names]
+    metrics: list[str] = []
+    """Names, such as fd_fashion, class_consistency, diversity, precision, recall, fid; none scores nothing."""
+    features: Annotated[str | None, FEATURES] = None
+    """Weights of the small feature network, for every metric but fid and kid."""
+    reference: Annotated[str | None, REFERENCE] = None
+    """Statistics of the real images under that network."""
+    inception: Annotated[str | None, INCEPTION] = None
+    """clean-fid's Inception weights, for fid and kid; null looks where clean-fid keeps them."""
+    inception_reference: Annotated[str | None, REFERENCE] = None
+    """Statistics of the real images under Inception."""
+    settings: dict[str, dict[str, Any]] = {}
+    """Other settings of a metric, by its name: evaluate.settings.<metric>.<field>=value."""
+
+    def mistakes(self) -> list[str]:
+        """A line for each unknown name and each setting that does not fit its metric, keys without a prefix."""
+        wrong = []
+        for name in dict.fromkeys(self.metrics):
+            try:
+                self._settings(name)
+            except ConfigError as error:
+                wrong += str(error).splitlines()
+        spare = [name for name in self.settings if name not in self.metrics]
+        return wrong + [f"settings.{name}: no such metric in metrics; {nearest(name, self.metrics)}" for name in spare]
+
+    def chosen(self) -> list[Metric]:
+        """The settings of each metric, in order. Raises ConfigError with the lines of `mistakes`."""
+        if wrong := self.mistakes():
+            raise ConfigError("\n".join(wrong))
+        return [self._settings(name) for name in self.metrics]
+
+    def _settings(self, name: str) -> Metric:
+        metric = find_metric(name)
+        if metric is None:
+            raise ConfigError(unknown(name))
+        shared = {key: getattr(self, key) for key in metric.model_fields if key in file_fields(type(self))}
+        try:
+            return validate(metric, shared | self.settings.get(name, {}) | {"name": name})
+        except ConfigError as error:
+            lines = str(error).splitlines()
+            raise ConfigError("\n".join(f"settings.{name}.{line}" for line in lines)) from None
+
+    def build(self, device: Device = "cpu") -> list[Measure]:
+        """The functions that score samples, in order; only files that a metric needs are opened, each once.
+
+        Raises ConfigError as `chosen` does, OSError or ValueError for a file that is not given or cannot be used.
+        """
+        files = Files(device)
+        return [metric.build(files) for metric in self.chosen()]
+
+    def resolved(self) -> Self:
+        """The same choice with absolute paths."""
+        settings = {name: dict(values) for name, values in self.settings.items()}
+        for metric in self.chosen():
+            for key in file_fields(type(metric)).keys() & settings.get(metric.name, {}).keys():
+                settings[metric.name][key] = _absolute(settings[metric.name][key])
+        shared = {key: _absolute(getattr(self, key)) for key in file_fields(type(self))}
+        return self.model_copy(update=shared | {"settings": settings})
+
+    def needs(self) -> list[Need]:
+        """The files that the metrics are measured with, each once."""
+        found: dict[tuple[str, str | None], Need] = {}
+        for metric in self.chosen():
+            for name, kind in file_fields(type(metric)).items():
+                key = name if name in file_fields(type(self)) else f"settings.{metric.name}.{name}"
+                need = found.setdefault((key, getattr(metric, name)), Need(key, getattr(metric, name), kind, []))
+                need.metrics.append(metric.name)
+        return list(found.values())
 
 
-def _refuse_unknown(names: Sequence[str], valid: Sequence[str]) -> None:
-    wrong = [f"metrics: no metric {name!r}; {nearest(name, valid)}" for name in names if name not in valid]
-    if wrong:
-        raise ValueError("\n".join(wrong))
+@dataclass(frozen=True)
+class Need:
+    """A file that metrics are measured with: the setting that names it, its path there, its kind, and the metrics."""
+
+    key: str
+    path: str | None
+    kind: File
+    metrics: list[str]
+
+    def look(self) -> Path:
+        """The file's path, once it is known to be usable. Nothing is downloaded. Raises OSError or ValueError."""
+        names = " and ".join(self.metrics)
+        if self.path is not None:
+            path = resolve(self.path)
+        elif self.kind.find is None:
+            raise ValueError(f"{names} need this file and the recipe names none")
+        else:
+            try:
+                path = self.kind.find(False)
+            except OSError as error:
+                raise ValueError(f"{error}, and so no {names}") from None
+        self.kind.look(path)
+        return path
 
 
-def _given(path: str | Path | None, argument: str, metric: str) -> Path:
-    if path is None:
-        raise ValueError(
-            f"{argument}: {metric} needs this file and none is given; python jobs/features.py makes it (--help), and "
-            "shipped:fashion_mnist/ has features.safetensors and statistics.npz for Fashion-MNIST"
-        )
-    return resolve(path)
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(resolve(path))

@@ -1,11 +1,11 @@
-"""What samples do with the class they were asked for: whether they show it, and how much they vary within it."""
+"""Class consistency and diversity: samples show the class that was asked for, and vary within it."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from fewstep.metrics.base import Extractor, Samples, Score, score
-from fewstep.metrics.features import SmallNetwork, accuracy
+from fewstep.metrics.base import Extractor, Files, Samples, Score, score
+from fewstep.metrics.features import FeatureMetric, ReferenceMetric, SmallNetwork, accuracy
 from fewstep.metrics.reference import Reference, class_variances
 
 
@@ -66,3 +66,23 @@ class Diversity:
             reference=self.reference.hash,
             reference_images=self.reference.images,
         )
+
+
+class ConsistencyShare(FeatureMetric):
+    """Class consistency by the small network's classifier."""
+
+    names = ("class_consistency",)
+    better = "higher"
+
+    def build(self, files: Files) -> ClassConsistency:
+        return ClassConsistency(files.open(self, "features"))
+
+
+class DiversityRatio(ReferenceMetric):
+    """Diversity on the features of the small network."""
+
+    names = ("diversity",)
+    better = "higher"
+
+    def build(self, files: Files) -> Diversity:
+        return Diversity(files.open(self, "features"), files.open(self, "reference"))

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewstep.metrics.base import Outputs, digest
+from fewstep.metrics.base import File, Metric, Outputs, digest
+from fewstep.metrics.reference import REFERENCE
 
 REMAKE = "make one with: python jobs/features.py data=<shards> test=<shards> out=<folder>"
 
@@ -183,8 +185,29 @@ def open_features(path: str | Path, device: str | torch.device = "cpu", batch: i
     return SmallNetwork(net, info, digest(path), device, batch)
 
 
+FEATURES = File(
+    open=open_features,
+    suffix=".safetensors",
+    remedy="python jobs/features.py makes it (--help), and shipped:fashion_mnist/features.safetensors is embedded",
+)
+
+
 def accuracy(outputs: Outputs, labels: np.ndarray) -> float:
     """Share of the images whose most likely class is their label. Raises ValueError without a classifier."""
     if outputs.logits is None:
         raise ValueError("class agreement needs an extractor that classifies; use the small network's features file")
     return float((outputs.logits.argmax(1) == np.asarray(labels)).mean())
+
+
+class FeatureMetric(Metric):
+    """Base of the metrics that ask the small network alone."""
+
+    features: Annotated[str | None, FEATURES] = None
+    """Weights of the small feature network."""
+
+
+class ReferenceMetric(FeatureMetric):
+    """Base of the metrics that compare the small network's features with those of real images."""
+
+    reference: Annotated[str | None, REFERENCE] = None
+    """Statistics of the real images under that network."""

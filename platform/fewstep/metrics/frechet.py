@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from fewstep.metrics.base import Extractor, Samples, Score, score
+from fewstep.metrics.base import Extractor, Files, Samples, Score, score, unknown
+from fewstep.metrics.features import ReferenceMetric
+from fewstep.metrics.inception import InceptionMetric
 from fewstep.metrics.reference import Reference, moments
 
 
@@ -58,3 +60,27 @@ class Frechet:
             reference=self.reference.hash,
             reference_images=self.reference.images,
         )
+
+
+class FeatureDistance(ReferenceMetric):
+    """Frechet distance on the features of the small network."""
+
+    names = ("fd_*",)
+    better = "lower"
+
+    def build(self, files: Files) -> Frechet:
+        """Raises ValueError where the network has another name than the score."""
+        extractor = files.open(self, "features")
+        if self.name != f"fd_{extractor.name}":
+            raise ValueError(unknown(self.name, f"fd_{extractor.name}"))
+        return Frechet(extractor, files.open(self, "reference"))
+
+
+class InceptionDistance(InceptionMetric):
+    """Frechet inception distance: the Frechet distance on the features of clean-fid's Inception."""
+
+    names = ("fid",)
+    better = "lower"
+
+    def build(self, files: Files) -> Frechet:
+        return Frechet(self.network(files), files.open(self, "inception_reference"))

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.metrics.base import Outputs, digest
+from fewstep.metrics.base import File, Files, Metric, Outputs, digest
+from fewstep.metrics.reference import REFERENCE
 
 FILE = "inception-2015-12-05.pt"
 SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
@@ -24,20 +26,18 @@ def folders() -> tuple[Path, ...]:
     return Path.home() / ".cache" / "clean-fid", Path(tempfile.gettempdir())
 
 
-def installed() -> Path | None:
-    """The official weights in one of the usual folders, or None."""
-    return next((folder / FILE for folder in folders() if (folder / FILE).is_file()), None)
+def find_inception(download: bool = True) -> Path:
+    """The official weights in one of the usual folders; where they are in none, clean-fid downloads them if asked.
 
-
-def find_inception() -> Path:
-    """The official weights in one of the usual folders, downloaded by clean-fid when they are in none.
-
-    Raises FileNotFoundError that says which file to put where when there is no network, ValueError for another file.
+    Raises FileNotFoundError that says which file to put where, ValueError where another file was downloaded.
     """
+    if found := [folder / FILE for folder in folders() if (folder / FILE).is_file()]:
+        return found[0]
+    absent = f"no {FILE} in {' or '.join(map(repr, map(str, folders())))}"
+    if not download:
+        raise FileNotFoundError(absent)
     from cleanfid import downloads_helper
 
-    if (path := installed()) is not None:
-        return path
     cache = folders()[0]
     cache.mkdir(parents=True, exist_ok=True)
     # Under another name until it is whole: a file cut short would be found, and refused, for ever after.
@@ -46,9 +46,8 @@ def find_inception() -> Path:
             path = Path(downloads_helper.check_download_inception(folder))
         except OSError as error:
             raise FileNotFoundError(
-                f"inception: no {FILE} in {' or '.join(map(repr, map(str, folders())))}, and {error}; download "
-                f"{downloads_helper.inception_url} to {str(cache / FILE)!r} or name the file with inception=<path>. "
-                f"{INSTEAD}"
+                f"inception: {absent}, and {error}; download {downloads_helper.inception_url} to "
+                f"{str(cache / FILE)!r} or name the file with inception=<path>. {INSTEAD}"
             ) from None
         if (found := digest(path)) != SHA256:
             raise ValueError(
@@ -95,9 +94,45 @@ class Inception:
         return Outputs(torch.cat(features).numpy())
 
 
-def open_inception(path: str | Path | None = None, device: str | torch.device = "cpu") -> Inception:
-    """The network in a TorchScript file; without a path, the official weights wherever `find_inception` finds them."""
-    path = find_inception() if path is None else Path(path)
+def open_inception(path: Path, device: str | torch.device = "cpu") -> Inception:
+    """The network in a TorchScript file. Raises FileNotFoundError or ValueError with its name."""
     if not path.is_file():
         raise FileNotFoundError(f"inception: no file {str(path)!r}; the official one is {FILE}. {INSTEAD}")
     return Inception(path, device)
+
+
+def check_official(path: Path) -> None:
+    """Raises OSError or ValueError where the file does not hold the official weights."""
+    if (found := digest(path)) != SHA256:
+        raise ValueError(f"{path} is not the official {FILE}: its sha256 is {found[:12]}..., not {SHA256[:12]}...")
+
+
+INCEPTION = File(
+    open=open_inception,
+    suffix=".pt",
+    check=check_official,
+    find=find_inception,
+    remedy=(
+        "where there is a network: python -c 'from fewstep.metrics.inception import find_inception as f; print(f())', "
+        "and copy that file to the same place on every node"
+    ),
+)
+
+
+class InceptionMetric(Metric):
+    """Base of the metrics on clean-fid's Inception."""
+
+    inception: Annotated[str | None, INCEPTION] = None
+    """clean-fid's Inception weights; null looks where clean-fid keeps them."""
+    inception_reference: Annotated[str | None, REFERENCE] = None
+    """Statistics of the real images under Inception."""
+
+    def network(self, files: Files) -> Inception:
+        """Inception with the official weights. Raises ValueError for others: their scores have another name."""
+        network = files.open(self, "inception")
+        if network.name != "inception":
+            raise ValueError(
+                f"inception: the weights have sha256 {network.hash[:12]}..., the official ones {SHA256[:12]}...; a "
+                f"score by other weights is not called {self.name}"
+            )
+        return network

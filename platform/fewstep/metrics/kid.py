@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fewstep.metrics.base import Extractor, Samples, Score, score
+from fewstep.metrics.base import Extractor, Files, Samples, Score, score
+from fewstep.metrics.inception import InceptionMetric
 from fewstep.metrics.reference import Reference
 
 SUBSETS, SUBSET_IMAGES = 100, 1000  # clean-fid's
@@ -52,3 +53,13 @@ class Kernel:
             reference=self.reference.hash,
             reference_images=len(self.reference.features),
         )
+
+
+class InceptionKernel(InceptionMetric):
+    """Kernel inception distance: the kernel distance on the features of clean-fid's Inception."""
+
+    names = ("kid",)
+    better = "lower"
+
+    def build(self, files: Files) -> Kernel:
+        return Kernel(self.network(files), files.open(self, "inception_reference"))

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fewstep.metrics.base import Extractor, Samples, Score, score
+from fewstep.metrics.base import Extractor, Files, Samples, Score, score
+from fewstep.metrics.features import ReferenceMetric
 from fewstep.metrics.reference import Reference
 
 NEIGHBOURS = 5  # k of arXiv:2002.09797, section 4.1
@@ -87,3 +88,13 @@ class Neighbours:
             reference=self.reference.hash,
             reference_images=images,
         )
+
+
+class Shares(ReferenceMetric):
+    """One of the four shares on the features of the small network."""
+
+    names = PRDC._fields
+    better = "higher"
+
+    def build(self, files: Files) -> Neighbours:
+        return Neighbours(self.name, files.open(self, "features"), files.open(self, "reference"))

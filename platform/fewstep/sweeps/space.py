@@ -2,15 +2,16 @@
 
 A space is a Python file, which is run when it is named, as any program of yours is:
 
-    METRIC, MODE = "fd_fashion", "min"
+    METRIC = "fd_fashion"
     SPACE = {
         "method.gan_weight": zero_or(loguniform(1e-3, 3e-2)),
         "optim.disc.lr": given("method.gan_weight", loguniform(1e-4, 1e-3)),   # only where there is a discriminator
     }
     WHY = {"method.gan_weight": "..."}                                         # why these bounds
 
-Its docstring is the question. OBJECTIVES = {"fd_fashion": "min", ...} is what search=pareto weighs; its names are
-metrics, or `hours`, what a trial's training took of the devices it held.
+Its docstring is the question. OBJECTIVES = ["fd_fashion", "diversity"] is what search=pareto weighs; its names are
+metrics, or `hours`, what a trial's training took of the devices it held. The metric says whether its low or its high
+scores are sought; MODE = "min" or "max", and OBJECTIVES = {"fd_fashion": "min", ...}, may say the same.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..config import ConfigError, nearest, override, validate
+from ..metrics.base import MODES, better
 from ..recipe import ASIDE, REPORTING, Recipe
 
 HOURS = "hours"
@@ -401,19 +403,35 @@ def load_space(ref: str, folder: Path) -> Space:
             wrong.append(f"{path}: SPACE[{key!r}]: given {domain.key!r}, which does not stand above it in SPACE")
     if not isinstance(metric, str):
         wrong.append(f"{path}: METRIC: missing; name the score that decides, such as fd_fashion")
-    if mode not in ("min", "max"):
-        wrong.append(f"{path}: MODE: {mode!r} is not one of min, max")
-    objectives = found.get("OBJECTIVES") or {str(metric): mode}
-    if "OBJECTIVES" in found and not (
-        isinstance(objectives, dict) and all(mode in ("min", "max") for mode in objectives.values())
-    ):
-        wrong.append(f"{path}: OBJECTIVES: expected {{metric: 'min' or 'max'}}, got {objectives!r}")
+    else:
+        mode = _mode(metric, mode, f"{path}: MODE", wrong)
+    objectives = found.get("OBJECTIVES", {str(metric): mode})
+    if isinstance(objectives, list):
+        objectives = dict.fromkeys(objectives)
+    if not isinstance(objectives, dict) or not objectives or not all(isinstance(name, str) for name in objectives):
+        wrong.append(f"{path}: OBJECTIVES: expected a list of metrics, got {objectives!r}")
+    elif "OBJECTIVES" in found:
+        objectives = {
+            name: _mode(name, given, f"{path}: OBJECTIVES[{name!r}]", wrong) for name, given in objectives.items()
+        }
     why = found.get("WHY", {})
     wrong += [f"{path}: WHY[{key!r}]: not in SPACE; {nearest(key, list(domains))}" for key in why if key not in domains]
     if wrong:
         raise ConfigError("\n".join(wrong))
     question = " ".join((found.get("__doc__") or path.stem).split())
     return Space(path.stem, question, domains, metric, mode, objectives, why)
+
+
+def _mode(metric: str, given: Any, where: str, wrong: list[str]) -> Any:
+    """The direction of a search for good scores: the metric's own, which a space may repeat and not turn round."""
+    direction = "lower" if metric == HOURS else better(metric)
+    if given is None and direction is not None:
+        return MODES[direction]
+    if given not in MODES.values():
+        wrong.append(f"{where}: {given!r} is not one of {', '.join(MODES.values())}")
+    elif direction is not None and given != MODES[direction]:
+        wrong.append(f"{where}: {given!r}, but the {direction} {metric} is the better; leave it out")
+    return given
 
 
 def apply(recipe: Recipe, values: Mapping[str, Any], **more: Any) -> Recipe:
