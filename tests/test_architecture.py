@@ -19,6 +19,8 @@ PACKAGE = ROOT / "platform" / "fewstep"
 
 # A part imports from lower floors only; parts of one floor do not know each other.
 FLOORS = [
+    {"texts"},
+    {"files"},
     {"config", "folders", "diffusion"},
     {"networks", "data", "methods", "metrics"},
     {"engine"},

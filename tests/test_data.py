@@ -236,7 +236,7 @@ def _rewrite(path, change):
             writer.write_table(group)
 
     def vouch(data):
-        data["shards"][0] |= {"bytes": file.stat().st_size, "sha256": shards_module._sha256(file)}
+        data["shards"][0] |= {"bytes": file.stat().st_size, "sha256": shards_module.sha256_of(file)}
 
     _edit_manifest(path, vouch)
 
@@ -258,7 +258,7 @@ def _cut_and_vouch(path):
     file = path / "shard-00001.parquet"
     _edit_manifest(
         path,
-        lambda data: data["shards"][1].update(bytes=file.stat().st_size, sha256=shards_module._sha256(file)),
+        lambda data: data["shards"][1].update(bytes=file.stat().st_size, sha256=shards_module.sha256_of(file)),
     )
 
 

@@ -325,7 +325,7 @@ def test_inception_is_looked_for_and_a_wrong_file_is_no_inception(tmp_path, monk
     (tmp_path / "cache" / inception.FILE).write_bytes(b"something else")
     (wrong,) = weights(fid, strict=False)
     assert "is not the official inception-2015-12-05.pt" in wrong["error"]
-    monkeypatch.setattr(inception, "SHA256", inception.digest(tmp_path / "cache" / inception.FILE))
+    monkeypatch.setattr(inception, "SHA256", inception.sha256_of(tmp_path / "cache" / inception.FILE))
     (right,) = weights(fid, strict=False)
     assert right["error"] is None and right["path"] == str(tmp_path / "cache" / inception.FILE)
 

@@ -13,7 +13,8 @@ import toy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.diffusion.draws import Draws
-from fewstep.engine import state
+from fewstep.engine.checkpoint import read_weights, tensors_of
+from fewstep.engine.folder import checkpoints, newest, step_of
 from fewstep.engine.guard import Alarm, Guard
 from fewstep.engine.optim import Optim
 from fewstep.engine.train import Collapsed, Engine, Event, NonFinite, Train
@@ -26,7 +27,7 @@ GAN = DMD2(critic_updates_per_student_update=2, gan_weight=0.05)
 
 def everything(engine: Engine) -> dict[str, torch.Tensor]:
     """All state of a run by name, as its checkpoints hold it."""
-    return {k: v.clone() for k, v in state.tensors_of(engine._parts(), engine.optims).items()}
+    return {k: v.clone() for k, v in tensors_of(engine._parts(), engine.optims).items()}
 
 
 def moments(engine: Engine, role: str, slot: str) -> torch.Tensor:
@@ -67,7 +68,7 @@ def test_sixty_steps_equal_forty_and_twenty_more_after_a_resume(tmp_path, method
     assert second.step == 40 and second.images == 320
     assert toy.finish(second) == reports[2:]
     assert toy.same(everything(second), everything(whole))
-    assert toy.same(state.read_weights(tmp_path / "a/step-00000060"), everything(second))
+    assert toy.same(read_weights(tmp_path / "a/step-00000060"), everything(second))
 
 
 def test_a_run_is_a_function_of_its_seed():
@@ -157,8 +158,8 @@ def test_two_processes_equal_one_replicated_or_sharded(tmp_path):
     toy.finish(longer)
     for placement in ("replicate", "shard"):
         out = tmp_path / placement
-        assert_near(state.read_weights(out / "step-00000008"), everything(one), atol=1e-6)
-        assert_near(state.read_weights(out / "step-00000016"), everything(longer), atol=1e-6)
+        assert_near(read_weights(out / "step-00000008"), everything(one), atol=1e-6)
+        assert_near(read_weights(out / "step-00000016"), everything(longer), atol=1e-6)
         theirs = json.loads((out / "metrics.json").read_text())
         assert without(theirs, SLICED) == pytest.approx(without(metrics, SLICED), rel=1e-4, abs=1e-6)
     for rank in (0, 1):  # both ranks stop, at the same step and phase
@@ -341,7 +342,7 @@ def test_without_an_average_the_student_itself_is_scored(tmp_path):
     engine = toy.make_engine(GAN, steps=2, average_decay=None, folder=tmp_path)
     toy.finish(engine)
     assert engine.student is engine.nets["student"]
-    assert not any("average" in key for key in state.read_weights(tmp_path / "step-00000002"))
+    assert not any("average" in key for key in read_weights(tmp_path / "step-00000002"))
 
 
 # Reports
@@ -444,9 +445,9 @@ def test_a_request_to_stop_ends_after_the_next_step_saved_and_the_run_goes_on_fr
         reports.append(report)
         engine.stop()
     assert [r.step for r in reports] == [5, 7]  # said after step 5, agreed on in the sixth, heard by all in the seventh
-    assert not engine.finished and state.step_of(reports[-1].checkpoint) == 7
+    assert not engine.finished and step_of(reports[-1].checkpoint) == 7
     again = toy.make_engine(folder=tmp_path, steps=20)
-    again.resume(state.newest(tmp_path))
+    again.resume(newest(tmp_path))
     toy.finish(again)
     assert again.finished and toy.same(toy.weights(whole.student), toy.weights(again.student))
 
@@ -475,7 +476,7 @@ def test_a_roll_back_goes_to_the_checkpoint_before_the_trouble_with_a_lower_rate
             break
     first.wait()
     second = toy.make_engine(folder=tmp_path / "b", steps=20)
-    second.resume(state.newest(tmp_path / "b"))
+    second.resume(newest(tmp_path / "b"))
     second.rates["student"] = 0.5
     toy.finish(second)
     assert toy.same(toy.weights(engine.student), toy.weights(second.student))
@@ -487,10 +488,10 @@ def test_what_a_roll_back_left_behind_is_removed_and_its_rate_survives_a_restart
     for report in engine.run():
         if report.step == 17:
             engine.wait()
-            steps = [state.step_of(path) for path in state.checkpoints(tmp_path)]
+            steps = [step_of(path) for path in checkpoints(tmp_path)]
     assert steps == [0, 5, 10]
     again = guarded(tmp_path, "roll_back")
-    again.resume(state.newest(tmp_path))
+    again.resume(newest(tmp_path))
     assert again.step == 20 and again.rates["student"] == 0.5 and again.roll_backs == 1
 
 

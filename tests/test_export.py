@@ -21,7 +21,7 @@ from fewstep.build import make_samples
 from fewstep.config import validate
 from fewstep.diffusion.samplers import few_step, to_uint8
 from fewstep.diffusion.schedules import DDPM, EDM, Flow, Trig
-from fewstep.engine import state
+from fewstep.engine.saver import Saver
 from fewstep.folders import FolderError
 from fewstep.methods import METHODS
 from fewstep.networks import export as exporting
@@ -63,7 +63,7 @@ def run(tmp_path_factory) -> Path:
     recipe = validate(Recipe, recipe)
     nets = {"student": student(1), "average": student(2)}
     manifest = {"step": 30, "images": 960, "updates": {}, "recipe": recipe.numbers}
-    saver = state.Saver(folder / "checkpoints")
+    saver = Saver(folder / "checkpoints")
     saver.save(nets, {}, manifest)
     saver.wait()
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))

@@ -23,7 +23,8 @@ from ray import cloudpickle
 
 from fewstep.cluster import train
 from fewstep.cluster.train import Lost, fit
-from fewstep.engine import state
+from fewstep.engine.checkpoint import read_weights
+from fewstep.engine.folder import checkpoints, newest, step_of
 from fewstep.engine.train import NonFinite
 from fewstep.run import read_reports
 from fewstep.watchdog import Stalled
@@ -45,9 +46,9 @@ def whole(ray_cluster, store, tmp_path_factory) -> Path:
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
     """All of a run's last checkpoint: weights, averages and the optimisers' moments."""
-    path = state.newest(folder / "checkpoints")
-    assert state.step_of(path) == STEPS
-    return state.read_weights(path)
+    path = newest(folder / "checkpoints")
+    assert step_of(path) == STEPS
+    return read_weights(path)
 
 
 def assert_as_if_nothing_happened(folder: Path, whole: Path, store: str, run_id: str) -> None:
@@ -134,8 +135,8 @@ def test_sigterm_to_one_worker_saves_on_all_and_the_same_words_go_on(ray_cluster
 
     result = fit(recipe(tmp_path, *small), follow)
     assert result["finished"] is False and 6 < result["step"] < STEPS
-    saved = state.newest(tmp_path / "runs" / "notice" / "checkpoints")
-    assert state.step_of(saved) == result["step"]
+    saved = newest(tmp_path / "runs" / "notice" / "checkpoints")
+    assert step_of(saved) == result["step"]
     result = fit(recipe(tmp_path, *small))
     assert_same_end(tmp_path / "runs" / "notice", whole)
     assert len(mlflow_history(store, result["run_id"], "event/stopped")) == 1
@@ -169,7 +170,7 @@ def test_kill_9_of_the_worker_that_writes_a_checkpoint(ray_cluster, store, whole
     marker = tmp_path / "killed"
 
     def change() -> None:
-        from fewstep.engine.state import Writer
+        from fewstep.engine.checkpoint import Writer
 
         name = {"before_its_file": "write_data", "before_the_manifest": "finish", "before_the_rename": "_rename"}[point]
         real = getattr(Writer, name)
@@ -222,9 +223,9 @@ def test_in_one_ranks_loss_stops_all_ranks_before_any_weight_moves(ray_cluster, 
         fit(recipe(tmp_path, "name=bad", f"tracking.uri={store}", *SHORT))
     assert time.monotonic() - start < 300
     folder = tmp_path / "runs" / "bad"
-    path = state.newest(folder / "checkpoints")
-    assert state.step_of(path) == 8  # the last one before it
-    assert all(value.isfinite().all() for value in state.read_weights(path).values())
+    path = newest(folder / "checkpoints")
+    assert step_of(path) == 8  # the last one before it
+    assert all(value.isfinite().all() for value in read_weights(path).values())
 
 
 def test_a_rank_ten_times_slower_is_waited_for(ray_cluster, store, whole, tmp_path, monkeypatch):
@@ -279,13 +280,13 @@ def test_a_disk_that_fills_up_ends_the_run_on_all_ranks_and_leaves_the_checkpoin
 
     with pytest.raises(ValueError, match=r"step-000000\d\d.*No space left"):
         fit(recipe(tmp_path, *small), fill)
-    kept = state.checkpoints(small_disk / "full")
-    assert kept and state.step_of(kept[-1]) in (8, 12)
+    kept = checkpoints(small_disk / "full")
+    assert kept and step_of(kept[-1]) in (8, 12)
     (small_disk / "ballast").unlink()
     result = fit(recipe(tmp_path, *small))
-    path = state.newest(small_disk / "full")
+    path = newest(small_disk / "full")
     theirs = final(whole)
-    assert all(torch.equal(value, theirs[name]) for name, value in state.read_weights(path).items())
+    assert all(torch.equal(value, theirs[name]) for name, value in read_weights(path).items())
     assert len(mlflow_history(store, result["run_id"], "event/not_saved")) == 1
 
 
@@ -383,8 +384,8 @@ def test_sigterm_saves_after_the_step_at_hand_and_exits_0_and_the_same_words_go_
     assert driver.returncode == 0, out
     closing = json.loads(out.splitlines()[-1])
     assert closing["finished"] is False and 6 < closing["step"] < STEPS
-    saved = state.newest(tmp_path / "runs" / "term" / "checkpoints")
-    assert state.step_of(saved) == closing["step"]
+    saved = newest(tmp_path / "runs" / "term" / "checkpoints")
+    assert step_of(saved) == closing["step"]
     assert "name=term" in closing["again"]
     driver = submit(tmp_path, *small)
     out, _ = driver.communicate(timeout=300)

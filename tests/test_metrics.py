@@ -27,8 +27,9 @@ from fewstep.config import ConfigError, resolve
 from fewstep.data.feed import open_feed
 from fewstep.data.shards import ShardWriter
 from fewstep.diffusion.samplers import to_uint8
+from fewstep.files import sha256_of
 from fewstep.metrics import METRICS, Metric, better, find_metric, inception, kid, prdc
-from fewstep.metrics.base import File, Files, Measure, Outputs, Samples, Score, compare, digest, evaluate, score
+from fewstep.metrics.base import File, Files, Measure, Outputs, Samples, Score, compare, evaluate, score
 from fewstep.metrics.build import Metrics
 from fewstep.metrics.classes import Diversity
 from fewstep.metrics.features import FeatureNet, Info, SmallNetwork, open_features, save_features, train_features
@@ -236,14 +237,14 @@ def test_inception_sees_grey_images_resized_and_centred_as_clean_fid_does(tiny):
 
 def test_fid_and_kid_from_the_weights_file_to_the_score(tiny, tmp_path, monkeypatch):
     """A flat image has 2048 equal features, so that fid is 2048 times the distance in one of them."""
-    monkeypatch.setattr(inception, "SHA256", digest(tiny))
+    monkeypatch.setattr(inception, "SHA256", sha256_of(tiny))
     levels, others = [64, 128, 192], [96, 128, 160]
     network = Inception(tiny)
     save_reference(tmp_path / "real.npz", "flat", network(flat(levels)), network)
     metrics = build(["kid", "fid"], inception=str(tiny), inception_reference=str(tmp_path / "real.npz"))
     kernel, fid = evaluate(metrics, samples_of(flat(others)))
     x, y = (np.array(v) / 128 - 1 for v in (levels, others))
-    assert (fid.name, kernel.name, fid.extractor) == ("fid", "kid", digest(tiny))
+    assert (fid.name, kernel.name, fid.extractor) == ("fid", "kid", sha256_of(tiny))
     assert fid.value == pytest.approx(2048 * (x.std(ddof=1) - y.std(ddof=1)) ** 2, rel=1e-4)
     assert kernel.value == pytest.approx(kernel_distance(x[:, None], y[:, None]), rel=1e-6)
 
@@ -251,9 +252,9 @@ def test_fid_and_kid_from_the_weights_file_to_the_score(tiny, tmp_path, monkeypa
 def test_scores_of_other_weights_are_not_called_fid(tiny, tmp_path):
     network = Inception(tiny)
     reference = save_reference(tmp_path / "real.npz", "flat", network(flat([1, 2])), network)
-    assert Frechet(network, reference).name == f"fd_inception-{digest(tiny)[:8]}"
-    assert Kernel(network, reference).name == f"kd_inception-{digest(tiny)[:8]}"
-    with pytest.raises(ValueError, match=f"sha256 {digest(tiny)[:12]}.*not called fid"):
+    assert Frechet(network, reference).name == f"fd_inception-{sha256_of(tiny)[:8]}"
+    assert Kernel(network, reference).name == f"kd_inception-{sha256_of(tiny)[:8]}"
+    with pytest.raises(ValueError, match=f"sha256 {sha256_of(tiny)[:12]}.*not called fid"):
         build(["fid"], inception=str(tiny), inception_reference=str(tmp_path / "real.npz"))
 
 
@@ -336,7 +337,7 @@ def test_a_saved_network_gives_the_same_features_in_any_batch_and_its_hash_is_th
     net, info = FeatureNet(3, 1).eval(), Info("toy", 3, 1, 28, "noise", 0.5)
     save_features(tmp_path / "f.safetensors", net, info)
     opened = open_features(tmp_path / "f.safetensors", batch=7)
-    assert (opened.info, opened.hash, opened.name) == (info, digest(tmp_path / "f.safetensors"), "toy")
+    assert (opened.info, opened.hash, opened.name) == (info, sha256_of(tmp_path / "f.safetensors"), "toy")
     images = noise(20)
     with torch.no_grad():
         features, logits = net(images / 127.5 - 1)
@@ -387,7 +388,7 @@ def test_a_reference_is_read_as_it_was_written_and_only_for_its_own_network(tmp_
     labels = np.arange(50) % 2
     outputs = extractor(images)
     reference = save_reference(tmp_path / "r.npz", "50 noise", outputs, extractor, labels)
-    assert (reference.name, reference.images, reference.hash) == ("50 noise", 50, digest(tmp_path / "r.npz"))
+    assert (reference.name, reference.images, reference.hash) == ("50 noise", 50, sha256_of(tmp_path / "r.npz"))
     assert np.allclose(reference.covariance, np.cov(outputs.features.T.astype(np.float64)))
     assert np.allclose(reference.features, outputs.features)
     within = [outputs.features[labels == c].var(0, ddof=1).sum() for c in (0, 1)]
@@ -632,7 +633,7 @@ def test_real_images_score_as_real_and_the_score_says_by_what(real):
     assert 0.9 < scores["diversity"].value < 1.1
     fd = scores["fd_fashion"]
     assert (fd.images, fd.reference_images) == (5000, 60000)
-    assert fd.extractor == digest(resolve(FEATURES)) and fd.reference == digest(resolve(STATISTICS))
+    assert fd.extractor == sha256_of(resolve(FEATURES)) and fd.reference == sha256_of(resolve(STATISTICS))
 
 
 def test_real_images_are_covered_and_the_four_shares_state_their_counts(real):

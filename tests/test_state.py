@@ -6,6 +6,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -20,8 +21,14 @@ import torch.distributed as dist
 import toy
 from safetensors.torch import load_file
 
-from fewstep.engine import state
-from fewstep.engine.state import CheckpointError, Keep, Saver
+from fewstep.config import differences
+from fewstep.engine import checkpoint
+from fewstep.engine.checkpoint import load, load_net, read_weights, tensors_of
+from fewstep.engine.folder import checkpoints, complete, newest, step_of
+from fewstep.engine.manifest import CheckpointError, read_manifest
+from fewstep.engine.retention import Keep
+from fewstep.engine.saver import Saver
+from fewstep.engine.storage import Place, writable
 from fewstep.engine.world import Layout, World, full
 from fewstep.methods import METHODS
 
@@ -47,7 +54,7 @@ class Run:
 
     def named(self) -> dict[str, torch.Tensor]:
         """All of it, whole, by name."""
-        return {k: full(v).clone() for k, v in state.tensors_of(self.nets, self.optims).items()}
+        return {k: full(v).clone() for k, v in tensors_of(self.nets, self.optims).items()}
 
     def save(self, saver: Saver, step: int, recipe: dict | None = None, images: int | None = None, wait: bool = True):
         manifest = {"step": step, "images": 10 * step if images is None else images, "updates": {"student": step}}
@@ -57,11 +64,11 @@ class Run:
         return path
 
     def load(self, path, **kwargs) -> dict:
-        return state.load(path, self.nets, self.optims, self.world, **kwargs)
+        return load(path, self.nets, self.optims, self.world, **kwargs)
 
 
 def steps(folder) -> list[int]:
-    return [state.step_of(path) for path in state.checkpoints(folder)]
+    return [step_of(path) for path in checkpoints(folder)]
 
 
 # One process
@@ -70,7 +77,7 @@ def steps(folder) -> list[int]:
 def test_what_is_loaded_is_what_was_saved_bit_for_bit(tmp_path):
     run, other = Run(), Run(seed=1, steps=5)
     path = run.save(Saver(tmp_path), 7, {"a": 1})
-    assert path == tmp_path / "step-00000007" and state.complete(path) and state.newest(tmp_path) == path
+    assert path == tmp_path / "step-00000007" and complete(path) and newest(tmp_path) == path
     manifest = other.load(path, recipe={"a": 1})
     assert toy.same(other.named(), run.named())
     assert {k: manifest[k] for k in ("step", "images", "updates", "world")} == {
@@ -101,22 +108,22 @@ def test_a_file_is_plain_safetensors_and_no_pickle_is_written(tmp_path):
     path = run.save(Saver(tmp_path), 1)
     assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "rank-00000.safetensors"]
     assert toy.same(load_file(path / "rank-00000.safetensors"), run.named())
-    assert toy.same(state.read_weights(path), run.named())
-    assert toy.same(state.read_weights(path, "net.disc"), toy.weights(run.nets["disc"]))
+    assert toy.same(read_weights(path), run.named())
+    assert toy.same(read_weights(path, "net.disc"), toy.weights(run.nets["disc"]))
 
 
 def test_what_is_saved_is_the_state_at_the_call(tmp_path, monkeypatch):
     run, saver = Run(), Saver(tmp_path)
-    write = state.write_tensors
-    monkeypatch.setattr(state, "write_tensors", lambda *args: time.sleep(0.2) or write(*args))
+    write = checkpoint.write_tensors
+    monkeypatch.setattr(checkpoint, "write_tensors", lambda *args: time.sleep(0.2) or write(*args))
     before, updates = run.named(), {"student": 1}
     path = saver.save(run.nets, run.optims, {"step": 1, "images": 1, "updates": updates, "recipe": {}})
-    assert not state.complete(path) and saver.failed is None
+    assert not complete(path) and saver.failed is None
     run.step()
     updates["student"] = 2
     saver.wait()
-    assert toy.same(state.read_weights(path), before)
-    assert state.read_manifest(path)["updates"] == {"student": 1}
+    assert toy.same(read_weights(path), before)
+    assert read_manifest(path)["updates"] == {"student": 1}
 
 
 def test_a_step_saved_twice_replaces_itself(tmp_path):
@@ -124,7 +131,7 @@ def test_a_step_saved_twice_replaces_itself(tmp_path):
     for _ in range(2):
         run.step()
         path = run.save(saver, 1)
-    assert toy.same(state.read_weights(path), run.named())
+    assert toy.same(read_weights(path), run.named())
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
@@ -157,7 +164,7 @@ def test_a_truncated_or_changed_file_is_named(saved):
     file.write_bytes(flipped)
     assert fails(saved) == f"{file}: truncated or changed since it was written; {AGAIN}"
     with pytest.raises(CheckpointError, match="truncated or changed"):
-        state.read_weights(saved, "net.disc")
+        read_weights(saved, "net.disc")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "rank-00000.safetensors"])
@@ -184,7 +191,7 @@ def test_a_manifest_without_a_step_or_of_another_format_is_refused(saved):
     change(saved, format=2, step=2, tensors={"net.disc.layers.0.bias": {"dtype": "F32", "shape": [48]}})
     file = saved / "manifest.json"
     with pytest.raises(CheckpointError, match=rf"{file}: damaged \(KeyError\('chunks'\)\)"):
-        state.read_weights(saved)
+        read_weights(saved)
     change(saved, format=1)
     assert fails(saved) == f"{saved}: checkpoint format 1, this version reads 2"
 
@@ -196,9 +203,9 @@ def test_a_checkpoint_of_other_networks_is_refused(saved):
     with pytest.raises(CheckpointError, match=text):
         run.load(saved)
     with pytest.raises(CheckpointError, match="there: does not fit the network; 2 tensors differ"):
-        weights = state.read_weights(saved, "net.disc")
-        state.load_net(toy.head(), {k: v for k, v in weights.items() if "bias" in k}, "there")
-    tensors = state.read_manifest(saved)["tensors"]
+        weights = read_weights(saved, "net.disc")
+        load_net(toy.head(), {k: v for k, v in weights.items() if "bias" in k}, "there")
+    tensors = read_manifest(saved)["tensors"]
     name = "optim.student.backbone.encoder.0.weight.exp_avg"
     change(saved, tensors={k.replace(name, "optim.student.nothing.exp_avg"): v for k, v in tensors.items()})
     assert "does not fit the optimiser; optim.student.nothing.exp_avg belongs to no parameter" in fails(saved)
@@ -226,10 +233,10 @@ def test_a_changed_recipe_is_refused_with_the_changed_fields(saved):
 
 def test_differences_are_of_values_and_not_of_spellings():
     old = {"a": {"b": 1, "c": [0.9, 0.999]}, "d": None, "e": {}}
-    assert state.differences(old, {"e": {}, "d": None, "a": {"c": (0.9, 0.999), "b": 1}}) == []
-    assert state.differences(old, old | {"e": {"f": 1}}) == ["e: {} -> not there", "e.f: not there -> 1"]
-    assert state.differences(old, old | {"a": {"b": 1}}, allow=["a.c"]) == []
-    assert state.differences({"ab": 1}, {"ab": 2}, allow=["a"]) == ["ab: 1 -> 2"]
+    assert differences(old, {"e": {}, "d": None, "a": {"c": (0.9, 0.999), "b": 1}}) == []
+    assert differences(old, old | {"e": {"f": 1}}) == ["e: {} -> not there", "e.f: not there -> 1"]
+    assert differences(old, old | {"a": {"b": 1}}, allow=["a.c"]) == []
+    assert differences({"ab": 1}, {"ab": 2}, allow=["a"]) == ["ab: 1 -> 2"]
 
 
 # What stays
@@ -282,19 +289,19 @@ def test_an_engine_keeps_what_its_settings_say(tmp_path):
 
 @pytest.mark.fault
 def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path):
-    state.writable(tmp_path / "new" / "run")
+    writable(tmp_path / "new" / "run")
     assert list((tmp_path / "new" / "run").iterdir()) == []
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         text = rf"storage: cannot write in {folder} \(.*\); choose another with storage="
         with pytest.raises(ValueError, match=text):
-            state.writable(folder, "storage")
+            writable(folder, "storage")
     with pytest.raises(ValueError, match=r"gs://bucket/x: gs:// needs another package: pip install gcsfs"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(sys.modules, "gcsfs", None)
-            state.writable("gs://bucket/x")
+            writable("gs://bucket/x")
     with pytest.raises(ValueError, match="nowhere://x: .*; give a path, or a URL such as s3://bucket/folder"):
-        state.writable("nowhere://x")
+        writable("nowhere://x")
 
 
 def test_a_failed_write_is_known_at_once_and_raised_when_waited_for(tmp_path, monkeypatch):
@@ -305,7 +312,7 @@ def test_a_failed_write_is_known_at_once_and_raised_when_waited_for(tmp_path, mo
         raise OSError(errno.EROFS, "Read-only file system")
 
     with monkeypatch.context() as patch:
-        patch.setattr(state, "write_tensors", lost)
+        patch.setattr(checkpoint, "write_tensors", lost)
         second = run.save(saver, 2, wait=False)
         deadline = time.monotonic() + 20
         while saver.failed is None and time.monotonic() < deadline:
@@ -318,7 +325,7 @@ def test_a_failed_write_is_known_at_once_and_raised_when_waited_for(tmp_path, mo
         with pytest.raises(CheckpointError) as error:
             run.save(saver, 3)
         assert str(error.value) == text and saver.failed is None
-    assert steps(tmp_path) == [1] and toy.same(state.read_weights(first), run.named())
+    assert steps(tmp_path) == [1] and toy.same(read_weights(first), run.named())
     assert (tmp_path / ".step-00000002").exists()
     run.save(saver, 3)
     assert steps(tmp_path) == [1, 3] and len(list(tmp_path.iterdir())) == 2
@@ -327,7 +334,7 @@ def test_a_failed_write_is_known_at_once_and_raised_when_waited_for(tmp_path, mo
 @pytest.mark.fault
 def test_a_place_where_nothing_can_be_made_is_an_error_of_the_save():
     with pytest.raises(ValueError, match=r"out: cannot write in /proc/run \(.*\); choose another with out="):
-        state.writable("/proc/run")
+        writable("/proc/run")
     with pytest.raises(
         CheckpointError, match=r"/proc/run/step-00000001: not saved \(rank 0: /proc/run/.step-00000001: "
     ):
@@ -346,7 +353,7 @@ def test_what_a_killed_write_left_is_removed_at_the_start(tmp_path):
     assert steps(tmp_path) == []
     Saver(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step-00000001"]
-    assert toy.same(state.read_weights(tmp_path / "step-00000001"), run.named())
+    assert toy.same(read_weights(tmp_path / "step-00000001"), run.named())
 
 
 # Object stores
@@ -361,19 +368,19 @@ def store_round(folder: str) -> None:
         if step == 1:
             saver.scored(1, 0.5)
             first = run.named()
-    assert path == f"{folder}/step-00000003" and state.newest(folder) == path
-    assert state.checkpoints(folder) == [f"{folder}/step-00000001", path]
-    assert toy.same(state.read_weights(f"{folder}/step-00000001"), first)
+    assert path == f"{folder}/step-00000003" and newest(folder) == path
+    assert checkpoints(folder) == [f"{folder}/step-00000001", path]
+    assert toy.same(read_weights(f"{folder}/step-00000001"), first)
     other = Run(seed=1)
     assert other.load(path, recipe={}, verify_all=True)["step"] == 3
     assert toy.same(other.named(), run.named())
     run.step()
     run.save(saver, 3)
-    assert toy.same(state.read_weights(path), run.named())
+    assert toy.same(read_weights(path), run.named())
 
     fs, inside = fsspec.url_to_fs(folder)
     fs.pipe_file(f"{inside}/step-00000009/rank-00000.safetensors", b"half")  # its manifest never came
-    assert state.newest(folder) == path
+    assert newest(folder) == path
     content = fs.cat_file(f"{inside}/step-00000003/rank-00000.safetensors")
     saver = Saver(folder, keep=Keep(last=1, best=1))  # a restart: it knows the scores
     assert not fs.exists(f"{inside}/step-00000009/rank-00000.safetensors")
@@ -382,11 +389,11 @@ def store_round(folder: str) -> None:
     fs.pipe_file(f"{inside}/step-00000004/rank-00000.safetensors", content[:-1])
     file = "step-00000004/rank-00000.safetensors"
     with pytest.raises(CheckpointError, match=f"{folder}/{file}: truncated or changed"):
-        state.read_weights(state.newest(folder))
+        read_weights(newest(folder))
     fs.rm(f"{inside}/{file}")
     with pytest.raises(CheckpointError, match=f"{folder}/{file}: no such file, so {folder}/step-00000004 is no compl"):
-        state.read_weights(f"{folder}/step-00000004")
-    state.writable(folder)
+        read_weights(f"{folder}/step-00000004")
+    writable(folder)
 
 
 def test_a_store_without_renames():
@@ -415,7 +422,7 @@ def bucket(monkeypatch) -> str:
 def test_checkpoints_in_s3(bucket):
     store_round(f"{bucket}/runs/one")
     with pytest.raises(ValueError, match=r"storage: cannot write in s3://nowhere/x \(.*\); choose another"):
-        state.writable("s3://nowhere/x", "storage")
+        writable("s3://nowhere/x", "storage")
 
 
 # Several processes
@@ -444,8 +451,8 @@ def meet(folder: str, name: str, rank: int, size: int) -> None:
 
 def slow(seconds: float) -> None:
     """Makes the writing slow, so that the training overtakes it."""
-    write = state.write_tensors
-    state.write_tensors = lambda *args: time.sleep(seconds) or write(*args)
+    write = checkpoint.write_tensors
+    checkpoint.write_tensors = lambda *args: time.sleep(seconds) or write(*args)
 
 
 def reshards(rank: int, folder: str) -> None:
@@ -484,15 +491,15 @@ def test_two_ranks_save_and_one_two_or_four_load(tmp_path):
     assert processes(reshards, 4, tmp_path) == [0] * 4
     whole = Run().named()
     path = tmp_path / "replicate" / "step-00000001"
-    assert toy.same(state.read_weights(path), whole)
+    assert toy.same(read_weights(path), whole)
     one = Run(seed=1)
     assert one.load(path)["world"] == 2
     assert toy.same(one.named(), whole)
-    manifest = state.read_manifest(path)
+    manifest = read_manifest(path)
     assert sorted(manifest["files"]) == ["rank-00000.safetensors", "rank-00001.safetensors"]
     sizes = [entry["bytes"] for entry in manifest["files"].values()]
     assert max(sizes) < 0.6 * sum(sizes)  # what both hold is written once, half by each
-    sharded = state.read_manifest(tmp_path / "shard" / "step-00000001")["tensors"]
+    sharded = read_manifest(tmp_path / "shard" / "step-00000001")["tensors"]
     chunks = sharded["net.student.backbone.encoder.0.weight"]["chunks"]
     assert [(chunk["offsets"], chunk["sizes"]) for chunk in chunks] == [([0, 0], [24, 11]), ([24, 0], [24, 11])]
     file = tmp_path / "shard/step-00000001/rank-00001.safetensors"
@@ -510,12 +517,12 @@ def overtakes(rank: int, folder: str) -> None:
     engine = toy.make_engine(GAN, world=world, folder=Path(folder, "run"), **every)
     overlapped = 0
     for report in engine.run():
-        overlapped += not state.complete(report.checkpoint)
+        overlapped += not complete(report.checkpoint)
     assert overlapped == 5  # all but the last, for which a run waits
-    a, b = state.tensors_of(engine._parts(), engine.optims), state.tensors_of(plain._parts(), plain.optims)
+    a, b = tensors_of(engine._parts(), engine.optims), tensors_of(plain._parts(), plain.optims)
     whole = {k: full(v) for k, v in a.items()}
     assert toy.same(whole, {k: full(v) for k, v in b.items()})
-    assert toy.same(state.read_weights(Path(folder, "run/step-00000006")), whole)
+    assert toy.same(read_weights(Path(folder, "run/step-00000006")), whole)
     dist.destroy_process_group()
 
 
@@ -529,20 +536,20 @@ def kill(*args, **kwargs) -> None:
 
 
 def before_its_file(*args) -> None:
-    state.write_tensors = kill
+    checkpoint.write_tensors = kill
 
 
 def after_its_file(*args) -> None:
-    write = state.write_tensors
-    state.write_tensors = lambda *args: (write(*args), kill())
+    write = checkpoint.write_tensors
+    checkpoint.write_tensors = lambda *args: (write(*args), kill())
 
 
 def before_the_manifest() -> None:
-    state.Writer.finish = kill
+    checkpoint.Writer.finish = kill
 
 
 def before_the_rename() -> None:
-    state.Writer._rename = kill
+    Place.rename = kill
 
 
 POINTS = [before_its_file, before_the_manifest, before_the_rename]
@@ -566,7 +573,7 @@ def test_a_writer_killed_at_three_points_leaves_the_checkpoint_before(tmp_path):
         assert set(files) <= {p.name for p in (folder / ".step-00000002").iterdir()}
         assert steps(folder) == [1]
         run = Run(seed=1)
-        run.load(state.newest(folder))
+        run.load(newest(folder))
         assert toy.same(run.named(), Run().named())
         run.save(Saver(folder), 2)
         assert sorted(p.name for p in folder.iterdir()) == ["step-00000001", "step-00000002"]
@@ -593,7 +600,7 @@ def test_a_rank_killed_while_it_writes_is_an_error_on_the_others_and_no_hang(tmp
     assert processes(loses_a_rank, 2, tmp_path) == [0, -signal.SIGKILL]
     assert f"{tmp_path}/run/step-00000002: not saved (" in (tmp_path / "error").read_text()
     assert steps(tmp_path / "run") == [1]
-    assert toy.same(state.read_weights(tmp_path / "run/step-00000001"), Run().named())
+    assert toy.same(read_weights(tmp_path / "run/step-00000001"), Run().named())
 
 
 def small_disk(folder: Path, size: int) -> str:
@@ -623,9 +630,9 @@ def fills(_: int, folder: str) -> None:
         run.nets["large"].register_buffer("weight", torch.ones(200_000))
     with pytest.raises(CheckpointError) as error:
         run.save(saver, 2)
-    says = f"{path.parent}/step-00000002: not saved (rank 1: {disk}/.step-00000002/rank-00001.safetensors: {reason})"
-    assert str(error.value).startswith(says), error.value
-    assert steps(disk) == [1] and toy.same(state.read_weights(path), whole)
+    says = rf"{path.parent}/step-00000002: not saved \(.*rank 1: {disk}/.step-00000002/rank-00001.safetensors: {reason}"
+    assert re.match(says, str(error.value)), error.value  # rank 0 may meet the full disk too
+    assert steps(disk) == [1] and toy.same(read_weights(path), whole)
     dist.barrier()
     dist.destroy_process_group()
     if child:

@@ -18,7 +18,8 @@ from fewstep.build import make_engine, make_feed
 from fewstep.cluster import sweep as sweeps
 from fewstep.cluster.train import localized
 from fewstep.config import ConfigError, read, resolve, validate
-from fewstep.engine import state
+from fewstep.engine.checkpoint import read_weights
+from fewstep.engine.folder import step_of
 from fewstep.recipe import Recipe, load_recipe
 from fewstep.run import read_reports
 from fewstep.sweeps.record import FINISHED, SEARCH, Record, Trial
@@ -331,16 +332,16 @@ def check_population(folder: Path) -> None:
         assert recipe.optim["student"].lr != old.optim["student"].lr or recipe.optim["fake"].lr != old.optim["fake"].lr
         assert donor.parents[1].name.split("-g")[0] != recipe.name.split("-g")[0]
         reports = read_reports(path.parent)
-        assert reports[0]["step"] == state.step_of(donor) + 5
+        assert reports[0]["step"] == step_of(donor) + 5
         # five steps from the donor's weights, done here again, give the trial's weights, bit for bit
         with make_feed(recipe.data, recipe.seed) as feed:
             engine = make_engine(recipe, feed)
             engine.resume(donor)
             next(iter(engine.run()))
         assert engine.optims["student"].param_groups[0]["lr"] == recipe.optim["student"].at(
-            state.step_of(donor), recipe.train.steps
+            step_of(donor), recipe.train.steps
         )
-        theirs = state.read_weights(
+        theirs = read_weights(
             folder / path.parent.name / "checkpoints" / f"step-{engine.step:08d}", "net.student"
         )
         mine = dict(engine.nets["student"].named_parameters())

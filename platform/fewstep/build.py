@@ -18,10 +18,12 @@ from .data.feed import Feed, open_feed
 from .data.shards import Shards
 from .diffusion.draws import Draws, fold
 from .diffusion.samplers import heun, to_uint8
-from .engine import state
+from .engine.checkpoint import load_net, read_weights
+from .engine.folder import newest
 from .engine.train import Engine
 from .engine.world import World
-from .metrics.base import Measure, Samples, digest
+from .files import sha256_of
+from .metrics.base import Measure, Samples
 from .networks.denoiser import Denoiser, Guided
 from .networks.pretrained import locate, new_denoiser, new_head, open_teacher
 from .recipe import Data, Recipe
@@ -43,7 +45,7 @@ def make_nets(recipe: Recipe) -> dict[str, nn.Module]:
         path = latest(resolve_ref(folder))
         if path is None:
             raise ValueError(f"start.{role}: no checkpoint below {folder!r}; give the folder of a run")
-        state.load_net(nets[role], state.read_weights(path, f"net.{role}"), str(path))
+        load_net(nets[role], read_weights(path, f"net.{role}"), str(path))
     if recipe.network is None:
         guidance = getattr(recipe.method, "guidance", 1.0)
         nets["teacher"] = Guided(teacher, guidance) if guidance > 1 else teacher
@@ -53,10 +55,10 @@ def make_nets(recipe: Recipe) -> dict[str, nn.Module]:
 def latest(folder: Path | str) -> Path | str | None:
     """The newest checkpoint of a run's folder, wherever its recipe keeps them, or of a URL; None where none is."""
     if "://" in str(folder):
-        return state.newest(folder)
-    found, recipe = state.newest(Path(folder) / "checkpoints"), Path(folder) / "recipe.yaml"
+        return newest(folder)
+    found, recipe = newest(Path(folder) / "checkpoints"), Path(folder) / "recipe.yaml"
     if found is None and recipe.is_file():
-        found = state.newest(validate(Recipe, read(recipe)).checkpoints)
+        found = newest(validate(Recipe, read(recipe)).checkpoints)
     return found
 
 
@@ -65,7 +67,7 @@ def fingerprints(recipe: Recipe, shards: Shards) -> dict[str, str]:
     marks = {"recipe": recipe.fingerprint, "data": f"{fold(*[s.sha256 for s in shards.manifest.shards]):016x}"}
     if recipe.teacher is not None:
         weights = sorted(locate(recipe.teacher).rglob("*.safetensors"))
-        marks["teacher"] = f"{fold(*[digest(path) for path in weights]):016x}"
+        marks["teacher"] = f"{fold(*[sha256_of(path) for path in weights]):016x}"
     return marks
 
 

@@ -12,12 +12,13 @@ import contextlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .files import put_in_place, write_file
+from .texts import quoted
 
 NAME_BYTES = 128
 MARK = ".fewstep"
@@ -40,7 +41,7 @@ def plain_name(name: str, field: str = "name") -> str:
     """
     if not re.fullmatch(r"[\w +-][\w .+-]*", name) or len(name.encode()) > NAME_BYTES:
         raise FolderError(
-            f"{field}: {_short(name)} is no plain name; use letters, digits, space and _ . + -, at most {NAME_BYTES} "
+            f"{field}: {quoted(name)} is no plain name; use letters, digits, space and _ . + -, at most {NAME_BYTES} "
             "bytes of them, without a dot in front"
         )
     return name
@@ -135,7 +136,7 @@ def replaceable(
         raise FolderError(f"{field}: {str(folder)!r} is not {kind.what}, so it is not replaced; {choose}")
     if (name := _foreign(folder, kind)) is not None:
         raise FolderError(
-            f"{field}: {str(folder)!r} also holds {_short(name)}, which is no part of {kind.what}, so it is not "
+            f"{field}: {str(folder)!r} also holds {quoted(name)}, which is no part of {kind.what}, so it is not "
             f"replaced; move that away, or {choose}"
         )
 
@@ -146,19 +147,7 @@ def replace(new: Path, folder: Path, kind: Kind, *, overwrite: bool, field: str 
     new: beside `folder`, on the same disk. What lies at the name is looked at again: the work may have taken hours.
     """
     replaceable(folder, kind, overwrite=overwrite, field=field)
-    if not folder.exists():
-        os.replace(new, folder)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name[:NAME_BYTES]}.", dir=folder.parent))
-    old = aside / "old"
-    os.replace(folder, old)
-    try:
-        os.replace(new, folder)
-    except OSError:
-        os.replace(old, folder)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    put_in_place(new, folder)
 
 
 # Folders that grow
@@ -236,17 +225,4 @@ def overwritable(path: Path, field: str = "out", mark: str = MADE_HERE) -> None:
 
 def write_private(path: Path, text: str) -> None:
     """A small text file, whole or not at all, that its owner alone may read (mode 0600)."""
-    handle, new = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # made with mode 0600
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(new, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(new)
-        raise
-
-
-def _short(text: str) -> str:
-    shown = repr(text)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+    write_file(path, text, mode=0o600)

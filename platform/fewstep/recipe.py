@@ -10,10 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from .config import ConfigError, Strict, nearest, override_all, read, resolve, resolve_ref, validate, words
+from .config import ConfigError, Strict, fingerprint, nearest, override_all, read, resolve, resolve_ref, validate, words
 from .engine.guard import Guard
 from .engine.optim import Optim
-from .engine.state import fingerprint
 from .engine.train import Train
 from .engine.world import Layout
 from .methods import METHODS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
 import threading
 import time
@@ -20,11 +19,12 @@ from .config import read, resolve, resolve_ref, validate
 from .data.feed import Feed
 from .diffusion.draws import INDICES, Draws, fold
 from .diffusion.samplers import to_uint8
-from .engine import state
-from .engine.state import CheckpointError
+from .engine.folder import checkpoints, complete
+from .engine.manifest import CheckpointError
 from .engine.storage import writable
 from .engine.train import Collapsed, Engine, NonFinite, Report
 from .engine.world import World
+from .files import write_file
 from .metrics.base import Samples, Score, evaluate
 from .recipe import Recipe
 from .tracking.provenance import Provenance
@@ -68,9 +68,7 @@ class Reports:
     def __init__(self, folder: Path, resumed_step: int):
         self.path, self.lock = folder / "reports.jsonl", threading.Lock()
         kept = [line for line in read_reports(folder, scores=True) if line["step"] <= resumed_step]
-        new = folder / ".reports.jsonl"
-        new.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(new, self.path)
+        write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def add(self, report: Report) -> None:
         line = {"step": report.step, "images": report.images, "metrics": report.metrics}
@@ -154,7 +152,7 @@ class Scorer:
                 return
 
     def _elsewhere(self, path: Path | str, step: int) -> None:
-        while not state.complete(path):
+        while not complete(path):
             if self.engine.saver.failed:
                 return  # the run ends with the reason
             time.sleep(LOOK_S)
@@ -204,7 +202,7 @@ def run(
             _train(recipe, engine, None, services)
         return {}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    write_file(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     reports = Reports(folder, engine.step)
     with open_tracker(recipe, origin) as tracker:
         tracker.rewind(engine.step)
@@ -217,7 +215,7 @@ def run(
             raise
         rows = [row.to_dict() | {"who": row.who} for row in book.scorer.close()]
         if engine.finished:
-            (folder / "scores.json").write_text(json.dumps(rows, indent=1))
+            write_file(folder / "scores.json", json.dumps(rows, indent=1))
         else:
             tracker.event("stopped", engine.step, engine.images, "asked to stop; the same words go on from here")
         tracker.flush(timeout_s=30)
@@ -230,13 +228,13 @@ def run(
 
 def start_from(recipe: Recipe) -> Path | str | None:
     """The checkpoint that a run goes on from: its own newest, else the one that `resume` names. Raises ValueError."""
-    own = state.checkpoints(recipe.checkpoints)
+    own = checkpoints(recipe.checkpoints)
     if own:
         return own[-1]
     if recipe.resume in ("auto", "never"):
         return None
     given = resolve_ref(recipe.resume)
-    inside = [given] if state.complete(given) else [c for c in (build.latest(given),) if c is not None]
+    inside = [given] if complete(given) else [c for c in (build.latest(given),) if c is not None]
     if not inside:
         raise ValueError(
             f"resume: no checkpoint {recipe.resume!r}; give auto, never, a checkpoint step-* or a run's folder"
@@ -403,6 +401,6 @@ def check(recipe: Recipe) -> None:
     if recipe.storage is not None:
         writable(recipe.storage, "storage")
     build.make_metrics(recipe)
-    if recipe.resume == "never" and (own := state.checkpoints(recipe.checkpoints)):
+    if recipe.resume == "never" and (own := checkpoints(recipe.checkpoints)):
         raise ValueError(f"resume: never, but {own[-1]} exists; remove it, or choose another name=...")
     start_from(recipe)

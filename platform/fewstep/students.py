@@ -18,7 +18,9 @@ from .data.shards import ShardError, open_shards
 from .diffusion.draws import Draws
 from .diffusion.level import Level
 from .diffusion.samplers import few_step
-from .engine import state
+from .engine.checkpoint import load_net, read_weights
+from .engine.folder import complete
+from .engine.manifest import read_manifest
 from .networks.card import Card
 from .networks.denoiser import Denoiser
 from .networks.export import INDEX, export
@@ -58,7 +60,7 @@ def open_student(folder: str | Path, average: bool | None = None, checkpoint: Pa
             "checkpoints are"
         )
     folder = resolve(folder)
-    if state.complete(folder):
+    if complete(folder):
         checkpoint, folder = folder, folder.parents[1]
     elif checkpoint is None:
         checkpoint = build.latest(folder)
@@ -71,15 +73,15 @@ def open_student(folder: str | Path, average: bool | None = None, checkpoint: Pa
         recipe = validate(Recipe, read(path))
     except ConfigError as error:
         raise ValueError(f"run: {path}: {error}") from None
-    manifest = state.read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint)
     kept = any(name.startswith("net.average.") for name in manifest["tensors"])
     if average and not kept:
         raise ValueError(f"average: {checkpoint} holds none, as train.average_decay was null; give average=false")
     averaged = kept if average is None else average
     teacher = build.make_teacher(recipe)
     net = recipe.method.nets(teacher, lambda: new_head(teacher))["student"]
-    weights = state.read_weights(checkpoint, "net.average" if averaged else "net.student")
-    state.load_net(net, weights, str(checkpoint))
+    weights = read_weights(checkpoint, "net.average" if averaged else "net.student")
+    load_net(net, weights, str(checkpoint))
     return Student(net.eval().requires_grad_(False), recipe, folder, checkpoint, manifest["step"], averaged)
 
 
@@ -89,7 +91,7 @@ def open_sampler(ref: str, steps: int = 18, guidance: float = 1.0, device: torch
     steps, guidance: of the solver, for a teacher alone. Raises ValueError naming the file at fault.
     """
     folder = locate(ref)
-    if (folder / "recipe.yaml").is_file() or state.complete(folder):
+    if (folder / "recipe.yaml").is_file() or complete(folder):
         student = open_student(folder)
         student.net.to(device)
         return student.sampler

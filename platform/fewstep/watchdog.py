@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .engine.train import Engine
+from .files import write_file
 
 LOOK_S = 0.5
 GRACE_S = 3.0  # for the other ranks to say where they are, before one that ends takes them all down
@@ -72,7 +73,7 @@ class Watchdog:
         }
         path = self.folder / "stall" / f"rank-{world.rank:05d}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(where, indent=1))
+        write_file(path, json.dumps(where, indent=1))
         time.sleep(GRACE_S)
         os._exit(EXIT_STALLED)
 

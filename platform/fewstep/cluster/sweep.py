@@ -25,7 +25,7 @@ from typing import Any
 from .. import run
 from ..config import describe, plain_errors, read, validate, words
 from ..data.shards import open_shards
-from ..engine import state
+from ..engine.folder import checkpoints, complete, newest, step_of
 from ..recipe import Recipe, load_recipe
 from ..sweeps import answer, judge
 from ..sweeps.proposals import Grid, Proposals, proposals
@@ -117,10 +117,10 @@ class Runner(tune.Trainable):
     def _donated(self) -> str:
         """The donor's checkpoint; where it has made way for newer ones by now, the newest."""
         given = self.donor["checkpoint"]
-        if state.complete(given):
+        if complete(given):
             return given
         donor = validate(Recipe, read(Path(self.plan["recipe"]["out"]) / self.donor["run"] / "recipe.yaml"))
-        return str(state.newest(donor.checkpoints))
+        return str(newest(donor.checkpoints))
 
     def _fit(self) -> None:
         tags = self.plan["tags"] | {"sweep.trial": self.trial_name, "sweep.run": self.recipe.name}
@@ -169,7 +169,7 @@ class Runner(tune.Trainable):
     def _await_checkpoint(self, step: int) -> None:
         """A score is passed on when the weights that made it can be taken over."""
         while self.thread.is_alive():
-            found = [c for c in state.checkpoints(self.recipe.checkpoints) if state.step_of(c) == step]
+            found = [c for c in checkpoints(self.recipe.checkpoints) if step_of(c) == step]
             if found:
                 self.checkpoint = str(found[0])
                 return

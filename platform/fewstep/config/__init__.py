@@ -6,7 +6,19 @@ A recipe is YAML; `key.sub=value` words override it (values are YAML too); a pyd
 from .command import describe, parse, plain_errors, words
 from .reading import ConfigError, UserError, parse_json, read, read_json, read_json_lines
 from .reading import parse_yaml as _yaml
-from .settings import ASSETS, Strict, flatten, nearest, override, override_all, resolve, resolve_ref, validate
+from .settings import (
+    ASSETS,
+    Strict,
+    differences,
+    fingerprint,
+    flatten,
+    nearest,
+    override,
+    override_all,
+    resolve,
+    resolve_ref,
+    validate,
+)
 
 __all__ = [
     "ASSETS",
@@ -15,6 +27,8 @@ __all__ = [
     "UserError",
     "_yaml",
     "describe",
+    "differences",
+    "fingerprint",
     "flatten",
     "nearest",
     "override",

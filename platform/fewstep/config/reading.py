@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
+from ..texts import quoted
+
 DEPTH = 64  # mappings and lists inside each other
 NODES = 10_000  # values and keys of a YAML file, where each use of an alias counts as what it stands for
 DIGITS = 40  # of a whole number; the longest that any setting takes has 19
@@ -36,7 +38,7 @@ def read(path: str | Path) -> dict[str, Any]:
     """A YAML file as a nested dict. Raises ConfigError naming the file, and the line of a mistake in it."""
     data = parse_yaml(_bytes(path, YAML_BYTES), str(path))
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected `key: value` lines, got {'nothing' if data is None else short(data)}")
+        raise ConfigError(f"{path}: expected `key: value` lines, got {'nothing' if data is None else quoted(data)}")
     return data
 
 
@@ -84,19 +86,13 @@ def parse_json(content: str | bytes, where: str, expected: type = dict, limit: i
         raise ConfigError(f"{where}: {error}") from None
     if not isinstance(data, expected):
         kinds = {dict: "an object {...}", list: "a list [...]"}
-        raise ConfigError(f"{where}: expected {kinds.get(expected, expected.__name__)}, got {short(data)}")
+        raise ConfigError(f"{where}: expected {kinds.get(expected, expected.__name__)}, got {quoted(data)}")
     level = [data]
     for _ in range(DEPTH + 1):
         level = [v for x in level if isinstance(x, (dict, list)) for v in (x.values() if isinstance(x, dict) else x)]
     if level:
         raise ConfigError(f"{where}: {_too_deep()}")
     return data
-
-
-def short(value: Any) -> str:
-    """A value for an error text, cut after 60 letters; null, true and false are spelt as in YAML."""
-    text = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _bytes(path: str | Path, limit: int) -> bytes:
@@ -225,7 +221,7 @@ def _scalar(kind: str, value: Any) -> Any:
     def construct(loader: _Loader, node: yaml.ScalarNode) -> Any:
         text = loader.construct_scalar(node)
         if not re.fullmatch(_WORDS[kind][0], text):
-            raise ConstructorError(None, None, f"{short(text)} is no {kind}", node.start_mark)
+            raise ConstructorError(None, None, f"{quoted(text)} is no {kind}", node.start_mark)
         try:
             return value(text)
         except ValueError as error:

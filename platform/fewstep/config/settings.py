@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
-from .reading import DEPTH, ConfigError, short
+from ..texts import quoted
+from .reading import DEPTH, ConfigError
 
 ASSETS = Path(__file__).parents[1] / "assets"
 MISTAKES = 20  # that one error lists; more are counted
@@ -71,6 +74,23 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def fingerprint(recipe: Mapping[str, Any]) -> str:
+    """Sixteen letters that stand for what decides a run's numbers."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], allow: Iterable[str] = ()) -> list[str]:
+    """The settings in which two recipes differ, as "train.batch: 32 -> 64".
+
+    allow: dotted keys that may differ, with all below them.
+    """
+    a, b = ({key: json.dumps(value) for key, value in flatten(recipe).items()} for recipe in (old, new))
+    allow = tuple(allow)
+    changed = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    changed = [key for key in changed if not any(key == name or key.startswith(f"{name}.") for name in allow)]
+    return [f"{key}: {a.get(key, 'not there')} -> {b.get(key, 'not there')}" for key in changed]
+
+
 def override(data: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
     """A copy of `data` with the dotted key set; mappings on the way are made or copied, never shared.
 
@@ -78,7 +98,7 @@ def override(data: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
     """
     keys = dotted.split(".")
     if len(keys) > DEPTH:
-        raise ConfigError(f"{short(dotted)}: a key of {len(keys)} parts, which no setting has")
+        raise ConfigError(f"{quoted(dotted)}: a key of {len(keys)} parts, which no setting has")
     return _override(data, keys, value, dotted)
 
 
@@ -95,7 +115,7 @@ def _override(data: dict[str, Any], keys: list[str], value: Any, dotted: str) ->
         inner = data.get(head)
         if inner is not None and not isinstance(inner, dict):
             above = dotted.removesuffix("." + ".".join(rest))
-            raise ConfigError(f"{dotted}: {above} is {short(inner)}, which has no fields to set")
+            raise ConfigError(f"{dotted}: {above} is {quoted(inner)}, which has no fields to set")
         value = _override(inner or {}, rest, value, dotted)
     return {**data, head: value}
 
@@ -170,7 +190,7 @@ def _line(model: type[BaseModel], e: Any) -> str:
     """One mistake as a line: its dotted key, the value, the way out."""
     location = [part for part in e["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
     visible = _visible(model, location)
-    dotted, context, got = ".".join(map(str, visible)), e.get("ctx", {}), short(e["input"])
+    dotted, context, got = ".".join(map(str, visible)), e.get("ctx", {}), quoted(e["input"])
     if e["type"] == "extra_forbidden":
         return f"{dotted}: no such key; {nearest(visible[-1], _fields_at(model, location[:-1]))}"
     if e["type"] == "missing":
@@ -185,7 +205,7 @@ def _line(model: type[BaseModel], e: Any) -> str:
         valid = _tags(model, location) if tagged else re.findall(r"'([^']*)'", context["expected"])
         close = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.76)  # fp16 does not mean bf16
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"{dotted}{'.name' if tagged else ''}: {short(value)} is not one of {', '.join(valid)}{hint}"
+        return f"{dotted}{'.name' if tagged else ''}: {quoted(value)} is not one of {', '.join(valid)}{hint}"
     if e["type"] in TEXTS:
         return f"{dotted}: " + TEXTS[e["type"]].format(**{**context, "got": got, "dotted": dotted})
     message = e["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
@@ -216,5 +236,3 @@ def _visible(model: type[BaseModel], location: Sequence[Any]) -> list[Any]:
         if fields:
             here = [m for f in fields for m in _models(f.annotation)]
     return out
-
-

@@ -7,7 +7,6 @@ short or changed is found when the set is opened, and named.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 import shutil
@@ -25,7 +24,9 @@ from pydantic import ValidationError
 from fewstep.config import Strict, resolve
 from fewstep.data.decode import WHITE, CorruptImage, encode, read_picture, size_of
 from fewstep.data.plan import mix
+from fewstep.files import sha256_of
 from fewstep.folders import NAME_BYTES, SHARDS, replace, replaceable
+from fewstep.texts import one_line
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -154,7 +155,7 @@ class Shards:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 table = file.read_row_group(where.group, columns=self.columns, use_threads=False)
         except (OSError, pa.ArrowException, IndexError) as error:
-            raise ShardError(f"{path}: row group {where.group} cannot be read ({_short(error)}); {RESTORE}") from None
+            raise ShardError(f"{path}: row group {where.group} cannot be read ({one_line(error)}); {RESTORE}") from None
         if table.num_rows != where.rows:
             raise ShardError(
                 f"{path}: row group {where.group} has {table.num_rows} rows, the manifest says {where.rows}; {RESTORE}"
@@ -209,15 +210,6 @@ def labels(table: pa.Table) -> np.ndarray:
     return table.column("label").to_numpy()
 
 
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def open_shards(path: str | os.PathLike[str], verify: Literal["sha256", "size"] = "sha256") -> Shards:
     """The set in a folder (`shipped:name` is the package's own), compared with its manifest.
 
@@ -234,7 +226,8 @@ def open_shards(path: str | os.PathLike[str], verify: Literal["sha256", "size"] 
     try:
         manifest = Manifest.model_validate_json((path / MANIFEST).read_text())
     except (ValidationError, UnicodeDecodeError) as error:
-        raise ShardError(f"{path / MANIFEST}: not a manifest of format {FORMAT} ({_short(error)}); {AGAIN}") from None
+        why = one_line(error)
+        raise ShardError(f"{path / MANIFEST}: not a manifest of format {FORMAT} ({why}); {AGAIN}") from None
     shards = Shards(path, manifest)
     for shard in manifest.shards:
         _verify(shards, shard, verify == "sha256")
@@ -250,7 +243,7 @@ def _verify(shards: Shards, shard: Shard, whole: bool) -> None:
         raise ShardError(f"{path}: missing; {RESTORE}")
     if (size := path.stat().st_size) != shard.bytes:
         raise ShardError(f"{path}: {size} bytes, the manifest says {shard.bytes}; {RESTORE}")
-    if whole and (digest := _sha256(path)) != shard.sha256:
+    if whole and (digest := sha256_of(path)) != shard.sha256:
         raise ShardError(f"{path}: its sha256 {digest[:12]}... is not the manifest's {shard.sha256[:12]}...; {RESTORE}")
     try:
         with pq.ParquetFile(path) as file:
@@ -258,7 +251,7 @@ def _verify(shards: Shards, shard: Shard, whole: bool) -> None:
             groups = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
             found = file.read(columns=["label"]).column("label") if whole and "label" in schema.names else None
     except (OSError, pa.ArrowException) as error:
-        raise ShardError(f"{path}: not a readable Parquet file ({_short(error)}); {RESTORE}") from None
+        raise ShardError(f"{path}: not a readable Parquet file ({one_line(error)}); {RESTORE}") from None
     expected = _schema(shards.manifest)
     if not schema.equals(expected):
         columns = ", ".join(f"{field.name} {field.type}" for field in schema)
@@ -453,7 +446,7 @@ class ShardWriter:
         path = self.temp / f"shard-{len(self._shards):05d}.parquet"
         self._shards.append(
             Shard(file=path.name, rows=sum(self._groups), row_groups=tuple(self._groups),
-                  bytes=path.stat().st_size, sha256=_sha256(path))
+                  bytes=path.stat().st_size, sha256=sha256_of(path))
         )  # fmt: skip
         self._file, self._groups, self._file_bytes = None, [], 0
 

@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
+
+from ..files import put_in_place, write_file
+from ..texts import reason
 
 Ref = str | Path
 """Where something lies: a path of this machine, or a URL."""
@@ -100,11 +103,11 @@ class Place:
 
     def write(self, data: bytes) -> None:
         """A small file, whole or not at all."""
-        target = self.beside(f".{self.name}.new") if self.local else self
-        with target.writing() as file:
-            file.write(data)
         if self.local:
-            os.replace(target.path, self.path)
+            write_file(self.path, data)
+            return
+        with self.writing() as file:
+            file.write(data)
 
     def read(self) -> bytes:
         """All of a file. Raises FileNotFoundError naming it."""
@@ -127,13 +130,8 @@ class Place:
             yield f"{folder}/{self.name}"
 
     def rename(self, other: Place) -> None:
-        """Gives a local file or folder the name `other`, which must be free or a file; it survives a power cut."""
-        os.replace(self.path, other.path)
-        folder = os.open(os.path.dirname(other.path) or ".", os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        """Gives a local file or folder the name `other`, and removes what had it; the name survives a power cut."""
+        put_in_place(self.path, other.path)
 
     def remove(self) -> None:
         """Removes a file or a folder and all below."""
@@ -158,9 +156,3 @@ def writable(ref: Ref, field: str = "out") -> None:
     except Exception as error:  # an object store's library has its own
         why = f"cannot write in {place} ({reason(error)})"
         raise ValueError(f"{field}: {why}; choose another with {field}=...") from None
-
-
-def reason(error: BaseException) -> str:
-    """Why something failed, in a few words."""
-    text: Any = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return str(text) or type(error).__name__

@@ -17,9 +17,12 @@ from ..diffusion.draws import Draws
 from ..diffusion.losses import finite
 from ..methods.base import Batch, Method
 from ..networks.average import Exponential, Power, Profile, average
-from . import state
+from .checkpoint import load
+from .folder import checkpoints, step_of
 from .guard import Alarm, Guard, Watch
 from .optim import Optim, grad_norm
+from .retention import Keep
+from .saver import Saver
 from .storage import Ref
 from .world import World
 
@@ -233,14 +236,14 @@ class Engine:
         slowest = max(phase.every for phase in method.phases())
         self.look_every = 0 if self.watch is None else guard.steps(train.batch, slowest)
         rolls = self.watch is not None and guard.policy == "roll_back"
-        keep = state.Keep(
+        keep = Keep(
             last=train.keep,
             best=train.keep_best,
             every_images=train.keep_every_images,
             higher=train.keep_best_mode == "max",
             back_steps=guard.window * self.look_every if rolls else 0,  # as far back as an alarm may date the trouble
         )
-        self.saver = None if folder is None else state.Saver(folder, world, keep)
+        self.saver = None if folder is None else Saver(folder, world, keep)
         self.health = Meter(world.device)  # what the guard looks at, between reports
         self.stopping = False
         self.heard = torch.zeros((), device=world.device)  # the largest of what all ranks had to say
@@ -445,7 +448,7 @@ class Engine:
         if self.folder is None:
             raise Collapsed(f"step {alarm.step}: {alarm.reason}, and without a folder there is nothing to go back to")
         self.wait()
-        older = [path for path in state.checkpoints(self.folder) if state.step_of(path) < max(alarm.since, 1)]
+        older = [path for path in checkpoints(self.folder) if step_of(path) < max(alarm.since, 1)]
         if not older:
             raise Collapsed(f"step {alarm.step}: {alarm.reason}, and no checkpoint is older. {CURE}")
         rate, roll_backs = self.rates["student"] * self.watch.guard.rate, self.roll_backs + 1
@@ -477,7 +480,7 @@ class Engine:
 
     def resume(self, path: Ref) -> None:
         """Goes on from a checkpoint of the same recipe, exactly; a collective. Raises CheckpointError."""
-        manifest = state.load(path, self._parts(), self.optims, self.world, self.recipe, self.resume_allow)
+        manifest = load(path, self._parts(), self.optims, self.world, self.recipe, self.resume_allow)
         self.step, self.updates = manifest["step"], dict(manifest["updates"])
         self.rates, self.roll_backs = dict(manifest["rates"]), manifest["roll_backs"]
         if self.watch is not None and manifest["watch"]:

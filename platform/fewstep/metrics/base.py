@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,12 +21,6 @@ MODES: dict[Better, Literal["min", "max"]] = {"lower": "min", "higher": "max"}
 """What a search does with a score, by the direction in which the score improves."""
 Device = str | torch.device
 T = TypeVar("T")
-
-
-def digest(path: str | Path) -> str:
-    """SHA-256 of a file, hexadecimal: the name by which a score knows its extractor and its reference."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewstep.metrics.base import File, Metric, Outputs, digest
+from fewstep.files import sha256_of
+from fewstep.metrics.base import File, Metric, Outputs
 from fewstep.metrics.reference import REFERENCE
 
 REMAKE = "make one with: python jobs/features.py data=<shards> test=<shards> out=<folder>"
@@ -182,7 +183,7 @@ def open_features(path: str | Path, device: str | torch.device = "cpu", batch: i
     if wrong:
         raise ValueError(f"features: {str(path)!r} does not hold this network: {'; '.join(sorted(wrong))}; {REMAKE}")
     net.load_state_dict(weights)
-    return SmallNetwork(net, info, digest(path), device, batch)
+    return SmallNetwork(net, info, sha256_of(path), device, batch)
 
 
 FEATURES = File(

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.metrics.base import File, Files, Metric, Outputs, digest
+from fewstep.files import sha256_of
+from fewstep.metrics.base import File, Files, Metric, Outputs
 from fewstep.metrics.reference import REFERENCE
+from fewstep.texts import one_line
 
 FILE = "inception-2015-12-05.pt"
 SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
@@ -49,7 +51,7 @@ def find_inception(download: bool = True) -> Path:
                 f"inception: {absent}, and {error}; download {downloads_helper.inception_url} to "
                 f"{str(cache / FILE)!r} or name the file with inception=<path>. {INSTEAD}"
             ) from None
-        if (found := digest(path)) != SHA256:
+        if (found := sha256_of(path)) != SHA256:
             raise ValueError(
                 f"inception: what {downloads_helper.inception_url} gave has sha256 {found}, {FILE} has {SHA256}; "
                 "name the right file with inception=<path>"
@@ -66,7 +68,7 @@ class Inception:
     def __init__(self, path: Path, device: str | torch.device = "cpu", batch: int = 50):
         from cleanfid.inception_torchscript import InceptionV3W
 
-        self.hash = digest(path)
+        self.hash = sha256_of(path)
         self.name = "inception" if self.hash == SHA256 else f"inception-{self.hash[:8]}"
         self.device, self.batch = torch.device(device), batch
         # clean-fid takes a folder and looks in it for its own file name.
@@ -75,8 +77,9 @@ class Inception:
             try:
                 self.net = InceptionV3W(folder, download=False, resize_inside=False).to(self.device).eval()
             except (RuntimeError, AttributeError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise ValueError(f"inception: {str(path)!r} is not a TorchScript Inception ({reason})") from None
+                raise ValueError(
+                    f"inception: {str(path)!r} is not a TorchScript Inception ({one_line(error, 200)})"
+                ) from None
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Outputs:
@@ -103,7 +106,7 @@ def open_inception(path: Path, device: str | torch.device = "cpu") -> Inception:
 
 def check_official(path: Path) -> None:
     """Raises OSError or ValueError where the file does not hold the official weights."""
-    if (found := digest(path)) != SHA256:
+    if (found := sha256_of(path)) != SHA256:
         raise ValueError(f"{path} is not the official {FILE}: its sha256 is {found[:12]}..., not {SHA256[:12]}...")
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fewstep.metrics.base import Extractor, File, Outputs, digest
+from fewstep.files import sha256_of
+from fewstep.metrics.base import Extractor, File, Outputs
 
 KEPT = 10_000  # features kept for the metrics that compare neighbours; their cost grows with the square
 REMAKE = "make one with: python jobs/features.py extractor=<file or inception> data=<shards> out=<folder>"
@@ -103,7 +104,7 @@ def open_reference(path: str | Path) -> Reference:
             f"reference: {str(path)!r}: mean ({width},), covariance {values['covariance'].shape} and features "
             f"{values['features'].shape} are not of one width; {REMAKE}"
         )
-    return Reference(**values, hash=digest(path), path=str(path))
+    return Reference(**values, hash=sha256_of(path), path=str(path))
 
 
 REFERENCE = File(

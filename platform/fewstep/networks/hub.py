@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..texts import one_line
+
 PREFIX = "hub:"
 FILES = ["*.json", "*.safetensors"]
 
@@ -20,8 +22,8 @@ def snapshot(repo: str) -> Path:
     try:
         return Path(snapshot_download(repo, allow_patterns=FILES))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        reason = " ".join(str(error).split())[:200]
+        why = one_line(error, 200)
         raise ValueError(
-            f"teacher: hub repository {repo!r} is neither in the local cache nor to be had from the hub ({reason}); "
+            f"teacher: hub repository {repo!r} is neither in the local cache nor to be had from the hub ({why}); "
             f"where there is a network, download its .json and .safetensors to a folder and give that: teacher=./{name}"
         ) from None

@@ -19,6 +19,7 @@ from torch import nn
 from ..config import ConfigError, Strict, resolve, validate
 from ..diffusion.level import Level
 from ..diffusion.schedules import from_config, to_config
+from ..texts import one_line
 from .backbones import Backbone, TextUNet, Transformer, UNet
 from .denoiser import Denoiser
 from .heads import Head
@@ -182,7 +183,7 @@ def open_teacher(ref: str | Path, precision: str = "fp32") -> Denoiser:
             output_loading_info=True,
         )
     except (OSError, RuntimeError, TypeError) as error:
-        raise ValueError(f"teacher: {sub}: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(f"teacher: {sub}: {one_line(error)}") from None
     wrong = [*info["missing_keys"], *info["unexpected_keys"]]
     if wrong:
         raise ValueError(f"teacher: {sub}: weights and config.json differ in {', '.join(wrong[:3])} of {len(wrong)}")

@@ -17,6 +17,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
+from ..texts import shown
 from .judge import Setting, front, settings, wide
 from .record import FINISHED, STOPPED, Trial
 from .space import Space
@@ -107,12 +108,6 @@ def _best_first(space: Space, trials: Sequence[Trial]) -> list[Trial]:
     return sorted(trials, key=lambda t: t.score(space.metric) * (1 if space.mode == "min" else -1))
 
 
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
-
-
 def _better(space: Space) -> str:
     return "lower is better" if space.mode == "min" else "higher is better"
 
@@ -151,7 +146,7 @@ def parallel(space: Space, trials: Sequence[Trial], names: Mapping[str, str]) ->
         axes.plot([i, i], [0, 1], color=QUIET, linewidth=0.8, zorder=4)
         for mark in domain.marks():
             axes.text(
-                i - 0.04, domain.at(mark), _text(mark), ha="right", va="center", fontsize=7.5, zorder=5, bbox=_PAPER
+                i - 0.04, domain.at(mark), shown(mark), ha="right", va="center", fontsize=7.5, zorder=5, bbox=_PAPER
             )
         if any(key not in t.values for t in trials):
             axes.text(
@@ -228,7 +223,7 @@ def slices(space: Space, trials: Sequence[Trial], names: Mapping[str, str]) -> F
         if key in best.values:
             axes.plot(domain.at(best.values[key]), best.score(space.metric), "D", color=BEST, markersize=6.5, zorder=4)
         marks = domain.marks()
-        axes.set_xticks([domain.at(mark) for mark in marks], [_text(mark) for mark in marks])
+        axes.set_xticks([domain.at(mark) for mark in marks], [shown(mark) for mark in marks])
         axes.set_xlim(-0.08, 1.08)
         axes.set_xlabel(names[key])
         axes.grid(axis="y", color=LINE, linewidth=0.6)
@@ -319,8 +314,8 @@ def score_map(space: Space, found: Sequence[Setting], names: Mapping[str, str]) 
             axes.text(x, y + 0.22, f"± {setting.std:.2g}", ha="center", va="center", color=ink, fontsize=7)
     axes.set_xlim(-0.55, len(columns) - 0.45)
     axes.set_ylim(len(rows) - 0.45, -0.55)
-    axes.set_xticks(range(len(columns)), map(_text, columns))
-    axes.set_yticks(range(len(rows)), map(_text, rows))
+    axes.set_xticks(range(len(columns)), map(shown, columns))
+    axes.set_yticks(range(len(rows)), map(shown, rows))
     axes.tick_params(length=0, labelcolor=INK)
     axes.set_xlabel(names[across])
     axes.set_ylabel(names[down])

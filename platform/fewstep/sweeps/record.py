@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
+from ..texts import quoted
 
 FINISHED, STOPPED, FAILED = "finished", "stopped early", "failed"
 SEARCH, SEEDS = "search", "seeds"
@@ -71,8 +72,8 @@ class Record:
         for key in sorted(plain.keys() | known.keys()) if known else ():
             if plain.get(key) != known.get(key) and key not in may_differ:
                 raise ConfigError(
-                    f"{key}: {_short(plain.get(key))}, but sweep {folder.name!r} was begun with "
-                    f"{_short(known.get(key))}; give the same words to go on with it, or another name=..."
+                    f"{key}: {quoted(plain.get(key))}, but sweep {folder.name!r} was begun with "
+                    f"{quoted(known.get(key))}; give the same words to go on with it, or another name=..."
                 )
         if plain != known:
             self._write({"event": "sweep", "settings": plain})
@@ -134,8 +135,3 @@ class Record:
     def open(self, phase: str | None = None) -> list[Trial]:
         """Trials without an end."""
         return [t for _, t in sorted(self.trials.items()) if not t.state and phase in (None, t.phase)]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
+from ..texts import shown
 from .judge import Setting, Verdict, settings
 from .record import FAILED, FINISHED, Trial
 from .space import HOURS, Space
@@ -34,10 +34,6 @@ CAPTIONS = {
 }
 
 
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _mean(setting: Setting, metric: str) -> str:
     """Mean over seeds, with the standard deviation where there are several."""
     values = [t.score(metric) for t in setting.trials]
@@ -57,7 +53,7 @@ def markdown(space: Space, trials: Sequence[Trial], names: Mapping[str, str], me
     head = [*(f"`{names[key]}`" for key in space.domains), *map(_head, metrics), "seeds"]
     lines = [f"| {' | '.join(head)} |", f"|{'|'.join(['---'] * len(space.domains) + ['---:'] * (len(metrics) + 1))}|"]
     for i, setting in enumerate(found):
-        values = [_text(setting.values[key]) if key in setting.values else "" for key in space.domains]
+        values = [shown(setting.values[key]) if key in setting.values else "" for key in space.domains]
         scores = [_mean(setting, metric) for metric in metrics]
         if i == 0:
             scores[0] = f"**{scores[0]}**"
@@ -86,7 +82,7 @@ def _settings_table(
     rows, marked = [], []
     for setting in settings(trials, space.metric, space.mode):
         first, *others = (_mean(setting, metric) for metric in metrics)
-        values = [_text(setting.values.get(key, "–")) for key in space.domains]
+        values = [shown(setting.values.get(key, "–")) for key in space.domains]
         rows.append([first, str(len(setting.trials)), *values, *others])
         marked.append(setting.values == verdict.best.values)
     head = [_head(metrics[0]), "seeds", *(names[key] for key in space.domains), *map(_head, metrics[1:])]
@@ -97,7 +93,7 @@ def _trials_table(space: Space, trials: Sequence[Trial], names: Mapping[str, str
     head = ["trial", "state", *(names[key] for key in space.domains), "seed", "images", *map(_head, metrics)]
     rows = []
     for t in sorted(trials, key=lambda t: t.number):
-        values = [_text(t.values.get(key, "–")) for key in space.domains]
+        values = [shown(t.values.get(key, "–")) for key in space.domains]
         scores = [f"{t.score(metric):.4g}" if t.score(metric) == t.score(metric) else "–" for metric in metrics]
         rows.append([f"{t.number:03d}", t.state or "open", *values, str(t.seed), f"{t.images:,}", *scores])
     return _table(head, rows, len(head) - 2)

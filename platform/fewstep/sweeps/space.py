@@ -30,6 +30,7 @@ import numpy as np
 from ..config import ConfigError, nearest, override, validate
 from ..metrics.base import MODES, better
 from ..recipe import ASIDE, REPORTING, Recipe
+from ..texts import shown
 
 HOURS = "hours"
 CHECKED_DRAWS = 64
@@ -94,10 +95,6 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 @dataclass(frozen=True)
 class Choice:
     """One of some values. Ascending numbers are taken as ordered: 2 lies between 1 and 5."""
@@ -129,7 +126,7 @@ class Choice:
     points = marks = edges
 
     def span(self) -> str:
-        return ", ".join(map(_text, self.values))
+        return ", ".join(map(shown, self.values))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import write_file
+
 log = logging.getLogger("fewstep.tracking")
 
 
@@ -195,9 +197,7 @@ class Journal:
     def mark(self) -> None:
         """Writes the marker atomically."""
         marker = {"serial": self.sent, "run_id": self.run_id, "experiment_id": self.experiment_id}
-        new = self.folder / "sent.json.new"
-        new.write_text(json.dumps(marker))
-        os.replace(new, self.folder / "sent.json")
+        write_file(self.folder / "sent.json", json.dumps(marker), sync=False)
 
     def refuse(self, entry: Entry, what: str, reason: str) -> None:
         """Records that the server will never take (a part of) an operation. It stays in the journal."""
