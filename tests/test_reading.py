@@ -125,7 +125,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("a: " + "x" * 2**20, "more than 1024 KiB, which no file of this kind has"),
         (b"a: 1\nname: \xff\n", "not UTF-8 text (line 2, byte 0xff); save the file as UTF-8"),
         ("name: x\n".encode("utf-16")[:-1], "not UTF-16 text (byte 16); save the file as UTF-8"),
-        ("name: x\n".encode("utf-16-le"), "not valid YAML: control character U+0000 (line 1)"),
+        ("\nname: x\n".encode("utf-16-le"), "a NUL character (line 2), as in UTF-16 without a byte order mark; save"),
         (b"a: 1\nname: \x07\n", "not valid YAML: control character U+0007 (line 2)"),
         ("", "expected `key: value` lines, got nothing"),
     ],

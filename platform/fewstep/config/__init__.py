@@ -4,7 +4,7 @@ A recipe is YAML; `key.sub=value` words override it (values are YAML too); a pyd
 """
 
 from .command import describe, parse, plain_errors, words
-from .reading import ConfigError, UserError, parse_json, read, read_json, read_json_lines
+from .reading import ConfigError, UserError, as_text, parse_json, read, read_json, read_json_lines
 from .reading import parse_yaml as _yaml
 from .settings import (
     ASSETS,
@@ -26,6 +26,7 @@ __all__ = [
     "Strict",
     "UserError",
     "_yaml",
+    "as_text",
     "describe",
     "differences",
     "fingerprint",

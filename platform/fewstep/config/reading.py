@@ -66,7 +66,7 @@ def read_json_lines(path: str | Path, limit: int = JSON_BYTES) -> Iterator[dict[
 
 def parse_yaml(content: str | bytes, where: str) -> Any:
     """The value of a YAML document. where: its file or key, for errors. Raises ConfigError."""
-    text = _text(content, where, YAML_BYTES)
+    text = as_text(content, where, YAML_BYTES)
     try:
         return _Loader(text).get_single_data()
     except yaml.YAMLError as error:
@@ -75,7 +75,7 @@ def parse_yaml(content: str | bytes, where: str) -> Any:
 
 def parse_json(content: str | bytes, where: str, expected: type = dict, limit: int = JSON_BYTES) -> Any:
     """The value of a JSON document, of type `expected`. where: its file, for errors. Raises ConfigError."""
-    text = _text(content, where, limit)
+    text = as_text(content, where, limit)
     try:
         data = json.loads(text, object_pairs_hook=_once, parse_int=_whole_number)
     except RecursionError:
@@ -113,19 +113,35 @@ def _unreadable(path: str | Path, error: OSError) -> ConfigError:
     return ConfigError(f"{str(path)[:300]}: cannot be read: {error.strerror or error}")
 
 
-def _text(content: str | bytes, where: str, limit: int) -> str:
-    """The content as text: UTF-8, or UTF-16 or UTF-32 with a byte order mark."""
+def as_text(
+    content: str | bytes,
+    where: str,
+    limit: int,
+    encoding: str | None = None,
+    way_out: str = "save the file as UTF-8",
+    line: int = 1,
+) -> str:
+    """The content as text: in UTF-16 or UTF-32 where a byte order mark says so, else in `encoding` or in UTF-8.
+
+    where: its file, for errors; limit: of its size. line: number in the file of the content's first line.
+    Raises ConfigError naming the file and the line.
+    """
     if len(content) > limit:
         raise ConfigError(f"{where}: more than {limit >> 10} KiB, which no file of this kind has")
     if isinstance(content, str):
         return content.removeprefix("\ufeff")
-    encoding = next((name for mark, name in BOMS.items() if content.startswith(mark)), "utf-8")
+    encoding = next((name for mark, name in BOMS.items() if content.startswith(mark)), encoding or "utf-8")
     try:
-        return content.decode(encoding).removeprefix("\ufeff")
+        text = content.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        at = f"line {line}, byte 0x{content[error.start]:02x}" if encoding == "utf-8" else f"byte {error.start}"
-        raise ConfigError(f"{where}: not {encoding.upper()} text ({at}); save the file as UTF-8") from None
+        line += content[: error.start].count(b"\n")
+        wide = encoding.startswith(("utf-16", "utf-32"))
+        at = f"byte {error.start}" if wide else f"line {line}, byte 0x{content[error.start]:02x}"
+        raise ConfigError(f"{where}: not {encoding.upper()} text ({at}); {way_out}") from None
+    if "\0" in text:
+        line += text[: text.index("\0")].count("\n")
+        raise ConfigError(f"{where}: a NUL character (line {line}), as in UTF-16 without a byte order mark; {way_out}")
+    return text
 
 
 def _too_deep() -> str:
