@@ -10,8 +10,8 @@ import toy
 from torch import nn
 
 from fewstep.diffusion.draws import Draws, fold, index_level, lognormal_level
-from fewstep.diffusion.level import PREDICTIONS, Level
-from fewstep.diffusion.losses import denoising, finite, gan_discriminator, gan_generator, matching_gradient, surrogate
+from fewstep.diffusion.level import PREDICTIONS, TARGETS, Level
+from fewstep.diffusion.losses import finite, gan_discriminator, gan_generator, matching_gradient, surrogate
 from fewstep.diffusion.samplers import ddim, few_step, heun, to_uint8
 from fewstep.diffusion.schedules import DDPM, EDM, Flow, Trig, from_config, to_config
 from fewstep.networks.denoiser import Denoiser
@@ -45,7 +45,9 @@ def test_every_prediction_on_every_schedule_returns_x0(schedule, prediction):
     x0, eps = normal(64, 3, 2, 2, dtype=torch.float64), normal(64, 3, 2, 2, seed=1, dtype=torch.float64)
     x_t = level.noise(x0, eps)
     c_skip, c_out = PREDICTIONS[prediction](level.alpha, level.sigma, 0.5)
-    target = {
+    of_x0, of_eps = TARGETS[prediction](level.alpha, level.sigma, 0.5)
+    target = of_x0 * x0 + of_eps * eps
+    meant = {
         "x0": x0,
         "eps": eps,
         "v": level.alpha * eps - level.sigma * x0,
@@ -54,6 +56,7 @@ def test_every_prediction_on_every_schedule_returns_x0(schedule, prediction):
         * (level.alpha**2 * 0.25 + level.sigma**2).sqrt()
         / (level.sigma * 0.5),
     }[prediction]
+    torch.testing.assert_close(target, meant, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(c_skip * x_t + c_out * target, x0, rtol=1e-9, atol=1e-9)
 
 
@@ -67,10 +70,9 @@ def test_edm_coefficients_are_those_of_the_paper():
 
 
 def test_dmd2s_weight_at_the_ends_of_edms_ramp():
-    net = toy.denoiser()
-    net.data_std = 0.5
-    ends = EDM().level(EDM().ramp(torch.tensor([0.0, 1.0])), 4)
-    torch.testing.assert_close(net.weight(ends).flatten(), torch.tensor([250004.0, 4.00016]), rtol=1e-5, atol=0)
+    ends = EDM().level(EDM().ramp(torch.tensor([0.0, 1.0])), 1)
+    c_out = PREDICTIONS["edm"](ends.alpha, ends.sigma, 0.5)[1]
+    torch.testing.assert_close(1 / c_out**2, torch.tensor([250004.0, 4.00016]), rtol=1e-5, atol=0)
 
 
 def test_a_level_knows_its_noise_its_score_and_the_next_level():
@@ -375,14 +377,28 @@ def test_eps_v_and_f_space_give_the_gradient_of_x0_space():
         torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
 
 
-def test_the_networks_own_weight_turns_x0_error_into_its_own_error():
-    level = EDM().level(EDM().ramp(torch.linspace(0.1, 0.9, 8, dtype=torch.float64)), 4)
-    x0, eps, f = (normal(8, 1, 2, 2, seed=s) for s in range(3))
-    for prediction, target in (("edm", None), ("eps", eps), ("flow", eps - x0)):
-        c_skip, c_out = PREDICTIONS[prediction](level.alpha, level.sigma, 0.5)
-        target = (x0 - c_skip * level.noise(x0, eps)) / c_out if target is None else target
-        loss = denoising(c_skip * level.noise(x0, eps) + c_out * f, x0, 1 / c_out**2)
-        torch.testing.assert_close(loss, ((f - target) ** 2).mean(), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("prediction, schedule", [("edm", EDM()), ("eps", SD), ("flow", Flow()), ("v", Trig())])
+def test_the_error_of_what_a_network_predicts_is_its_weighted_error_in_x0(prediction, schedule):
+    net = toy.denoiser(schedule=schedule, prediction=prediction)
+    level = schedule.level(schedule.ramp(torch.linspace(0.1, 0.9, 8, dtype=torch.float64)), 4)
+    x0, eps = normal(8, 2, 1, 1), normal(8, 2, 1, 1, seed=1)
+    with torch.no_grad():
+        raw, x0_hat = (net(level.noise(x0, eps), level, None, mode) for mode in ("raw", "x0"))
+    c_out = PREDICTIONS[prediction](level.alpha, level.sigma, toy.DATA_STD)[1]
+    error = (raw - net.target(level, x0, eps)) ** 2
+    torch.testing.assert_close(error, (x0_hat - x0) ** 2 / c_out**2, rtol=2e-3, atol=1e-4)
+
+
+def test_nothing_cancels_in_a_target_near_the_clean_end():
+    """The published code computes this loss on x0 in float64, from float32 images; ours in float32 is as near."""
+    net, level = toy.denoiser(), EDM().level(torch.full((4096,), 0.002), 4)
+    x0, eps, f = (normal(4096, 2, 1, 1, seed=s) for s in range(3))
+    c_skip, c_out = PREDICTIONS["edm"](level.alpha.double(), level.sigma.double(), toy.DATA_STD)
+    exact = ((f - (x0 - c_skip * level.noise(x0.double(), eps.double())) / c_out) ** 2).mean()
+    published = (((c_skip * level.noise(x0, eps) + c_out * f - x0) / c_out) ** 2).mean()
+    ours = ((f - net.target(level, x0, eps)) ** 2).mean()
+    assert abs(ours - exact) < 1e-6 * exact
+    assert abs(ours - exact) < abs(published - exact) / 8
 
 
 def test_adversarial_losses_are_softplus_means():

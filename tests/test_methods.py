@@ -12,7 +12,7 @@ import toy
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.level import Level
 from fewstep.diffusion.samplers import heun
-from fewstep.diffusion.schedules import DDPM, EDM
+from fewstep.diffusion.schedules import DDPM, EDM, Flow, Trig
 from fewstep.engine.train import Engine
 from fewstep.methods import METHODS, Batch
 from fewstep.methods.f_distill import H
@@ -273,22 +273,23 @@ def test_levels_stay_in_the_published_ranges():
 
 
 def test_the_critics_denoising_is_the_mean_squared_error_of_what_it_predicts():
-    for schedule, prediction in ((EDM(), "edm"), (SD, "eps"), (SD, "v")):
+    for schedule, prediction in ((EDM(), "edm"), (SD, "eps"), (SD, "v"), (Flow(), "flow"), (Trig(), "x0")):
         method, fake = DMD2(gan_weight=0), toy.denoiser(1, schedule, prediction)
         nets = a_team(method, fake=fake)
         batch = method.prepare(nets, a_batch(), ())
         calls = Calls({"fake": fake, "backbone": fake.backbone})
         terms, _ = method.critic_loss(nets, batch)
         (outer,), (inner,) = calls.of("fake"), calls.of("backbone")
-        x_t, level = outer.args[:2]
-        eps = level.eps(x_t, batch.x)
+        level, eps = outer.args[1], batch.draws.normal("critic/eps", batch.x.shape)
+        torch.testing.assert_close(outer.args[0], level.noise(batch.x, eps))
         target = {
             "eps": eps,
             "v": level.alpha * eps - level.sigma * batch.x,
-            "edm": (batch.x * level.sigma**2 - 0.36 * level.sigma * eps)
-            / ((0.36 + level.sigma**2).sqrt() * 0.6 * level.sigma),
+            "flow": eps - batch.x,
+            "x0": batch.x,
+            "edm": (batch.x * level.sigma - 0.36 * eps) / ((0.36 + level.sigma**2).sqrt() * 0.6),
         }[prediction]
-        torch.testing.assert_close(terms["denoise"], ((inner.out - target) ** 2).mean(), rtol=2e-3, atol=1e-4)
+        torch.testing.assert_close(terms["denoise"], ((inner.out - target) ** 2).mean(), rtol=1e-5, atol=1e-6)
 
 
 def test_the_adversarial_terms_are_the_papers_formula():
@@ -360,7 +361,7 @@ def test_network_passes_are_those_of_the_published_step():
     turn, critic = passes(DMD2(gan_weight=0.05, share_draws=False))
     assert critic == {
         ("student", "x0", False): 1,  # generate
-        ("fake", "x0", True): 1,  # denoise the generated
+        ("fake", "raw", True): 1,  # denoise the generated
         ("fake", "features", True): 2,  # classify real and generated
         ("disc", "head", True): 1,  # both at once
     }
@@ -378,23 +379,23 @@ def test_shared_draws_save_one_encoder_pass_a_step():
     turn, critic = passes(DMD2(gan_weight=0.05))
     assert critic == {
         ("student", "x0", False): 1,
-        ("fake", "both", True): 1,  # denoise and classify the generated at once
+        ("fake", "raw+features", True): 1,  # denoise and classify the generated at once
         ("fake", "features", True): 1,
         ("disc", "head", True): 1,
     }
-    assert turn["fake", "both", True] == 1 and turn["fake", "features", True] == 2
+    assert turn["fake", "raw+features", True] == 1 and turn["fake", "features", True] == 2
 
 
 def test_without_a_gan_there_is_no_head_and_no_classification():
     method = DMD2(gan_weight=0)
     assert method.roles == ("fake", "student") and "disc" not in method.nets(toy.denoiser(), toy.head)
     turn, critic = passes(method)
-    assert critic == {("student", "x0", False): 1, ("fake", "x0", True): 1}
+    assert critic == {("student", "x0", False): 1, ("fake", "raw", True): 1}
     assert turn == {
         ("student", "x0", True): 1,
         ("teacher", "x0", False): 1,
         ("fake", "x0", False): 1,
-        ("fake", "x0", True): 1,
+        ("fake", "raw", True): 1,
     }
 
 

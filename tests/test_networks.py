@@ -163,9 +163,9 @@ def test_edm_preconditioning_is_that_of_table_1():
     with torch.no_grad():
         f = net.backbone.model(x / (sigma**2 + 0.25).sqrt(), s.log() / 4, class_labels=cond).sample
         expected = 0.25 / (sigma**2 + 0.25) * x + sigma * 0.5 / (sigma**2 + 0.25).sqrt() * f
-        found = net(x, level(EDM(), *s.tolist()), cond)
-    assert (found - expected).abs().max() < 1e-5
-    assert torch.allclose(net.weight(level(EDM(), *s.tolist())), (1 / sigma**2 + 4).float(), rtol=1e-5)
+        at = level(EDM(), *s.tolist())
+        assert (net(x, at, cond) - expected).abs().max() < 1e-5
+        assert (net(x, at, cond, "raw") - f).abs().max() < 1e-5
 
 
 def test_flow_matching_counts_time_in_thousandths():
@@ -259,8 +259,10 @@ def test_features_leave_before_the_decoder_and_equal_those_of_the_whole_pass():
     features = net(x, at, cond, "features")
     assert calls == {"down_blocks": 2, "up_blocks": 0, "conv_out": 0}
     x0, together = net(x, at, cond, "both")
-    assert calls == {"down_blocks": 4, "up_blocks": 2, "conv_out": 1}
-    assert torch.equal(features, together)
+    raw, again = net(x, at, cond, "raw+features")
+    assert calls == {"down_blocks": 6, "up_blocks": 4, "conv_out": 2}
+    assert torch.equal(features, together) and torch.equal(features, again)
+    assert torch.equal(raw, net(x, at, cond, "raw"))
     assert torch.equal(x0, net(x, at, cond))
     assert not net.backbone.model.mid_block._forward_hooks  # nothing holds the pass's graph
 

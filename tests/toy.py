@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fewstep.diffusion.level import PREDICTIONS, Level
+from fewstep.diffusion.level import Level
 from fewstep.diffusion.schedules import EDM, Schedule
 from fewstep.engine.guard import Guard
 from fewstep.engine.optim import Optim
@@ -45,9 +45,6 @@ class Mixture(nn.Module):
         labels = torch.randint(len(self.means), (count,), generator=generator)
         noise = torch.randn(count, self.means.shape[1], generator=generator)
         return (self.means.detach()[labels] + self.std * noise)[..., None, None], labels
-
-    def weight(self, level: Level) -> Tensor:
-        return 1 / PREDICTIONS["edm"](level.alpha, level.sigma, DATA_STD)[1] ** 2
 
     def log_likelihoods(self, x_t: Tensor, level: Level) -> Tensor:
         """log N(x_t; alpha mean_k, alpha^2 std^2 + sigma^2), (B, K), in float64."""

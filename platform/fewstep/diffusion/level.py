@@ -56,13 +56,27 @@ def _edm(alpha: Tensor, sigma: Tensor, data_std: float) -> tuple[Tensor, Tensor]
     return alpha * data_std**2 / var, sigma * data_std / var.sqrt()
 
 
-# What a network may predict, as (c_skip, c_out) with x0 = c_skip x_t + c_out F(x_t). Read backwards it is the training
-# target F* = (x0 - c_skip x_t) / c_out, so |F - F*|^2 = |D - x0|^2 / c_out^2: to choose a prediction is to choose a
-# weight on x0. `data_std` matters to EDM only.
+def _edm_target(alpha: Tensor, sigma: Tensor, data_std: float) -> tuple[Tensor, Tensor]:
+    root = ((alpha * data_std) ** 2 + sigma**2).sqrt()
+    return sigma / (data_std * root), -alpha * data_std / root
+
+
+# What a network may predict, as (c_skip, c_out) with x0 = c_skip x_t + c_out F(x_t). `data_std` matters to EDM only.
 PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
     "x0": lambda a, s, d: (torch.zeros_like(a), torch.ones_like(a)),
     "eps": lambda a, s, d: (1 / a, -s / a),
     "v": lambda a, s, d: (a / (a**2 + s**2), -s / (a**2 + s**2)),  # v = alpha eps - sigma x0
     "flow": lambda a, s, d: (1 / (a + s), -s / (a + s)),  # u = eps - x0
     "edm": _edm,  # Karras et al. 2022, table 1
+}
+
+# The same network's training target, as its parts: F* = of_x0 x0 + of_eps eps. It is (x0 - c_skip x_t) / c_out without
+# the division, which near t = 0 is a quotient of two small differences. As |F - F*|^2 = |D - x0|^2 / c_out^2, to choose
+# a prediction is to choose a weight on x0.
+TARGETS: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor | float, Tensor | float]]] = {
+    "x0": lambda a, s, d: (1.0, 0.0),
+    "eps": lambda a, s, d: (0.0, 1.0),
+    "v": lambda a, s, d: (-s, a),
+    "flow": lambda a, s, d: (-1.0, 1.0),
+    "edm": _edm_target,
 }

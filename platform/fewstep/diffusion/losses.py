@@ -1,15 +1,11 @@
-"""Losses on x0, each written once for every schedule and prediction."""
+"""Losses, each written once for every schedule and prediction. The denoising loss is the mean squared error of what a
+network predicts (`Denoiser.target`)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-
-def denoising(x0_hat: Tensor, x0: Tensor, weight: Tensor) -> Tensor:
-    """mean(weight |D - x0|^2); weight 1 / c_out^2 (B, 1, ..., 1) makes it the network's own mean squared error."""
-    return (weight * (x0_hat - x0) ** 2).mean()
 
 
 def matching_gradient(x: Tensor, real: Tensor, fake: Tensor, weight: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..diffusion.draws import Draws, lognormal_level
-from ..diffusion.losses import denoising
 from ..diffusion.samplers import heun
 from .base import Batch, Method, Nets, Phase, Terms
 
@@ -47,8 +47,9 @@ class Denoising(Method):
         if cond is not None and self.drop_labels:
             drop = draws.uniform("drop", x0.shape[0]) < self.drop_labels
             cond = torch.where(drop, net.null, cond)
-        x0_hat = net(level.noise(x0, draws.normal("eps", x0.shape)), level, cond)
-        return {"mse": denoising(x0_hat, x0, net.weight(level))}, {}
+        eps = draws.normal("eps", x0.shape)
+        raw = net(level.noise(x0, eps), level, cond, "raw")
+        return {"mse": F.mse_loss(raw, net.target(level, x0, eps))}, {}
 
     def describe_sampler(self) -> tuple[str, int]:
         return f"heun-{self.steps}", 2 * self.steps - 1

@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..diffusion.draws import INDICES, Draws, index_level
 from ..diffusion.level import Level
-from ..diffusion.losses import denoising, gan_discriminator, gan_generator, matching_gradient, surrogate
+from ..diffusion.losses import gan_discriminator, gan_generator, matching_gradient, surrogate
 from ..diffusion.samplers import few_step
 from .base import Batch, Method, Nets, Phase, Terms
 
@@ -143,10 +144,10 @@ class DMD2(Method):
         x, draws, fake = batch.x.detach(), batch.draws, nets["fake"]
         share = self.share_draws and self.adversarial
         level = index_level(draws, "critic/t", fake.schedule, 0, INDICES - 1, x)
-        x_t = level.noise(x, draws.normal("critic/eps", x.shape))
-        out = fake(x_t, level, batch.cond, "both" if share else "x0")
-        x0, features = out if share else (out, None)
-        terms, health = {"denoise": denoising(x0, x, fake.weight(level))}, {}
+        eps = draws.normal("critic/eps", x.shape)
+        out = fake(level.noise(x, eps), level, batch.cond, "raw+features" if share else "raw")
+        raw, features = out if share else (out, None)
+        terms, health = {"denoise": F.mse_loss(raw, fake.target(level, x, eps))}, {}
         if self.adversarial:
             if not share:
                 level = index_level(draws, "critic/fake/t", fake.schedule, 0, INDICES - 1, x)

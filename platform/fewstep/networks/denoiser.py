@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.level import PREDICTIONS, Level
+from ..diffusion.level import PREDICTIONS, TARGETS, Level
 from ..diffusion.schedules import EDM, Schedule, ends_in_noise
 from .blocks import Pass, in_bf16, in_float32
 
-Mode = Literal["x0", "features", "both"]
+Mode = Literal["x0", "raw", "features", "both", "raw+features"]
 
 
 class Denoiser(nn.Module):
@@ -93,28 +93,35 @@ class Denoiser(nn.Module):
             return scale, (t.log() / 4 * self.time_scale).float()
         return 1.0, (t * self.time_scale).float()
 
-    def weight(self, level: Level) -> Tensor:
-        """1 / c_out^2: the x0 weight (B, 1, ..., 1) that equals the mean squared error of what the network predicts."""
+    def target(self, level: Level, x0: Tensor, eps: Tensor) -> Tensor:
+        """What the network should predict (mode "raw") for x_t = alpha x0 + sigma eps, all (B, ...).
+
+        The mean squared error to it is the published loss of each prediction. Nothing cancels in it near t = 0.
+        """
         own, _ = self.own(level, level.alpha.ndim)
-        return 1 / PREDICTIONS[self.prediction](own.alpha, own.sigma, self.data_std)[1] ** 2
+        of_x0, of_eps = TARGETS[self.prediction](own.alpha, own.sigma, self.data_std)
+        return of_x0 * x0 + of_eps * eps
 
     def forward(self, x_t: Tensor, level: Level, cond: Any = None, mode: Mode = "x0"):
-        """x0 (B, ...), or the bottleneck's features (B, F, h, w) for a head, or (x0, features); float32.
+        """The network at x_t (B, ...); all that leaves is float32.
 
-        mode "features" leaves after the bottleneck: no decoder is run.
+        mode: "x0": (B, ...). "raw": its own output F (B, ...), as `target` has it. "features": the bottleneck's
+        (B, F, h, w), for a head; no decoder is run. "both": (x0, features). "raw+features": (F, features).
         """
         own, t = self.own(level, x_t.ndim)
         x_own = x_t * (own.norm / level.norm)
         scale, time = self.conditioning(own, t)
         self.running = "no_grad" if not torch.is_grad_enabled() else "encoder" if mode == "features" else "full"
         with torch.autocast(x_t.device.type, enabled=False):  # a caller's region does not change what precision means
-            out = self.backbone(x_own * scale, time, cond, mode)
+            out = self.backbone(x_own * scale, time, cond, {"raw": "x0", "raw+features": "both"}.get(mode, mode))
         if mode == "features":
             return out.float()
-        f, features = out if mode == "both" else (out, None)
-        c_skip, c_out = PREDICTIONS[self.prediction](own.alpha, own.sigma, self.data_std)
-        x0 = c_skip * x_own + c_out * f.float()
-        return (x0, features.float()) if mode == "both" else x0
+        f, features = out if isinstance(out, tuple) else (out, None)
+        f = f.float()
+        if mode in ("x0", "both"):
+            c_skip, c_out = PREDICTIONS[self.prediction](own.alpha, own.sigma, self.data_std)
+            f = c_skip * x_own + c_out * f
+        return f if features is None else (f, features.float())
 
 
 class Guided(nn.Module):
