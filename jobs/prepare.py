@@ -19,20 +19,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
 from fewstep.config import Strict, parse, plain_errors, resolve
 from fewstep.data.decode import MAX_PIXELS
+from fewstep.data.source import Reading
 from fewstep.data.sources import SOURCES, pack
 
 
 class Prepare(Strict):
     """Write a set of images as Parquet shards with a manifest."""
 
-    source: Literal["fashion_mnist", "cifar10", "folder", "webdataset"]
-    """Where the images come from."""
+    source: Literal["fashion_mnist", "cifar10", "folder", "webdataset", "parquet"]
+    """Kind of the source: a known set, a folder of pictures, tars of webdataset, or Parquet files as hubs have them."""
     out: str
     """The folder to write; `shipped:name` is the package's own."""
     path: str | None = None
     """The source's file or folder; fashion_mnist finds or downloads its own."""
-    split: Literal["train", "test"] = "train"
-    """Of fashion_mnist and cifar10."""
+    split: Literal["train", "test", "validation"] = "train"
+    """Part of fashion_mnist, of cifar10, and of Parquet files named after their split."""
+    encoding: str | None = None
+    """Encoding of captions and metadata, such as cp1252; null is UTF-8, or what a byte order mark says."""
+    follow_links: bool = False
+    """Also take what lies outside the source's folder and is reached by links in it."""
+    classes: int | None = Field(None, ge=1)
+    """Number of classes, where it is more than the labels show; names that are whole numbers are then class numbers."""
+    columns: dict[Literal["image", "label", "caption"], str] = {}
+    """Columns of Parquet files with other names than the usual, such as columns.label=fine_label."""
     limit: int | None = Field(None, ge=1)
     """Keep this many rows, chosen at random by the seed."""
     seed: int = Field(0, ge=0)
@@ -57,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     job = parse(Prepare, argv)
     started = time.perf_counter()
     with plain_errors(OSError):
-        source = SOURCES[job.source](resolve(job.path) if job.path else None, job.split)
+        reading = Reading(job.encoding, job.follow_links, job.classes, job.columns)
+        source = SOURCES[job.source](resolve(job.path) if job.path else None, job.split, reading)
         manifest = pack(
             source, resolve(job.out), limit=job.limit, seed=job.seed, size=job.size, channels=job.channels,
             format=job.format, background=job.background, max_pixels=job.max_pixels, max_corrupt=job.max_corrupt,

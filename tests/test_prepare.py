@@ -23,10 +23,14 @@ import pytest
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from fewstep.data import sources
+from fewstep.data import known
 from fewstep.data.decode import COLOURS, DEPTH, FRAME, LAID, CorruptImage, decode, encode, read_picture
+from fewstep.data.folder import folder
+from fewstep.data.known import cifar10, fashion_mnist
 from fewstep.data.shards import CorruptRows, open_shards
-from fewstep.data.sources import SourceError, cifar10, fashion_mnist, folder, pack, webdataset
+from fewstep.data.source import SourceError
+from fewstep.data.sources import pack
+from fewstep.data.tars import webdataset
 
 JOB = Path(__file__).resolve().parents[1] / "jobs" / "prepare.py"
 RNG = np.random.default_rng(0)
@@ -93,7 +97,7 @@ def test_a_limit_keeps_rows_chosen_by_the_seed(tmp_path):
 def test_missing_files_name_the_places_and_the_package(tmp_path, monkeypatch):
     with pytest.raises(SourceError, match="path: no train-images-idx3-ubyte.*dataset-fashion-mnist"):
         fashion_mnist(tmp_path)
-    monkeypatch.setattr(sources, "DEBIAN", tmp_path / "not-installed")
+    monkeypatch.setattr(known, "DEBIAN", tmp_path / "not-installed")
 
     def offline(*args, **kwargs):
         raise RuntimeError("Error downloading")
