@@ -44,6 +44,7 @@ def main(argv: list[str]) -> None:
     job = parse(Compare, argv)
 
     from fewstep.compare import collect, compare, page
+    from fewstep.folders import overwritable
     from fewstep.tracking import Store
 
     with plain_errors():
@@ -52,6 +53,7 @@ def main(argv: list[str]) -> None:
         out = resolve(job.out)
         if not out.parent.is_dir():
             raise ValueError(f"out: no folder {str(out.parent)!r}; make it first")
+        overwritable(out)
         store = Store(job.uri, job.experiment)
         if job.sweep:
             parent = store.find(job.sweep)

@@ -15,6 +15,7 @@ from pydantic import Field
 from fewstep.config import Strict, parse, resolve
 from fewstep.data.feed import Feed, open_feed
 from fewstep.diffusion.samplers import to_uint8
+from fewstep.folders import overwritable
 from fewstep.metrics import METRICS
 from fewstep.metrics.base import Extractor, File, file_fields
 from fewstep.metrics.features import Info, SmallNetwork, accuracy, open_features, save_features, train_features
@@ -110,6 +111,9 @@ def open_extractor(ref: str, device: str) -> Extractor:
 def run(job: Features) -> dict:
     """Trains or opens the extractor, writes the statistics, and returns what the job reports."""
     out = resolve(job.out)
+    if job.extractor is None:
+        overwritable(out / "features.safetensors", mark='"info"')
+    overwritable(out / "statistics.npz", mark="covariance.npy")
     feed = open_images(job.data, job.seed)
     if job.images and job.images > feed.rows:
         raise ValueError(f"images: {job.images}; {job.data} has {feed.rows}")

@@ -11,11 +11,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
 
 from fewstep.build import Sampler, grid, make_samples
 from fewstep.config import Strict, parse, resolve
 from fewstep.engine.world import World
+from fewstep.folders import MADE_HERE, overwritable
 from fewstep.students import open_sampler
 
 Count = Annotated[int, Field(ge=1)]
@@ -59,25 +61,29 @@ def of_classes(sampler: Sampler, labels: list[int]) -> Sampler:
 
 
 def write(picture: torch.Tensor, path: Path) -> None:
-    """uint8 (H, W, C) as PNG."""
+    """uint8 (H, W, C) as a PNG that says that it was made here."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture.squeeze(-1).numpy()).save(path)
+    made = PngInfo()
+    made.add_text("Software", MADE_HERE)
+    Image.fromarray(picture.squeeze(-1).numpy()).save(path, "PNG", pnginfo=made)
 
 
 def main() -> None:
     job = parse(Sample)
     device = torch.device(job.device)
     try:
+        out, each = resolve(job.out), [resolve(job.each) / f"{i:06d}.png" for i in range(job.images) if job.each]
+        for path in (out, *each):
+            overwritable(path, "out" if path == out else "each")
         sampler = open_sampler(job.model, job.steps, job.guidance, device=device)
         if job.labels is not None:
             sampler = of_classes(sampler, [job.labels] if isinstance(job.labels, int) else job.labels)
     except ValueError as error:
         sys.exit(str(error))
     samples = make_samples(sampler, job.images, job.seed, min(job.batch, job.images), World(device=device))
-    out = resolve(job.out)
     write(grid(samples.images, min(job.columns, job.images)), out)
-    for i, image in enumerate(samples.images if job.each else ()):
-        write(image.permute(1, 2, 0), resolve(job.each) / f"{i:06d}.png")
+    for image, path in zip(samples.images, each, strict=False):
+        write(image.permute(1, 2, 0), path)
     speed = job.images / samples.seconds
     print(
         f"{job.images} images by {sampler.name}, {sampler.calls} network calls each: {speed:.1f} images/s on {device}"

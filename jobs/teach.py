@@ -9,6 +9,7 @@ as teacher=<that folder>. The last line is a JSON object.
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT / "platform"))
 
 def main(argv: list[str]) -> None:
     from fewstep.cluster import jobs
+    from fewstep.folders import NETWORK, replace
     from fewstep.networks.pretrained import save_denoiser
     from fewstep.students import open_student
 
@@ -24,7 +26,9 @@ def main(argv: list[str]) -> None:
     if result is None:
         return
     folder = Path(result["folder"]) / "teacher"
-    save_denoiser(open_student(result["folder"]).net, folder)
+    with tempfile.TemporaryDirectory(prefix=".teacher.", dir=folder.parent) as new:
+        save_denoiser(open_student(result["folder"]).net, Path(new) / "teacher")
+        replace(Path(new) / "teacher", folder, NETWORK, overwrite=True, field="name")
     print(json.dumps({"run_id": result["run_id"], "scores": result["rows"], "teacher": str(folder)}))
 
 

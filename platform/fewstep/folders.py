@@ -34,22 +34,22 @@ class FolderError(ValueError):
 # Names
 
 
-def plain_name(name: str, field: str = "name") -> str:
+def plain_name(name: str, field: str = "name", room: int = 0) -> str:
     """The name itself, of one file or folder in another. Raises FolderError where it is a path, hidden or too long.
 
-    Plain are letters, digits, space and ``_ . + -``, at most 128 bytes of them, without a dot in front.
+    Plain are letters, digits, space and ``_ . + -``, at most 128 bytes of them, without a dot in front. room: bytes
+    left free at its end, for what is appended.
     """
-    if not re.fullmatch(r"[\w +-][\w .+-]*", name) or len(name.encode()) > NAME_BYTES:
+    if not re.fullmatch(r"[\w +-][\w .+-]*", name) or len(name.encode(errors="replace")) > NAME_BYTES - room:
         raise FolderError(
-            f"{field}: {quoted(name)} is no plain name; use letters, digits, space and _ . + -, at most {NAME_BYTES} "
-            "bytes of them, without a dot in front"
+            f"{field}: {quoted(name)} is no plain name; use letters, digits, space and _ . + -, at most "
+            f"{NAME_BYTES - room} bytes of them, without a dot in front"
         )
     return name
 
 
 def cleaned_name(text: str, room: int = 0) -> str:
-    """A plain name made of any text, such as a file's stem: other characters become _. room: bytes left free at its
-    end."""
+    """A plain name made of any text, such as a file's stem: other characters become _. room: as of `plain_name`."""
     name = re.sub(r"[^\w .+-]", "_", text).lstrip(".") or "_"
     return name.encode()[: NAME_BYTES - room].decode(errors="ignore")
 
@@ -202,12 +202,10 @@ def claim(folder: Path, what: str, field: str = "name") -> None:
 
 
 def overwritable(path: Path, field: str = "out", mark: str = MADE_HERE) -> None:
-    """Raises FolderError where a file is in the way that was not made here, or where its folder is missing.
+    """Raises FolderError where a file is in the way that was not made here.
 
     mark: a text that such a file of ours has near its beginning or its end.
     """
-    if not path.parent.is_dir():
-        raise FolderError(f"{field}: no folder {str(path.parent)!r}; make it first")
     if not os.path.lexists(path):
         return
     if not path.is_file():

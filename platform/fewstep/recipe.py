@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import reduce
 from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from .config import ConfigError, Strict, fingerprint, nearest, override_all, read, resolve, resolve_ref, validate, words
 from .engine.guard import Guard
 from .engine.optim import Optim
 from .engine.train import Train
 from .engine.world import Layout
+from .folders import cleaned_name, plain_name
 from .methods import METHODS
 from .metrics.base import MODES, better
 from .metrics.build import Metrics
@@ -22,15 +24,26 @@ from .networks.pretrained import Network
 
 # what does not decide a run's numbers: of a recipe, and of its `train`
 ASIDE = "recipe name out tracking evaluate cluster storage resume resume_allow failure".split()
+SUFFIX_BYTES = 12  # what a sweep appends to its name for those of its trials
 REPORTING = "report_every save_every keep keep_best keep_best_by keep_best_mode keep_every_images".split()
 
+
+def _checked(check: Callable[[str], Any]) -> AfterValidator:
+    """A validator that keeps a text as it is where `check` does not raise."""
+    return AfterValidator(lambda text: (check(text), text)[1])
+
+
+LocalPath = Annotated[str, _checked(resolve)]
+PathOrURL = Annotated[str, _checked(resolve_ref)]
+RunName = Annotated[str, _checked(lambda name: name == "" or plain_name(name))]
+SweepName = Annotated[str, _checked(lambda name: name == "" or plain_name(name, room=SUFFIX_BYTES))]
 AnyMethod = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]
 
 
 class Data(Strict):
     """Real images."""
 
-    path: str
+    path: LocalPath
     """Folder of shards written by jobs/prepare.py; shipped:fashion_mnist/shards is embedded."""
     flip: bool = False
     """Mirror half of the images."""
@@ -99,15 +112,15 @@ class Recipe(Strict):
 
     recipe: str
     """The recipe's name (its file's)."""
-    name: str = ""
+    name: RunName = ""
     """The run's name and folder below `out`; an existing one is resumed. Empty makes a new one from recipe and time."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of all randomness: weights, draws, data order, samples."""
     teacher: str | None = None
     """Folder of a diffusers pipeline or of a network written here; shipped:fashion_mnist/teacher is embedded."""
     network: Network | None = None
     """Instead of a teacher: a new network, which jobs/teach.py trains."""
-    start: dict[str, str] = {}
+    start: dict[str, PathOrURL] = {}
     """Role: run folder whose last checkpoint it starts from (a second stage); optimisers start anew."""
     data: Data
     """Real images."""
@@ -125,11 +138,11 @@ class Recipe(Strict):
     """Scores."""
     tracking: Tracking = Tracking()
     """MLflow."""
-    out: str = "runs"
+    out: LocalPath = "runs"
     """Folder of the runs."""
-    storage: str | None = None
+    storage: PathOrURL | None = None
     """Folder or URL (s3://bucket/x) for the checkpoints, which all nodes reach; null is the run's own folder."""
-    resume: str = "auto"
+    resume: PathOrURL = "auto"
     """auto goes on from the run's last checkpoint; never refuses a run that has any; a path is the checkpoint to start
     from when the run has none."""
     resume_allow: list[str] = []
@@ -210,6 +223,12 @@ class Recipe(Strict):
         return fingerprint(self.numbers)
 
 
+def dated_name(stem: str) -> str:
+    """The name of a new run or sweep: its file's stem, cleaned where it is no plain name, and the time."""
+    now = time.strftime("%Y%m%d-%H%M%S")
+    return f"{cleaned_name(stem, room=SUFFIX_BYTES + len(now) + 1)}-{now}"
+
+
 def find_recipe(ref: str, folder: Path) -> Path:
     """The file of a recipe named by its stem in `folder` or by a path. Raises ConfigError with the names there are."""
     path = Path(ref)
@@ -230,5 +249,5 @@ def load_recipe(argv: list[str], folder: Path, default: str) -> Recipe:
     path = find_recipe(str(given.pop("recipe", default)), folder)
     recipe = validate(Recipe, override_all({"recipe": path.stem} | read(path), given))
     if not recipe.name:
-        recipe = recipe.model_copy(update={"name": f"{recipe.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"})
+        recipe = recipe.model_copy(update={"name": dated_name(recipe.recipe)})
     return recipe

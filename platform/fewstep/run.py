@@ -19,12 +19,13 @@ from .config import read, resolve, resolve_ref, validate
 from .data.feed import Feed
 from .diffusion.draws import INDICES, Draws, fold
 from .diffusion.samplers import to_uint8
-from .engine.folder import checkpoints, complete
+from .engine.folder import checkpoints, complete, foreign
 from .engine.manifest import CheckpointError
 from .engine.storage import writable
 from .engine.train import Collapsed, Engine, NonFinite, Report
 from .engine.world import World
 from .files import write_file
+from .folders import EXPORT, NETWORK, FolderError, claim, replaceable, usable
 from .metrics.base import Samples, Score, evaluate
 from .recipe import Recipe
 from .tracking.provenance import Provenance
@@ -201,7 +202,7 @@ def run(
         with Watchdog(engine, folder, 60 * recipe.failure.stall_minutes):
             _train(recipe, engine, None, services)
         return {}
-    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, "run")
     write_file(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     reports = Reports(folder, engine.step)
     with open_tracker(recipe, origin) as tracker:
@@ -397,6 +398,14 @@ def register(folder: Path, export: Path) -> None:
 
 def check(recipe: Recipe) -> None:
     """What can be checked before anything starts: folders, metrics, resume. Raises ValueError naming the field."""
+    usable(recipe.folder, "run")
+    if (name := foreign(recipe.checkpoints)) is not None:
+        raise FolderError(
+            f"name: {recipe.checkpoints} holds {name!r}, which is no part of a checkpoint, so none is kept there; "
+            "choose another with name=... or storage=..., or move that away"
+        )
+    for name, kind in (("export", EXPORT), ("teacher", NETWORK)):
+        replaceable(recipe.folder / name, kind, overwrite=True, field="name")
     writable(resolve(recipe.out), "out")
     if recipe.storage is not None:
         writable(recipe.storage, "storage")

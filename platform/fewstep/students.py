@@ -21,6 +21,7 @@ from .diffusion.samplers import few_step
 from .engine.checkpoint import load_net, read_weights
 from .engine.folder import complete
 from .engine.manifest import read_manifest
+from .folders import EXPORT, replaceable
 from .networks.card import Card
 from .networks.denoiser import Denoiser
 from .networks.export import INDEX, export
@@ -161,6 +162,9 @@ def export_run(
     rows: of the closing table, for the model card; without any, those in `<run>/scores.json` if the run kept them.
     Returns what a job prints: folder, step, averaged, calls, max_difference. Raises ValueError.
     """
+    overwrite = (out is None) if overwrite is None else overwrite
+    if out is not None:
+        replaceable(resolve(out), EXPORT, overwrite=overwrite)
     student = open_student(run, average)
     recipe, folder = student.recipe, student.folder
     scores = folder / "scores.json"
@@ -174,7 +178,7 @@ def export_run(
         levels=levels,
         card=_card(student, rows, licence),
         class_names=_class_names(student),
-        overwrite=(out is None) if overwrite is None else overwrite,
+        overwrite=overwrite,
     )
     return {
         "folder": str(target),

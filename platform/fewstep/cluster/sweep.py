@@ -26,7 +26,8 @@ from .. import run
 from ..config import describe, plain_errors, read, validate, words
 from ..data.shards import open_shards
 from ..engine.folder import checkpoints, complete, newest, step_of
-from ..recipe import Recipe, load_recipe
+from ..folders import claim, usable
+from ..recipe import Recipe, dated_name, load_recipe
 from ..sweeps import answer, judge
 from ..sweeps.proposals import Grid, Proposals, proposals
 from ..sweeps.record import FAILED, FINISHED, SEARCH, SEEDS, STOPPED, Record, Trial
@@ -545,10 +546,11 @@ def sweep(
         asked, rest = split(words([word for word in argv if word != "--dry-run"]))
         base = load_recipe([f"{key}={json.dumps(value)}" for key, value in rest.items()], recipes, default)
         space = load_space(asked.space, spaces)
-        asked = asked.model_copy(update={"name": asked.name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}"})
+        asked = asked.model_copy(update={"name": asked.name or dated_name(space.name)})
         check(asked, space, base)
         whole = localized(base)
         recipe = trial_recipe(whole, asked)
+        usable(Path(recipe.out), "sweep")
         run.check(recipe)
         print(plan_text(asked, space, recipe))
         if "--dry-run" in argv:
@@ -593,10 +595,11 @@ def plan_text(sweep: Sweep, space: Space, recipe: Recipe) -> str:
 
 def _sweep(sweep: Sweep, space: Space, base: Recipe, recipe: Recipe, template: Path) -> dict[str, Any]:
     """The sweep, once it is checked."""
+    folder = Path(recipe.out)
+    claim(folder, "sweep")
     parallel, device = place(recipe, sweep.parallel)
     recipe = apply(recipe, {"cluster.device": device})
     known = earlier_trials(sweep, space, recipe) if sweep.warm_start else []
-    folder = Path(recipe.out)
     said = {"recipe": recipe.numbers, "space": space.plain()} | sweep.model_dump(exclude={"name", "retry"})
     record = Record(folder, said, MAY_DIFFER)
     params = {"sweep": sweep.model_dump(mode="json")} | recipe.model_dump(mode="json")

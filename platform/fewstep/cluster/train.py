@@ -19,6 +19,7 @@ from .. import build, run, watchdog
 from ..config import resolve, resolve_ref
 from ..engine.train import Collapsed
 from ..engine.world import World
+from ..folders import claim
 from ..metrics.base import Score, evaluate
 from ..networks.pretrained import locate
 from ..recipe import Recipe
@@ -80,6 +81,7 @@ def fit(
     """
     recipe = localized(recipe)
     run.check(recipe)
+    claim(recipe.folder, "run")
     c = recipe.cluster
     connect(cpus=c.workers * c.cpus_per_worker + 1)
     import ray

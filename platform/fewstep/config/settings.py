@@ -53,11 +53,22 @@ class Strict(BaseModel):
 
 
 def resolve(path: str | Path) -> Path:
-    """Absolute path of a file or folder named by a user; `shipped:x` is x in the package's embedded defaults."""
+    """Absolute path of a file or folder named by a user; `shipped:x` is x in the package's embedded defaults.
+
+    Raises ConfigError for an empty path, for a URL, and for the home of a user who is not known here.
+    """
     text = str(path)
     if text.startswith("shipped:"):
         return ASSETS / text.removeprefix("shipped:")
-    return Path(text).expanduser().absolute()
+    if url := re.match(r"([A-Za-z][\w+.-]+):/(/?)", text):
+        way = "give a path of this machine" if url[2] else f"a URL has two slashes: {url[1]}://..."
+        raise ConfigError(f"{text!r} is no path; {way}")
+    if not text:
+        raise ConfigError("an empty path; leave the key out, or give a path")
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigError(f"{text!r}: {error}") from None
 
 
 def resolve_ref(ref: str | Path) -> Path | str:

@@ -13,6 +13,9 @@ from .storage import Place, Ref
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
+HIDDEN = r"(\.[0-9a-f]{8})?"  # of a file while it is written
+OWN = re.compile(rf"\.?step-\d{{8,}}(\.removed|{re.escape(REPLACED)})?|\.?scores\.json{HIDDEN}|\.probe\.\w+")
+INSIDE = re.compile(rf"\.?rank-\d{{5,}}\.safetensors{HIDDEN}|\.?manifest\.json{HIDDEN}")
 
 
 def step_of(path: Ref) -> int:
@@ -37,6 +40,18 @@ def newest(folder: Ref) -> Ref | None:
     """The newest complete checkpoint in a folder, or None."""
     found = checkpoints(folder)
     return found[-1] if found else None
+
+
+def foreign(folder: Ref) -> str | None:
+    """The name of something in a run's folder of checkpoints that no version here wrote; None where there is none."""
+    place = Place.of(folder)
+    for name in place.names():
+        if not OWN.fullmatch(name):
+            return name
+        for inner in (place / name).names() if "step-" in name and place.local else ():
+            if not INSIDE.fullmatch(inner):
+                return f"{name}/{inner}"
+    return None
 
 
 def remove(checkpoint: Place) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ..config import ConfigError, Strict, validate
-from ..recipe import Recipe
+from ..recipe import Recipe, SweepName
 from .space import Given, Space, check_space
 
 DEFAULT_TRIALS = 20
@@ -22,7 +22,7 @@ class Sweep(Strict):
 
     space: str
     """A file of tune_spaces by its stem, or a path to your own .py file, which is run."""
-    name: str = ""
+    name: SweepName = ""
     """The sweep's name and folder below the recipe's `out`; an existing one is gone on with. Empty makes a new one."""
     search: Literal["grid", "random", "tpe", "gp", "pareto"] = "tpe"
     """How settings are chosen: tpe and gp are Optuna's, pareto weighs the space's OBJECTIVES."""

@@ -1,0 +1,95 @@
+"""No job deletes or overwrites what it did not write: every file of jobs/ is tried on a folder of somebody else's."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["train.steps=2", "train.batch=8", "train.report_every=2", "train.save_every=2", "evaluate.metrics=[]"]
+
+# Words of each job that would write into the folder `mine`. {mine} holds files of somebody else's: photos, notes, and
+# files with the names that the platform gives to its own.
+WRITING = {
+    "compare": ["runs=[last] out={mine}/report.html", "runs=[last] out={mine}"],
+    "distill": [
+        "recipe=fashion_mnist out={mine}/.. name=mine",
+        "recipe=fashion_mnist out={mine}/.. name=../mine",
+        "recipe=fashion_mnist out={mine} name=.",
+        "recipe=fashion_mnist out={mine}/.. name=new storage={mine}/..",  # {mine}/../new holds no checkpoints
+        "recipe=fashion_mnist out={mine}/.. name=new --dry-run storage={mine}/..",
+    ],
+    "export": [
+        "run={mine} out={mine} overwrite=true",
+        "run={mine} out={mine}/export overwrite=true",
+        "run={mine}/checkpoints/step-00000007 out={mine}/export",
+    ],
+    "features": ["data=shipped:fashion_mnist/shards out={mine}"],
+    "prepare": [
+        "source=folder path={mine}/photos out={mine} overwrite=true",
+        "source=folder path={mine}/photos out={mine}/photos overwrite=true",
+        "source=folder path={mine}/photos out={mine}/notes overwrite=true",
+        "source=folder path={mine}/photos out={mine}/notes",
+    ],
+    "sample": [
+        "model=shipped:fashion_mnist/teacher images=2 out={mine}/photos/000000.png",
+        "model=shipped:fashion_mnist/teacher images=2 out={mine}",
+        "model=shipped:fashion_mnist/teacher images=2 out={free}/grid.png each={mine}/photos",
+    ],
+    "sweep": [
+        "space=ttur recipe=fashion_mnist out={mine}/.. name=mine",
+        "space=ttur recipe=fashion_mnist out={mine}/.. name=../mine",
+    ],
+    "teach": ["recipe=fashion_mnist_teacher out={mine}/.. name=mine"],
+    "track": ["folder={mine}"],
+}
+# doctor.py writes probes under new names and removes them; evaluate.py writes nothing.
+READING = {"doctor", "evaluate"}
+
+
+def test_every_job_is_tried_here():
+    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == WRITING.keys() | READING
+
+
+@pytest.fixture
+def mine(tmp_path) -> Path:
+    folder = tmp_path / "somebody" / "mine"
+    for path in ("photos", "checkpoints/step-00000007", "export", "teacher", "notes", "../new/step-00000001"):
+        (folder / path).mkdir(parents=True)
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i, i, i)).save(folder / "photos" / f"{i:06d}.png")
+    for name in (
+        "recipe.yaml report.html thesis.tex scores.json reports.jsonl stop features.safetensors statistics.npz "
+        "checkpoints/step-00000007/thesis.tex export/model_index.json teacher/fewstep.json notes/manifest.json "
+        "student.png ../new/step-00000001/thesis.tex"
+    ).split():
+        (folder / name).write_text("mine")
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(("job", "words"), [(job, words) for job, all_words in WRITING.items() for words in all_words])
+def test_a_job_leaves_the_files_of_others_alone(job, words, mine, tmp_path, monkeypatch, capsys):
+    (tmp_path / "free").mkdir()
+    monkeypatch.chdir(tmp_path / "free")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    before = content(mine.parent)
+    if job in ("distill", "teach"):
+        words += " " + " ".join(TINY)
+    words = words.format(mine=mine, free=tmp_path / "free").split()
+    script = str(ROOT / "jobs" / f"{job}.py")
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    said = capsys.readouterr().err or str(ended.value.code)
+    assert ended.value.code not in (0, None)
+    assert len(said.strip().splitlines()) == 1, said
+    assert str(mine.name) in said or "name" in said or "new" in said
+    assert content(mine.parent) == before
