@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.config import ConfigError
 from fewstep.diffusion.draws import Draws
@@ -139,6 +140,47 @@ def test_a_prediction_without_an_x0_on_its_schedule_is_refused():
                     Denoiser(Known(), schedule, prediction)
     assert Denoiser(Known(), Flow(t_max=0.99), "eps").prediction == "eps"  # alpha stays above 0
     assert Denoiser(Known(), DDPM("squaredcos_cap_v2"), "eps").prediction == "eps"
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_level_of_the_networks_own_schedule_is_answered_where_it_was_made(name):
+    own = SCHEDULES[name]
+    net, t = Denoiser(Known(), own, "edm" if name == "edm" else "v"), own.ramp(torch.linspace(0, 1, 7))
+    net.backbone.target = draw(1, 7, 2, 8, 8)
+    made = own.level(t, 4)
+    mine, time = net.own(made, 4)
+    assert mine is made and torch.equal(time, t)  # no rounding to alpha and sigma on the way
+    x_t = draw(2, 7, 2, 8, 8)
+    found = net(x_t, made)
+    x, time = net.backbone.seen
+    assert torch.equal(time, ((t.log() / 4) if name == "edm" else t).float())
+    assert name == "edm" or x is x_t
+    # the same level without its origin takes the way over the angle and arrives within rounding
+    unknown = Level(made.alpha, made.sigma)
+    torch.testing.assert_close(net.own(unknown, 4)[1], t, rtol=1e-5, atol=1e-3 if isinstance(own, DDPM) else 1e-7)
+    torch.testing.assert_close(net(x_t, unknown), found, rtol=1e-4, atol=1e-5)
+    part = made.map(lambda v: v[2:4])
+    assert torch.equal(net.own(part, 4)[1], t[2:4]) and part.alpha.shape == (2, 1, 1, 1)
+
+
+def test_a_call_at_the_networks_own_schedule_takes_few_operations_beside_the_backbone():
+    class Count(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            self.count += 1
+            return f(*args, **(kwargs or {}))
+
+    counts = {}
+    for name, prediction in (("edm", "edm"), ("ddpm", "eps"), ("sd", "v"), ("flow", "flow"), ("trig", "v")):
+        net, own, x = Denoiser(Known(), SCHEDULES[name], prediction), SCHEDULES[name], draw(1, 2, 2, 8, 8)
+        net.backbone.target = x
+        made = own.level(own.ramp(torch.tensor([0.2, 0.7])), 4)
+        with torch.no_grad(), Count() as count:
+            net(x, made)
+        counts[name] = count.count
+    # 37, 44, 49, 31 and 30 by the way over the angle
+    assert counts == {"edm": 21, "ddpm": 9, "sd": 14, "flow": 11, "trig": 14}
 
 
 def test_a_network_on_its_own_schedule_is_called_as_diffusers_calls_it():

@@ -9,17 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from .schedules import Schedule
+
 
 @dataclass(frozen=True)
 class Level:
-    """A batch of noise levels. alpha, sigma: (B, 1, ..., 1) float32, broadcastable to the data."""
+    """A batch of noise levels. alpha, sigma: (B, 1, ..., 1) float32, broadcastable to the data.
+
+    schedule, t: the schedule that made it, and its time there, (B,) float64; None for a level of unknown origin. A
+    network of that schedule is asked at t itself, which no rounding to alpha and sigma has touched.
+    """
 
     alpha: Tensor
     sigma: Tensor
+    schedule: Schedule | None = None
+    t: Tensor | None = None
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Level:
+        """The level of other rows: f takes them from alpha, sigma and t alike."""
+        return Level(f(self.alpha), f(self.sigma), self.schedule, None if self.t is None else f(self.t))
 
     @property
     def angle(self) -> Tensor:

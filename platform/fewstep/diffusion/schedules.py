@@ -19,9 +19,9 @@ from torch import Tensor
 from .level import Level
 
 
-def _level(alpha: Tensor, sigma: Tensor, ndim: int) -> Level:
+def _level(alpha: Tensor, sigma: Tensor, ndim: int, schedule: Schedule, t: Tensor) -> Level:
     shape = (-1,) + (1,) * (ndim - 1)
-    return Level(alpha.reshape(shape).float(), sigma.reshape(shape).float())
+    return Level(alpha.reshape(shape).float(), sigma.reshape(shape).float(), schedule, t)
 
 
 def _check(name: str, t_min: float, t_max: float, top: float) -> None:
@@ -46,7 +46,7 @@ class EDM:
 
     def level(self, t: Tensor, ndim: int) -> Level:
         t = t.double()
-        return _level(torch.ones_like(t), t, ndim)
+        return _level(torch.ones_like(t), t, ndim, self, t)
 
     def time(self, angle: Tensor) -> Tensor:
         return angle.tan()
@@ -76,7 +76,7 @@ class Flow:
 
     def level(self, t: Tensor, ndim: int) -> Level:
         t = t.double()
-        return _level(1 - t, t, ndim)
+        return _level(1 - t, t, ndim, self, t)
 
     def time(self, angle: Tensor) -> Tensor:
         return angle.sin() / (angle.sin() + angle.cos())
@@ -100,7 +100,7 @@ class Trig:
 
     def level(self, t: Tensor, ndim: int) -> Level:
         t = t.double()
-        return _level(t.cos(), t.sin(), ndim)
+        return _level(t.cos(), t.sin(), ndim, self, t)
 
     def time(self, angle: Tensor) -> Tensor:
         return angle
@@ -170,7 +170,7 @@ class DDPM:
         t = t.double()
         low = t.floor().long().clamp(0, self.steps - 2)
         angle = torch.lerp(table[low], table[low + 1], t - low)
-        return _level(angle.cos(), angle.sin(), ndim)
+        return _level(angle.cos(), angle.sin(), ndim, self, t)
 
     def time(self, angle: Tensor) -> Tensor:
         table = self.angles(angle.device)

@@ -82,15 +82,20 @@ class Denoiser(nn.Module):
         return getattr(self.backbone, "null", self.classes)
 
     def own(self, level: Level, ndim: int) -> tuple[Level, Tensor]:
-        """The level of the same angle on the network's own schedule, and its time (B,) float64."""
+        """The level of the same angle on the network's own schedule, and its time (B,) float64.
+
+        A level that the network's own schedule made is returned as it is; any other is held within t_min and t_max.
+        """
+        if level.schedule == self.schedule:
+            return level, level.t
         t = self.schedule.time(level.angle.flatten()).clamp(self.schedule.t_min, self.schedule.t_max)
         return self.schedule.level(t, ndim), t
 
     def conditioning(self, own: Level, t: Tensor) -> tuple[Tensor | float, Tensor]:
-        """(factor on what enters the network, its noise conditioning (B,) float32) at its own level and time."""
+        """(factor on what enters the network, 1.0 for none; its noise conditioning (B,) float32) at its own level."""
         if self.prediction == "edm":
             scale = torch.rsqrt((own.alpha * self.data_std) ** 2 + own.sigma**2)
-            return scale, (t.log() / 4 * self.time_scale).float()
+            return scale, (t.log() * (self.time_scale / 4)).float()
         return 1.0, (t * self.time_scale).float()
 
     def target(self, level: Level, x0: Tensor, eps: Tensor) -> Tensor:
@@ -109,11 +114,12 @@ class Denoiser(nn.Module):
         (B, F, h, w), for a head; no decoder is run. "both": (x0, features). "raw+features": (F, features).
         """
         own, t = self.own(level, x_t.ndim)
-        x_own = x_t * (own.norm / level.norm)
+        x_own = x_t if own is level else x_t * (own.norm / level.norm)
         scale, time = self.conditioning(own, t)
+        entering = x_own * scale if isinstance(scale, Tensor) else x_own
         self.running = "no_grad" if not torch.is_grad_enabled() else "encoder" if mode == "features" else "full"
         with torch.autocast(x_t.device.type, enabled=False):  # a caller's region does not change what precision means
-            out = self.backbone(x_own * scale, time, cond, {"raw": "x0", "raw+features": "both"}.get(mode, mode))
+            out = self.backbone(entering, time, cond, {"raw": "x0", "raw+features": "both"}.get(mode, mode))
         if mode == "features":
             return out.float()
         f, features = out if isinstance(out, tuple) else (out, None)
@@ -148,7 +154,7 @@ class Guided(nn.Module):
     def forward(self, x_t: Tensor, level: Level, cond: Any, mode: Mode = "x0") -> Tensor:
         if mode != "x0" or self.scale == 1:
             return self.denoiser(x_t, level, cond, mode)
-        twice = Level(*(torch.cat([v.expand(len(x_t), *v.shape[1:])] * 2) for v in (level.alpha, level.sigma)))
+        twice = level.map(lambda v: torch.cat([v.expand(len(x_t), *v.shape[1:])] * 2))
         null = torch.full_like(cond, self.denoiser.null) if self.null is None else self.null
         x0, x0_null = self.denoiser(torch.cat([x_t, x_t]), twice, _cat(cond, null)).chunk(2)
         return x0_null + self.scale * (x0 - x0_null)

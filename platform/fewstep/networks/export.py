@@ -152,7 +152,7 @@ def _compare(net: Denoiser, folder: Path, levels: Sequence[Level]) -> float:
 
 
 def _repeat(level: Level, count: int) -> Level:
-    return Level(*(v.expand(count, *v.shape[1:]) for v in (level.alpha, level.sigma)))
+    return level.map(lambda v: v.expand(count, *v.shape[1:]))
 
 
 def _in_fresh_process(folder: Path) -> Tensor:
