@@ -8,6 +8,7 @@ import runpy
 import shlex
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -167,3 +168,22 @@ def test_a_missing_file_is_named_with_the_job_that_makes_it(tmp_path, monkeypatc
 def test_a_missing_teacher_is_named_with_the_job_that_makes_it(place):
     with pytest.raises(ValueError, match=r"teacher: no folder .*elsewhere'.*python jobs/teach.py"):
         describe(load_recipe(["recipe=cifar10", "teacher=elsewhere"], RECIPES, "none"))
+
+
+@pytest.mark.parametrize(
+    "shape, labels, classes, reason",
+    [
+        ((1, 28, 28), 10, 10, None),
+        ((1, 28, 28), 10, None, None),  # labels that the network does not take
+        ((1, 28, 28), 0, None, None),
+        ((1, 28, 28), 0, 10, "the images have no labels, but the network has 10 classes; prepare them with labels"),
+        ((1, 28, 28), 9, 10, "labels of 9 classes, but the network has 10; give classes=10 to jobs/prepare.py"),
+        ((1, 28, 27), 10, 10, r"images of shape \(1, 28, 27\) .*prepare them with size="),
+    ],
+)
+def test_images_and_labels_that_do_not_fit_the_network_are_refused(shape, labels, classes, reason):
+    feed, net = SimpleNamespace(shape=shape, classes=labels), SimpleNamespace(shape=(1, 28, 28), classes=classes)
+    if reason is None:
+        return build.check_data(feed, net)
+    with pytest.raises(ValueError, match=f"^data.path: {reason}"):
+        build.check_data(feed, net)

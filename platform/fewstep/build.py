@@ -79,14 +79,22 @@ def make_feed(data: Data, seed: int) -> Feed:
 
 
 def check_data(feed: Feed, student: Denoiser) -> None:
-    """Raises ValueError where the images do not fit the network."""
+    """Raises ValueError where the images or their labels do not fit the network."""
     if tuple(feed.shape) != tuple(student.shape):
         raise ValueError(
             f"data.path: images of shape {tuple(feed.shape)} (C, H, W), but the network takes {tuple(student.shape)}; "
             "prepare them with size= of the network, or choose another teacher"
         )
-    if student.classes is not None and feed.classes not in (0, student.classes):
-        raise ValueError(f"data.path: {feed.classes} classes, but the network has {student.classes}")
+    if student.classes is not None and not feed.classes:
+        raise ValueError(
+            f"data.path: the images have no labels, but the network has {student.classes} classes; prepare them with "
+            "labels: a sub-folder for each class, or metadata.csv"
+        )
+    if student.classes not in (None, feed.classes):
+        raise ValueError(
+            f"data.path: labels of {feed.classes} classes, but the network has {student.classes}; give "
+            f"classes={student.classes} to jobs/prepare.py where not every class has images"
+        )
 
 
 def make_engine(recipe: Recipe, feed: Feed, world: World | None = None, folder: Path | None = None) -> Engine:
