@@ -157,7 +157,7 @@ def test_its_memory_goes_through_json_at_any_look():
         second.load(json.loads(json.dumps(first.state)))
         found += [second.look(5 * i, metrics) for i, metrics in enumerate(looks[cut:], cut + 1)]
         assert found == expected
-    with pytest.raises(TypeError, match="lokes"):
+    with pytest.raises(ValueError, match="lokes"):
         whole.load({"lokes": 3})
 
 

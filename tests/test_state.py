@@ -25,12 +25,13 @@ from fewstep.config import differences
 from fewstep.engine import checkpoint
 from fewstep.engine.checkpoint import load, load_net, read_weights, tensors_of
 from fewstep.engine.folder import checkpoints, complete, newest, step_of
-from fewstep.engine.manifest import CheckpointError, read_manifest
+from fewstep.engine.manifest import CheckpointError, covers, read_manifest, signature
 from fewstep.engine.retention import Keep
 from fewstep.engine.saver import Saver
 from fewstep.engine.storage import Place, writable
 from fewstep.engine.world import Layout, World, full
 from fewstep.methods import METHODS
+from fewstep.texts import quoted
 
 GAN = METHODS["dmd2"](critic_updates_per_student_update=2, gan_weight=0.05)
 AGAIN = "remove that folder to resume from the one before it, or start anew under another name=..."
@@ -173,27 +174,241 @@ def test_a_missing_file_is_named(saved, name):
     assert fails(saved) == f"{saved / name}: no such file, so {saved} is no complete checkpoint; {AGAIN}"
 
 
-@pytest.mark.parametrize("content", [b'{"format": 2', b"[]", b"{}", b"7", b'{"format": 2, "step": \xff}', b""])
+DAMAGE = [b'{"format": 2', b"[]", b"{}", b"7", b'{"format": 2, "step": \xff}', b"", b"[" * 999]
+
+
+@pytest.mark.parametrize("content", DAMAGE, ids=range(len(DAMAGE)))
 def test_a_damaged_manifest_is_named(saved, content):
     (saved / "manifest.json").write_bytes(content)
     text = fails(saved)
     assert text.startswith(f"{saved / 'manifest.json'}: damaged (") and text.endswith(AGAIN)
+    assert text.count(str(saved)) == 1
 
 
-def change(path: Path, **entries) -> None:
+def change(path: Path, signed: bool = True, **entries) -> None:
+    """Sets fields of a manifest, or removes those given as None. signed: with the hash of the changed content."""
     manifest = json.loads((path / "manifest.json").read_text()) | entries
-    (path / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if v is not None}))
+    manifest = {key: value for key, value in manifest.items() if value is not None and key != "sha256"}
+    if signed:
+        manifest["sha256"] = signature(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def damaged(path: Path, **kwargs) -> str:
+    """The reason for which a manifest is refused."""
+    text = fails(path, **kwargs)
+    head, tail = f"{path / 'manifest.json'}: damaged (", f"); {AGAIN}"
+    assert text.startswith(head) and text.endswith(tail) and "\n" not in text, text
+    return text[len(head) : -len(tail)]
+
+
+def test_a_manifest_vouches_for_itself_and_an_older_one_is_mentioned_once(saved, caplog):
+    file, text = saved / "manifest.json", (saved / "manifest.json").read_text()
+    file.write_text(text.replace('"images": 20', '"images": 21'))
+    assert damaged(saved) == "changed since it was written"
+    file.write_text(json.dumps(json.loads(text), indent=3, sort_keys=True))  # its content is the same
+    Run(seed=1).load(saved)
+    said = lambda: [record.getMessage() for record in caplog.records if record.name == "fewstep.engine.manifest"]
+    assert said() == []
+    change(saved, signed=False)
+    for _ in range(2):
+        Run(seed=1).load(saved)
+    assert said() == [
+        f"{file}: written by an older version, without a hash of itself; only its fields were checked"
+    ]
 
 
 def test_a_manifest_without_a_step_or_of_another_format_is_refused(saved):
     change(saved, step=None)
-    assert fails(saved) == f"{saved / 'manifest.json'}: damaged ('step' is missing); {AGAIN}"
-    change(saved, format=2, step=2, tensors={"net.disc.layers.0.bias": {"dtype": "F32", "shape": [48]}})
-    file = saved / "manifest.json"
-    with pytest.raises(CheckpointError, match=rf"{file}: damaged \(KeyError\('chunks'\)\)"):
-        read_weights(saved)
-    change(saved, format=1)
-    assert fails(saved) == f"{saved}: checkpoint format 1, this version reads 2"
+    assert damaged(saved) == "'step' is missing"
+    change(saved, step=2, format=1)
+    assert fails(saved) == f"{saved}: checkpoint format 1, this version reads 2; {AGAIN}"
+
+
+WRONG = {
+    "step": ("2", -1, 2.0, True, [], 2**63),
+    "images": ("many", -5, 1.5, 10**30),
+    "world": (0, "1", False),
+    "updates": ([], 3, {"student": -1}, {"student": "2"}, {"student": True}),
+    "recipe": ("recipe", [1]),
+    "fingerprint": (7, "0" * 16),
+    "files": ([], {"rank-00000.safetensors": 5}, {"rank-00000.safetensors": {"bytes": "5", "sha256": "0" * 64}},
+              {"rank-00000.safetensors": {"bytes": 5, "sha256": "short"}}),
+    "tensors": ([], 5, {"net.disc.x": []}, {"net.disc.x": {"dtype": "F32", "shape": [48]}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_each_field_of_a_manifest_has_a_type_and_a_range(saved, field):
+    for value in WRONG[field]:
+        change(saved, **{field: value})
+        assert damaged(saved).startswith(field), value
+
+
+def test_a_step_is_that_of_the_folder_it_lies_in(saved):
+    saved.rename(saved.with_name("step-00000003"))
+    assert damaged(saved.with_name("step-00000003")) == "step: 2, but its folder is step-00000003"
+
+
+def test_files_of_a_checkpoint_are_plain_names_in_its_folder(saved):
+    manifest = json.loads((saved / "manifest.json").read_text())
+    entry = manifest["files"].pop("rank-00000.safetensors")
+    (saved / "rank-00000.safetensors").rename(saved.parent / "outside.safetensors")
+    for name in ("../outside.safetensors", str(saved.parent / "outside.safetensors"), "rank-0.safetensors", "a/b", ""):
+        text = json.dumps(manifest["tensors"]).replace("rank-00000.safetensors", name)
+        change(saved, files={name: entry}, tensors=json.loads(text))
+        assert damaged(saved) == f"files: {quoted(name)} is no file of a checkpoint, such as rank-00000.safetensors"
+
+
+NAME = "net.disc.layers.0.weight"
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [],
+        [{"sizes": [24, 48]}],
+        [{"offsets": [24, 0]}],
+        [{"offsets": [0, 8], "sizes": [48, 40]}],
+        [{"sizes": [49, 48]}],
+        [{}, {}],
+        [{"sizes": [48]}],
+        [{"file": "rank-00001.safetensors"}],
+        [{"key": 5}],
+        "all",
+    ],
+)
+def test_every_element_of_every_tensor_is_covered_once(saved, chunks):
+    tensors = json.loads((saved / "manifest.json").read_text())["tensors"]
+    entry = tensors[NAME]
+    (whole,) = entry["chunks"]
+    assert (entry["shape"], whole["sizes"], whole["offsets"]) == ([48, 48], [48, 48], [0, 0])
+    entry["chunks"] = chunks if isinstance(chunks, str) else [whole | part for part in chunks]
+    change(saved, tensors=tensors)
+    assert damaged(saved).startswith(f"tensors.{NAME}.chunks")
+    with pytest.raises(CheckpointError, match="chunks"):
+        read_weights(saved, "net.student")  # also where that tensor is not asked for
+
+
+def test_boxes_that_cover_a_shape_once():
+    box = lambda *spans: ([a for a, _ in spans], [b - a for a, b in spans])
+    assert covers([], [([], [])]) and not covers([], [([], []), ([], [])]) and not covers([], [])
+    assert covers([4], [box((0, 4))]) and covers([4], [box((2, 4)), box((0, 2))])
+    assert covers([0, 3], [box((0, 0), (0, 3))]) and not covers([0, 3], [])
+    assert covers([4], [box((0, 4)), box((4, 4))])  # a rank that has no rows
+    assert not covers([4], [box((0, 2)), box((0, 2))]) and not covers([4], [box((0, 3)), box((2, 3))])
+    assert not covers([4], [box((0, 5))]) and not covers([4], [box((1, 5))])
+    windmill = [box((0, 2), (0, 1)), box((2, 3), (0, 2)), box((1, 3), (2, 3)), box((0, 1), (1, 3)), box((1, 2), (1, 2))]
+    assert covers([3, 3], windmill)
+    assert not covers([3, 3], [*windmill[:4], box((0, 1), (0, 1))])
+    grid = [box((i, i + 2), (j, j + 3), (0, 5)) for i in range(0, 64, 2) for j in range(0, 96, 3)]
+    assert covers([64, 96, 5], grid) and not covers([64, 96, 5], [*grid[:-1], grid[0]])
+
+
+def test_a_manifest_claims_no_more_than_its_files_hold(saved):
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["tensors"]["net.disc.large"] = {
+        "dtype": "F32",
+        "shape": [10**12],
+        "chunks": [{"offsets": [0], "sizes": [10**12], "file": "rank-00000.safetensors", "key": "large"}],
+    }
+    change(saved, tensors=manifest["tensors"])
+    assert re.fullmatch(r"files.rank-00000.safetensors: \d+ bytes, but its tensors have 40000\d+", damaged(saved))
+    files = {"rank-00000.safetensors": manifest["files"]["rank-00000.safetensors"] | {"bytes": 5 * 10**12}}
+    change(saved, files=files)
+    with pytest.raises(CheckpointError, match="truncated or changed since it was written"):
+        read_weights(saved)  # before it asks for the memory
+
+
+def test_a_chunk_is_in_its_file_what_the_manifest_says(saved):
+    tensors = json.loads((saved / "manifest.json").read_text())["tensors"]
+    tensors[NAME]["chunks"][0]["key"] = "net.disc.layers.0.bias"
+    change(saved, tensors=tensors)
+    file = saved / "rank-00000.safetensors"
+    with pytest.raises(CheckpointError) as error:
+        read_weights(saved, "net.disc")
+    assert str(error.value) == (
+        f"{file}: net.disc.layers.0.bias is F32 [48] there, and F32 [48, 48] in the manifest; {AGAIN}"
+    )
+    tensors[NAME]["chunks"][0]["key"] = "nowhere"
+    change(saved, tensors=tensors)
+    assert f"{file}: " in fails(saved) and "nowhere" in fails(saved)
+
+
+def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path):
+    run = Run()
+    with torch.no_grad():
+        run.nets["student"].backbone.encoder[0].bias[3] = float("nan")
+    path = run.save(Saver(tmp_path), 1)
+    text = f"{path}: net.student.backbone.encoder.0.bias holds numbers that are not finite; {AGAIN}"
+    for read in (lambda: Run(seed=1).load(path), lambda: read_weights(path, "net.student")):
+        with pytest.raises(CheckpointError) as error:
+            read()
+        assert str(error.value) == text
+    assert read_weights(path, "net.disc")
+
+
+@pytest.mark.parametrize(
+    ("slot", "entry", "text"),
+    [
+        ("exp_avg", {"dtype": "F16"}, "is F16 [48, 11], expected F32 [48, 11]"),
+        ("exp_avg_sq", {"dtype": "BOOL"}, "is BOOL [48, 11], expected F32 [48, 11]"),
+        ("step", {"dtype": "I64"}, "is I64 [], expected F32 []"),
+        ("exp_avg", {"shape": []}, "is F32 [], expected F32 [48, 11]"),
+        ("exp_avg", None, "is of this optimiser alone"),
+    ],
+)
+def test_an_optimiser_takes_back_only_what_it_keeps(saved, slot, entry, text):
+    manifest = json.loads((saved / "manifest.json").read_text())
+    name = f"optim.student.backbone.encoder.0.weight.{slot}"
+    manifest["files"]["rank-00000.safetensors"]["bytes"] += 10**6
+    manifest["tensors"][name] |= entry or {}
+    (chunk,) = manifest["tensors"][name]["chunks"]
+    chunk |= {"offsets": [0] * len(manifest["tensors"][name]["shape"]), "sizes": manifest["tensors"][name]["shape"]}
+    if entry is None:
+        del manifest["tensors"][name]
+    change(saved, files=manifest["files"], tensors=manifest["tensors"])
+    assert fails(saved) == f"{saved}: does not fit the optimiser; {name} {text}"
+
+
+def test_a_run_takes_back_only_its_own_counts_and_rates(saved):
+    ours = {"step": 0, "updates": {"student": 0}, "rates": {"student": 1.0, "disc": 1.0}, "roll_backs": 0}
+    change(saved, rates={"student": 1.0, "disc": 0.2}, roll_backs=1)
+    assert Run().load(saved, progress=ours)["roll_backs"] == 1
+    for field, value, text in [
+        ("rates", None, "rates: expected an object {...}, got null"),
+        ("rates", {"student": 1.0}, "rates: disc stands in the checkpoint or in this run, and not in both"),
+        ("rates", {"student": 1.0, "disc": "1"}, "rates.disc: expected a finite number, got '1'"),
+        ("rates", {"student": 1.0, "disc": float("inf")}, "rates.disc: expected a finite number, got inf"),
+        ("rates", {"student": 1.0, "disc": True}, "rates.disc: expected a finite number, got true"),
+        ("roll_backs", 0.5, "roll_backs: expected a whole number from 0, got 0.5"),
+        ("roll_backs", -1, "roll_backs: expected a whole number from 0, got -1"),
+        ("updates", {"fake": 2}, "updates: fake, student stands in the checkpoint or in this run, and not in both"),
+    ]:
+        good = {"rates": {"student": 1.0, "disc": 0.2}, "roll_backs": 1, "updates": {"student": 2}}
+        change(saved, **good | {field: value})
+        assert fails(saved, progress=ours) == f"{saved / 'manifest.json'}: does not fit this run ({text}); {AGAIN}"
+
+
+def test_files_of_others_in_a_folder_of_checkpoints_stay(tmp_path):
+    (tmp_path / "step-00000007").mkdir()
+    (tmp_path / ".step-of-mine").mkdir()
+    for path in (tmp_path / "step-00000007" / "diary.txt", tmp_path / ".step-of-mine" / "rank-00000.safetensors"):
+        path.write_text("mine")
+    run, saver = Run(), Saver(tmp_path, keep=Keep(last=1))
+    path = run.save(saver, 1)
+    (path / "notes.txt").write_text("mine")
+    run.save(saver, 2)
+    run.save(saver, 3)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {
+        "step-00000007/diary.txt",
+        ".step-of-mine/rank-00000.safetensors",
+        "step-00000001/notes.txt",
+        "step-00000003/manifest.json",
+        "step-00000003/rank-00000.safetensors",
+    }
+    assert steps(tmp_path) == [3]
 
 
 def test_a_checkpoint_of_other_networks_is_refused(saved):

@@ -7,6 +7,7 @@ import hashlib
 import os
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 REPLACED = ".replaced"  # ending of what had a name, while a new folder takes it
@@ -38,17 +39,20 @@ def write_file(path: str | Path, content: str | bytes, sync: bool = True, mode: 
         raise
 
 
-def put_in_place(new: str | Path, target: str | Path, sync: bool = True) -> None:
+def put_in_place(
+    new: str | Path, target: str | Path, sync: bool = True, discard: Callable[[Path], None] = shutil.rmtree
+) -> None:
     """Gives a finished file or folder its name, and removes what had that name.
 
-    A folder that is replaced has the hidden name `.<name>.replaced` until the new one is in its place.
-    sync: wait until the name is on the disk, so that it survives a power cut.
+    A folder that is replaced has the hidden name `.<name>.replaced` until the new one is in its place; `discard` then
+    removes it. sync: wait until the name is on the disk, so that it survives a power cut.
     """
     new, target = Path(new), Path(target)
     old = target.with_name(f".{target.name}{REPLACED}")
     replaces = target.is_dir() and not target.is_symlink()
     if replaces:
-        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed below
+        if old.exists():  # of a process that was killed below
+            discard(old)
         os.replace(target, old)
     try:
         os.replace(new, target)
@@ -63,4 +67,4 @@ def put_in_place(new: str | Path, target: str | Path, sync: bool = True) -> None
         finally:
             os.close(folder)
     if replaces:
-        shutil.rmtree(old)
+        discard(old)

@@ -12,6 +12,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -35,11 +36,22 @@ from torch.distributed.checkpoint.storage import WriteResult
 from ..config import differences, fingerprint
 from ..files import sha256_of
 from ..texts import reason
-from .folder import MANIFEST, clear, remove
-from .manifest import AGAIN, FORMAT, CheckpointError, manifest_text, metadata_of, not_there, read_manifest
+from .folder import MANIFEST, clear, discard, remove
+from .manifest import (
+    AGAIN,
+    FORMAT,
+    CheckpointError,
+    check_alike,
+    manifest_text,
+    metadata_of,
+    not_there,
+    read_manifest,
+)
 from .storage import Place, Ref
 from .tensor_file import DTYPE_NAMES, DTYPES, write_tensors
 from .world import World
+
+CHANGED = "truncated or changed since it was written"
 
 T = TypeVar("T")
 
@@ -203,7 +215,7 @@ class Writer(dcp.StorageWriter):
                     )
             (self.folder / MANIFEST).write(manifest_text(manifest))
             if self.target.local:
-                self.folder.rename(self.target)
+                self.folder.rename(self.target, discard)
             self.published()
 
 
@@ -218,10 +230,7 @@ class Reader(dcp.StorageReader):
 
     def __init__(self, path: Place, manifest: Mapping[str, Any], verify_all: bool = False):
         self.path, self.manifest, self.verify_all = path, manifest, verify_all
-        try:
-            self.metadata = metadata_of(manifest["tensors"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path / MANIFEST}: damaged ({error!r}); {AGAIN}") from None
+        self.metadata = metadata_of(manifest["tensors"])
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -245,10 +254,13 @@ class Reader(dcp.StorageReader):
     def read_data(self, plan: LoadPlan, planner: dcp.LoadPlanner) -> torch.futures.Future[None]:
         wanted: dict[str, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
-            wanted[self.metadata.storage_data[item.storage_index][0]].append(item)
+            wanted[self.metadata.storage_data[item.storage_index]["file"]].append(item)
         for name in self.manifest["files"] if self.verify_all else wanted:
             with self._verified(name) as file, safe_open(file, "pt") as tensors:
-                for item in wanted.get(name, []):
+                items = wanted.get(name, [])
+                for item in items:
+                    self._check_chunk(tensors, item, name)
+                for item in items:
                     target = planner.resolve_tensor(item).detach()
                     target.copy_(self._chunk(tensors, item))
                     planner.commit_tensor(item, target)
@@ -256,35 +268,68 @@ class Reader(dcp.StorageReader):
         done.set_result(None)
         return done
 
+    def _check_chunk(self, tensors: Any, item: ReadItem, file: str) -> None:
+        chunk = self.metadata.storage_data[item.storage_index]
+        stored = tensors.get_slice(chunk["key"])
+        if [stored.get_dtype(), stored.get_shape()] != [chunk["dtype"], chunk["sizes"]]:
+            raise CheckpointError(
+                f"{self.path / file}: {chunk['key']} is {stored.get_dtype()} {stored.get_shape()} there, and "
+                f"{chunk['dtype']} {chunk['sizes']} in the manifest; {AGAIN}"
+            )
+
     def _chunk(self, tensors: Any, item: ReadItem) -> Tensor:
-        key = self.metadata.storage_data[item.storage_index][1]
+        key = self.metadata.storage_data[item.storage_index]["key"]
         if not item.lengths:
             return tensors.get_tensor(key)
         spans = zip(item.storage_offsets, item.lengths, strict=True)
         return tensors.get_slice(key)[tuple(slice(first, first + length) for first, length in spans)]
 
+    def check_sizes(self, names: Iterable[str]) -> None:
+        """Raises CheckpointError where a file that holds a part of these tensors has not the size that was written.
+
+        A manifest's tensors are no larger than its files, so room for tensors that passed is no more than their files.
+        """
+        chunks = (chunk for name in names for chunk in self.manifest["tensors"][name]["chunks"])
+        for name in sorted({chunk["file"] for chunk in chunks}):
+            self._check_size(name)
+
+    def _check_size(self, name: str) -> None:
+        place = self.path / name
+        try:
+            size = place.size()
+        except FileNotFoundError:
+            raise not_there(place, self.path) from None
+        if size != self.manifest["files"][name]["bytes"]:
+            raise CheckpointError(f"{place}: {CHANGED}; {AGAIN}")
+
     @contextmanager
     def _verified(self, name: str) -> Iterator[str]:
         """A file of the checkpoint, on this machine, with the content that was written."""
         place = self.path / name
-        try:
-            with place.fetched() as file:
-                if sha256_of(file) != self.manifest["files"][name]["sha256"]:
-                    raise CheckpointError(f"{place}: truncated or changed since it was written; {AGAIN}")
-                yield file
-        except FileNotFoundError:
-            raise not_there(place, self.path) from None
-        except SafetensorError as error:
-            raise CheckpointError(f"{place}: {error}; {AGAIN}") from None
+        self._check_size(name)
+        with named(place):
+            try:
+                with place.fetched() as file:
+                    if sha256_of(file) != self.manifest["files"][name]["sha256"]:
+                        raise CheckpointError(f"{place}: {CHANGED}; {AGAIN}")
+                    yield file
+            except FileNotFoundError:
+                raise not_there(place, self.path) from None
+            except SafetensorError as error:
+                raise CheckpointError(f"{place}: {error}; {AGAIN}") from None
 
 
 def _read(reader: Reader, into: dict[str, Tensor]) -> None:
-    """Fills tensors, sharded or not, from a checkpoint; each rank for itself."""
+    """Fills tensors, sharded or not, from a checkpoint; each rank for itself. Refuses numbers that are not finite."""
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         dcp.load(into, storage_reader=reader, planner=planner, no_dist=True)
     except CheckpointException as error:
         raise error.failures[0][0] from None
+    for name, tensor in into.items():
+        here = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        if here.is_floating_point() and not here.isfinite().all():
+            raise CheckpointError(f"{reader.path}: {name} holds numbers that are not finite; {AGAIN}")
 
 
 def load(
@@ -295,11 +340,14 @@ def load(
     recipe: Mapping[str, Any] | None = None,
     allow: Iterable[str] = (),
     verify_all: bool = False,
+    progress: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Fills networks and their optimisers, sharded or not, from a checkpoint of any number of ranks; a collective.
 
     Each rank reads, and verifies, the files it needs something from. recipe: of the run that means to go on, whose
-    differences outside `allow` are refused; None takes any. Returns the manifest. Raises CheckpointError, on all ranks.
+    differences outside `allow` are refused; None takes any. progress: the run's own fields of a manifest, such as its
+    updates and rates; the checkpoint's must be of their kinds. Returns the manifest. Raises CheckpointError, on all
+    ranks.
     """
     path = Place.of(path)
 
@@ -312,6 +360,10 @@ def load(
                 f"resume_allow=[{names}]; else give this run another name or out folder, or start from those weights "
                 "with start.student=<run folder>"
             )
+        try:
+            check_alike({key: manifest.get(key) for key in progress or {}}, progress or {}, "")
+        except ValueError as error:
+            raise CheckpointError(f"{path / MANIFEST}: does not fit this run ({error}); {AGAIN}") from None
         reader = Reader(path, manifest, verify_all)
         into: dict[str, Tensor] = {}
         for name, net in nets.items():
@@ -319,7 +371,8 @@ def load(
             own = net.state_dict()
             _fits(own, {key: manifest["tensors"][whole] for key, whole in found.items()}, f"{path}, {name}")
             into |= {whole: own[key].detach() for key, whole in found.items()}
-        states = {role: _slots(manifest["tensors"], role, nets[role], into, path) for role in optims}
+        tensors = manifest["tensors"]
+        states = {role: _slots(tensors, role, nets[role], optim, into, path) for role, optim in optims.items()}
         _read(reader, into)
         for role, optim in optims.items():
             optim.state.clear()
@@ -330,19 +383,55 @@ def load(
 
 
 def _slots(
-    tensors: Mapping[str, Any], role: str, net: nn.Module, into: dict[str, Tensor], path: Place
+    tensors: Mapping[str, Any],
+    role: str,
+    net: nn.Module,
+    optim: torch.optim.Optimizer,
+    into: dict[str, Tensor],
+    path: Place,
 ) -> dict[Tensor, dict[str, Tensor]]:
-    """Room for a role's optimiser state, laid out as its parameters, noted in `into` by name."""
-    params, states = dict(net.named_parameters()), defaultdict(dict)
+    """Room for a role's optimiser state, laid out as its parameters, noted in `into` by name.
+
+    Raises CheckpointError where the checkpoint's state is not what this optimiser keeps of a parameter that trains.
+    """
+    params, found, states = dict(net.named_parameters()), defaultdict(dict), {}
     for key, whole in _part(tensors, f"optim.{role}").items():
         name, _, slot = key.rpartition(".")
-        param, entry = params.get(name), tensors[whole]
-        if param is None or entry["shape"] not in ([], list(param.shape)):
+        if name not in params:
             raise CheckpointError(f"{path}: does not fit the optimiser; {whole} belongs to no parameter")
-        dtype = DTYPES[entry["dtype"]]
-        room = torch.empty_like(param, dtype=dtype) if entry["shape"] else torch.empty((), dtype=dtype)
-        into[whole] = states[param][slot] = room.detach().to(param.device)
+        found[name][slot] = whole
+    kept: dict[Any, dict[str, Tensor]] = {}
+    for name, slots in found.items():
+        param = params[name]
+        alike = (param.ndim, param.dtype, param.device)
+        if alike not in kept:
+            kept[alike] = _state_of_one(optim, param)
+        if wrong := sorted(slots.keys() ^ kept[alike].keys()):
+            where = "of this optimiser alone" if wrong[0] in kept[alike] else "of the checkpoint alone"
+            raise CheckpointError(f"{path}: does not fit the optimiser; optim.{role}.{name}.{wrong[0]} is {where}")
+        states[param] = {}
+        for slot, whole in slots.items():
+            value, entry = kept[alike][slot], tensors[whole]
+            shape = list(param.shape) if value.ndim == param.ndim else []
+            ours, theirs = [DTYPE_NAMES[value.dtype], shape], [entry["dtype"], entry["shape"]]
+            if ours != theirs:
+                raise CheckpointError(
+                    f"{path}: does not fit the optimiser; {whole} is {theirs[0]} {theirs[1]}, expected {ours[0]} "
+                    f"{ours[1]}"
+                )
+            room = torch.empty_like(param, dtype=value.dtype) if shape else torch.empty_like(value)
+            into[whole] = states[param][slot] = room.detach()
     return states
+
+
+def _state_of_one(optim: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor]:
+    """The state that an optimiser keeps of a parameter, seen on one of a single element that takes one step."""
+    one = torch.zeros([1] * param.ndim, dtype=param.dtype, device=param.device, requires_grad=True)
+    one.grad = torch.zeros_like(one)
+    trial = copy(optim)
+    trial.state, trial.param_groups = defaultdict(dict), [{**optim.param_groups[0], "params": [one]}]
+    trial.step()
+    return trial.state[one]
 
 
 def _fits(own: Mapping[str, Tensor], theirs: Mapping[str, Mapping[str, Any]], where: str) -> None:
@@ -384,6 +473,7 @@ def read_weights(path: Ref, prefix: str = "") -> dict[str, Tensor]:
     manifest = read_manifest(path.ref)
     reader, tensors = Reader(path, manifest), manifest["tensors"]
     names = _part(tensors, prefix) if prefix else {name: name for name in tensors}
+    reader.check_sizes(names.values())
     into = {n: torch.empty(tensors[n]["shape"], dtype=DTYPES[tensors[n]["dtype"]]) for n in names.values()}
     _read(reader, into)
     return {key: into[whole] for key, whole in names.items()}

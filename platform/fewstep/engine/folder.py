@@ -6,6 +6,7 @@ store, which cannot rename, its manifest comes last, and a folder without one is
 
 from __future__ import annotations
 
+import os
 import re
 
 from ..files import REPLACED
@@ -13,9 +14,11 @@ from .storage import Place, Ref
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
+RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
 HIDDEN = r"(\.[0-9a-f]{8})?"  # of a file while it is written
 OWN = re.compile(rf"\.?step-\d{{8,}}(\.removed|{re.escape(REPLACED)})?|\.?scores\.json{HIDDEN}|\.probe\.\w+")
-INSIDE = re.compile(rf"\.?rank-\d{{5,}}\.safetensors{HIDDEN}|\.?manifest\.json{HIDDEN}")
+INSIDE = re.compile(rf"\.?{RANK_FILE.pattern}{HIDDEN}|\.?manifest\.json{HIDDEN}")
+UNFINISHED = re.compile(rf"\.{NAME.pattern}(\..*)?")  # a checkpoint that is being written, replaced or removed
 
 
 def step_of(path: Ref) -> int:
@@ -55,24 +58,35 @@ def foreign(folder: Ref) -> str | None:
 
 
 def remove(checkpoint: Place) -> None:
-    """Removes a checkpoint; one of which a part is left never looks complete."""
-    if checkpoint.local:
+    """Removes a checkpoint; one of which a part is left never looks complete. Files of others stay where they are."""
+    if checkpoint.local and set(checkpoint.names()) == set(_ours(checkpoint)):
         hidden = checkpoint.beside(f".{checkpoint.name}.removed")
         checkpoint.rename(hidden)
-        hidden.remove()
+        discard(hidden)
     else:
-        if (checkpoint / MANIFEST).is_file():
-            (checkpoint / MANIFEST).remove()
-        checkpoint.remove()
+        discard(checkpoint)
+
+
+def discard(folder: Place) -> None:
+    """Removes the files that a checkpoint consists of, the manifest first, and the folder where nothing else is in it.
+
+    A folder with files of others stays, as the platform deletes nothing that it did not write.
+    """
+    for name in sorted(_ours(folder), key=lambda name: name != MANIFEST):
+        (folder / name).remove()
+    if folder.local and not folder.names():
+        os.rmdir(folder.path)
+
+
+def _ours(folder: Place) -> list[str]:
+    return [name for name in folder.names() if INSIDE.fullmatch(name) and (folder / name).is_file()]
 
 
 def clear(folder: Place) -> None:
     """Removes what a write that was killed or failed has left in a folder."""
     names = folder.names()
     for name in names:
-        if name.endswith(REPLACED) and name[1 : -len(REPLACED)] not in names:
-            (folder / name).rename(folder / name[1 : -len(REPLACED)])  # its successor did not arrive
-        elif name.startswith(".step-"):
-            (folder / name).remove()
-        elif NAME.fullmatch(name) and not (folder / name / MANIFEST).is_file():
-            (folder / name).remove()
+        if name.endswith(REPLACED) and NAME.fullmatch(former := name[1 : -len(REPLACED)]) and former not in names:
+            (folder / name).rename(folder / former)  # its successor did not arrive
+        elif UNFINISHED.fullmatch(name) or (NAME.fullmatch(name) and not (folder / name / MANIFEST).is_file()):
+            discard(folder / name)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from ..config import Strict
 
@@ -85,6 +85,8 @@ class Watch:
     seen: the window's looks, each its first step and its signals. suspected: signals beyond SUSPECT, and since when.
     """
 
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")  # of what `load` takes
+
     guard: Guard
     step: int = 0
     best: float = 0.0
@@ -102,8 +104,8 @@ class Watch:
         return {name: value for name, value in vars(self).items() if name != "guard"}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Remembers what `state` says, and nothing else. Raises TypeError where that is no state of a Watch."""
-        vars(self).update(vars(Watch(self.guard, **state)))
+        """Remembers what `state` says, and nothing else. Raises ValueError where that is no state of a Watch."""
+        vars(self).update(vars(TypeAdapter(Watch).validate_python({"guard": self.guard, **state})))
 
     def look(self, step: int, metrics: Mapping[str, float]) -> Alarm | None:
         """Judges the means of the signals since the last look, named "<phase>/<signal>"; what is absent is not judged.

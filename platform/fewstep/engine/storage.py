@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,10 +109,21 @@ class Place:
         with self.writing() as file:
             file.write(data)
 
-    def read(self) -> bytes:
-        """All of a file. Raises FileNotFoundError naming it."""
+    def size(self) -> int:
+        """A file's size in bytes. Raises FileNotFoundError naming it, also for what is no file."""
         try:
-            return self.fs.cat_file(self.path)
+            if self.is_file():
+                return self.fs.size(self.path)
+        except FileNotFoundError:  # removed in between
+            pass
+        raise FileNotFoundError(2, "No such file", str(self))
+
+    def read(self, limit: int | None = None) -> bytes:
+        """A file's content, at most its first `limit` bytes. Raises FileNotFoundError naming it."""
+        size = self.size()
+        try:
+            cut = limit is not None and limit < size
+            return self.fs.cat_file(self.path, 0, limit) if cut else self.fs.cat_file(self.path)
         except FileNotFoundError:
             raise FileNotFoundError(2, "No such file", str(self)) from None
 
@@ -129,9 +140,13 @@ class Place:
                 raise FileNotFoundError(2, "No such file", str(self)) from None
             yield f"{folder}/{self.name}"
 
-    def rename(self, other: Place) -> None:
-        """Gives a local file or folder the name `other`, and removes what had it; the name survives a power cut."""
-        put_in_place(self.path, other.path)
+    def rename(self, other: Place, discard: Callable[[Place], None] | None = None) -> None:
+        """Gives a local file or folder the name `other`, and removes what had it; the name survives a power cut.
+
+        discard: how a folder that had the name is removed; None removes all of it.
+        """
+        remove = Place.remove if discard is None else discard
+        put_in_place(self.path, other.path, discard=lambda old: remove(Place(self.fs, str(old))))
 
     def remove(self) -> None:
         """Removes a file or a folder and all below."""

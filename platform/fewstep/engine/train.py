@@ -17,9 +17,11 @@ from ..diffusion.draws import Draws
 from ..diffusion.losses import finite
 from ..methods.base import Batch, Method
 from ..networks.average import Exponential, Power, Profile, average
+from ..texts import one_line, quoted
 from .checkpoint import load
 from .folder import checkpoints, step_of
 from .guard import Alarm, Guard, Watch
+from .manifest import AGAIN, CheckpointError
 from .optim import Optim, grad_norm
 from .retention import Keep
 from .saver import Saver
@@ -468,10 +470,13 @@ class Engine:
     def save(self) -> Ref:
         """Begins to save everything this run needs to go on; a collective. Returns where the checkpoint will be."""
         self._rest()
-        manifest = {"step": self.step, "images": self.images, "updates": self.updates, "recipe": self.recipe}
-        manifest |= {"rates": self.rates, "roll_backs": self.roll_backs}
+        manifest = self._progress() | {"images": self.images, "recipe": self.recipe}
         manifest |= {"watch": None if self.watch is None else self.watch.state}
         return self.saver.save(self._parts(), self.optims, manifest)
+
+    def _progress(self) -> dict[str, Any]:
+        """What a resumed run goes on with beside its tensors."""
+        return {"step": self.step, "updates": self.updates, "rates": self.rates, "roll_backs": self.roll_backs}
 
     def wait(self) -> None:
         """Until what was saved is complete. Raises CheckpointError, on all ranks together."""
@@ -480,8 +485,15 @@ class Engine:
 
     def resume(self, path: Ref) -> None:
         """Goes on from a checkpoint of the same recipe, exactly; a collective. Raises CheckpointError."""
-        manifest = load(path, self._parts(), self.optims, self.world, self.recipe, self.resume_allow)
+        manifest = load(
+            path, self._parts(), self.optims, self.world, self.recipe, self.resume_allow, progress=self._progress()
+        )
+        if not all(0 < rate <= 1 for rate in manifest["rates"].values()):
+            raise CheckpointError(f"{path}: rates: {quoted(manifest['rates'])}, expected factors in (0, 1]; {AGAIN}")
         self.step, self.updates = manifest["step"], dict(manifest["updates"])
         self.rates, self.roll_backs = dict(manifest["rates"]), manifest["roll_backs"]
-        if self.watch is not None and manifest["watch"]:
-            self.watch.load(manifest["watch"])
+        if self.watch is not None and manifest.get("watch"):
+            try:
+                self.watch.load(manifest["watch"])
+            except ValueError as error:
+                raise CheckpointError(f"{path}: watch: {one_line(error)}; {AGAIN}") from None
