@@ -169,7 +169,8 @@ function scores() {
     h("br"), `n = ${column.images.toLocaleString("en")}`, h("br"),
     column.reference
       ? h("span", { title: `reference ${column.reference}` }, `vs ${column.reference_images.toLocaleString("en")} real (${column.reference.slice(0, 8)})`)
-      : "no reference"));
+      : "no reference",
+    column.seen_by_loss ? [h("br"), h("span", { class: "warn", title: "a loss of the run used the network of this metric" }, "seen by a loss")] : null));
   const line = (row, before) => {
     const group = row.teacher ? null : groups[row.group];
     const about = [row.teacher ? row.sampler : "", row.checkpoint === "last" ? "" : `${row.checkpoint} checkpoint`];
@@ -189,7 +190,8 @@ function scores() {
     h("p", { class: "note" },
       "Mean ± standard deviation over seeds (n − 1), of the last checkpoint unless a row says otherwise; a tick is one seed. ",
       "● best of the column; ○ off it by no more than the larger of the two deviations, so these runs do not tell the two apart. ",
-      "Scores of another sample count or reference stand in a column of their own."),
+      "Scores of another sample count or reference stand in a column of their own",
+      columns.some((column) => column.seen_by_loss) ? ", and those whose network a loss of their run used: such a loss can better them by itself." : "."),
   );
 }
 

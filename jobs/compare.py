@@ -34,6 +34,8 @@ class Compare(Strict):
     """Which sample grids to show: student, or fake, the fake score's denoising."""
     grids: Annotated[int, Field(ge=2)] | None = None
     """Sample grids a run, at most; null shares 240 among the runs."""
+    rank_seen_by_loss: bool = False
+    """Mark the best of scores, too, whose network a loss of their run used."""
     uri: str | None = None
     """Tracking server; null takes MLFLOW_TRACKING_URI, else mlflow.db in the working directory."""
     experiment: str | None = None
@@ -65,7 +67,7 @@ def main(argv: list[str]) -> None:
             what = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
         grids = job.grids or max(2, 240 // len(runs))
         records = [collect(store, run, grid=job.grid, grids=grids) for run in runs]
-        data = compare(records, what=what, store=store.uri)
+        data = compare(records, what=what, store=store.uri, rank_seen_by_loss=job.rank_seen_by_loss)
     out.write_text(page(data, ROOT / "dashboards" / "compare.html"), encoding="utf-8")
     print(f"{what}, {len(data['groups'])} different settings; open {out} in a browser")
     print(json.dumps({"page": str(out), "runs": len(runs), "groups": len(data["groups"]), "bytes": out.stat().st_size}))

@@ -60,12 +60,13 @@ def main(argv: list[str]) -> None:
     from fewstep.engine.world import World
     from fewstep.metrics.base import evaluate
     from fewstep.run import Row
-    from fewstep.students import open_sampler
+    from fewstep.students import open_sampler, recipe_of
 
     torch.set_num_threads(job.threads)
     world = World(device=torch.device(job.device))
     with plain_errors():
-        metrics = job.build(world.device)
+        recipe = recipe_of(job.model)
+        metrics = job.build(world.device, None if recipe is None else job.seen_by(recipe.loss_networks))
         samplers = [open_sampler(job.model, steps, job.guidance, world.device) for steps in job.steps]
     rows, scores = [], []
     for sampler in {s.name: s for s in samplers}.values():  # a student's is the same for any number of steps

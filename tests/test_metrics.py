@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import nn
 
 from fewstep.build import make_metrics
 from fewstep.cluster.doctor import weights
+from fewstep.cluster.progress import table as closing_table
 from fewstep.cluster.train import localized
 from fewstep.compare import Record
 from fewstep.compare import scores as compare_runs
@@ -38,13 +40,16 @@ from fewstep.metrics.inception import Inception
 from fewstep.metrics.kid import Kernel, kernel_distance
 from fewstep.metrics.prdc import Neighbours
 from fewstep.metrics.reference import moments, open_reference, save_reference
-from fewstep.recipe import load_recipe
+from fewstep.networks.card import Card, write_card
+from fewstep.recipe import Recipe, load_recipe
+from fewstep.run import Row
 from fewstep.run import check as check_run
 from fewstep.sweeps.judge import judge
 from fewstep.sweeps.record import FINISHED, Trial
+from fewstep.sweeps.report import markdown
 from fewstep.sweeps.settings import Sweep
 from fewstep.sweeps.settings import check as check_sweep
-from fewstep.sweeps.space import load_space
+from fewstep.sweeps.space import Space, apply, choice, load_space
 
 FEATURES = "shipped:fashion_mnist/features.safetensors"
 STATISTICS = "shipped:fashion_mnist/statistics.npz"
@@ -480,8 +485,8 @@ def test_diversity_is_the_ratio_of_within_class_variances(tmp_path):
 
 
 def test_build_metrics_keeps_the_order_and_names_the_nearest_of_an_unknown():
-    names = [metric.name for metric in build(ALL[::-1], FEATURES, STATISTICS)]
-    assert names == list(ALL[::-1])
+    samples = samples_of(noise(40), torch.arange(40) % 10)
+    assert [s.name for s in evaluate(build(ALL[::-1], FEATURES, STATISTICS), samples)] == list(ALL[::-1])
     with pytest.raises(ValueError, match="no metric 'recal'; did you mean 'recall'"):
         build(["recal"])
     with pytest.raises(ValueError, match="no metric 'fd_fashoin'; did you mean 'fd_fashion'"):
@@ -617,6 +622,79 @@ def test_a_direction_is_the_metrics_and_no_space_turns_it_round(tmp_path):
         (tmp_path / "mine.py").write_text(text + more)
         with pytest.raises(ConfigError, match=said):
             load_space(str(tmp_path / "mine.py"), tmp_path)
+
+
+# Scores by a network that a loss used
+
+
+@pytest.fixture
+def seeing(tmp_path) -> Recipe:
+    """A recipe whose teacher's folder holds the features that its scores are measured with, under another name."""
+    shutil.copytree(resolve("shipped:fashion_mnist/teacher"), tmp_path / "teacher")
+    shutil.copy(resolve(FEATURES), tmp_path / "teacher" / "head.safetensors")
+    words = [f"teacher={tmp_path / 'teacher'}", f"out={tmp_path / 'runs'}", "train.keep_best=1"]
+    best = ["train.keep_best_by=fd_fashion", "evaluate.every_images=9600"]
+    return load_recipe([*words, *best], RECIPES, "fashion_mnist")
+
+
+def test_a_network_that_a_loss_used_is_known_by_its_bytes(seeing, tmp_path):
+    plain = load_recipe([], RECIPES, "fashion_mnist")
+    assert plain.seen_by_loss == [] and seeing.seen_by_loss == ["fd_fashion", "class_consistency", "diversity"]
+    samples = samples_of(noise(40), torch.arange(40) % 10)
+    flags = [{s.name: s.seen_by_loss for s in evaluate(make_metrics(one), samples)} for one in (plain, seeing)]
+    assert flags == [dict.fromkeys(seeing.evaluate.metrics, seen) for seen in (False, True)]
+    assert [s.seen_by_loss for s in evaluate(build(ALL, FEATURES, STATISTICS), samples)] == [None] * len(ALL)
+
+    same_size = bytearray((tmp_path / "teacher" / "head.safetensors").read_bytes())
+    same_size[-1] ^= 1
+    (tmp_path / "teacher" / "head.safetensors").write_bytes(same_size)
+    assert seeing.seen_by_loss == []
+
+
+def test_nothing_is_ranked_by_a_score_that_a_loss_saw_unless_asked(seeing, tmp_path):
+    a = Score("fd_fashion", 1.5, 100, "one step", 1, "a" * 64, "b" * 64, 60000, "last", 2.0, seen_by_loss=True)
+    b = replace(a, value=2.0, seen_by_loss=False)
+    with pytest.raises(ValueError, match="a loss of the run used the network of fd_fashion"):
+        _ = a < b
+    assert compare(a, b, rank_seen_by_loss=True) == -0.5 and "seen by a loss" in str(a)
+
+    with pytest.raises(ValueError, match="^train.keep_best_by: a loss of the run used .*rank_seen_by_loss=true"):
+        check_run(seeing)
+    check_run(apply(seeing, {"evaluate.rank_seen_by_loss": True}))
+
+    text = "from fewstep.sweeps.space import *\nMETRIC = 'fd_fashion'\nSPACE = {'teacher': choice(%r, %r)}"
+    other = resolve("shipped:fashion_mnist/teacher")
+    (tmp_path / "mine.py").write_text(text % (str(other), str(tmp_path / "teacher")))
+    space, plain = load_space(str(tmp_path / "mine.py"), tmp_path), apply(seeing, {"teacher": str(other)})
+    assert plain.seen_by_loss == []  # one of the trials would be
+    with pytest.raises(ConfigError, match="^METRIC: a loss of the run used the network of fd_fashion"):
+        check_sweep(Sweep(space="mine"), space, plain)
+    check_sweep(Sweep(space="mine"), space, apply(plain, {"evaluate.rank_seen_by_loss": True}))
+
+    def record(gan: str, score: Score) -> Record:
+        return Record(None, "0", {"gan": gan}, [], {}, [score.to_dict() | {"step": 4}], {}, None)
+
+    runs = [record("1", a), record("2", replace(a, value=3.0)), record("3", b), record("4", replace(b, value=3.0))]
+    for told, marks in ((False, [None, None, "best", None]), (True, ["best", None, "best", None])):
+        table = compare_runs(runs, [[0], [1], [2], [3]], told)
+        assert [column["seen_by_loss"] for column in table["columns"]] == [True, False]
+        assert [[cell.get("mark") for cell in row["cells"] if cell] for row in table["rows"]] == [[m] for m in marks]
+
+
+def test_every_table_says_which_scores_a_loss_saw():
+    a = Score("fd_x", 1.5, 100, "one step", 1, "a" * 64, "b" * 64, 60000, "last", 2.0, seen_by_loss=True)
+    b = replace(a, name="diversity", seen_by_loss=False)
+    row = Row.of("student", samples_of(noise(8)), [a, b]).to_dict() | {"who": "student"}
+    assert row["seen_by_loss"] == ["fd_x"] and json.loads(json.dumps(row)) == row
+    head, line = closing_table([row]).splitlines()
+    assert head.split("  ")[-2:] == ["fd_x (n=8, seen by a loss)", "diversity (n=8)"] and len(line.split()) == 7
+    card = write_card(Card(name="x", scores=(row,)), [], None, None)
+    assert "| fd_x (seen by a loss) | diversity |" in card and "| 1.5 | 1.5 |" in card
+    score = {"images": 8, "step": 4, "scores": {"fd_x": 1.5, "diversity": 1.0}, "seen_by_loss": ["fd_x"]}
+    space = Space("s", "?", {"a": choice(1, 2)}, "fd_x", "min", {"fd_x": "min"})
+    trial = Trial(0, {"a": 1}, 0, "search", "s-0", 0.0, [score], FINISHED)
+    text = markdown(space, [trial], {"a": "a"}, list(score["scores"]))
+    assert text.startswith("| `a` | fd_x (seen by a loss) | diversity | seeds |")
 
 
 # Fashion-MNIST

@@ -192,7 +192,7 @@ def _interleave(mine: Tensor, batch: int, world: World) -> Tensor | None:
 
 def make_metrics(recipe: Recipe, device: torch.device | str = "cpu") -> list[Measure]:
     """The functions that score the recipe's samples. Raises ValueError for an unknown name or a missing file."""
-    return recipe.evaluate.build(device)
+    return recipe.evaluate.build(device, recipe.seen_by_loss)
 
 
 def grid(images: Tensor, columns: int) -> Tensor:

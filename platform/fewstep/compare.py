@@ -160,8 +160,9 @@ def _spread(values: Mapping[int, float], seeds: Sequence[str]) -> dict[str, Any]
     }
 
 
-def scores(records: Sequence[Record], grouped: list[list[int]]) -> dict[str, Any]:
-    """The table of scores: one column a metric, sample count and reference, for only such scores compare.
+def scores(records: Sequence[Record], grouped: list[list[int]], rank_seen_by_loss: bool = False) -> dict[str, Any]:
+    """The table of scores: one column a metric, sample count and reference, for only such scores compare. Scores whose
+    network a loss of their run used have a column of their own, which is marked only if rank_seen_by_loss is true.
 
     Rows are the teachers' samplers, over all runs, then the groups. A cell has mean, sample standard deviation over the
     seeds (n - 1; None for one seed), the number of seeds, the single values, and `mark`: "best", or "close" where its
@@ -173,7 +174,8 @@ def scores(records: Sequence[Record], grouped: list[list[int]]) -> dict[str, Any
     for i, record in enumerate(records):
         for score in record.scores:
             who, name = re.fullmatch(r"(?:(teacher)/.*/)?(.*)", score["name"]).groups()
-            column = {"name": name, "better": better(name)} | {key: score.get(key) for key in COMPARABLE}
+            column = {"name": name, "better": better(name), "seen_by_loss": bool(score.get("seen_by_loss"))}
+            column |= {key: score.get(key) for key in COMPARABLE}
             if column not in columns:
                 columns.append(column)
             about = {key: score.get(key) for key in ("sampler", "calls", "checkpoint")}
@@ -192,7 +194,8 @@ def scores(records: Sequence[Record], grouped: list[list[int]]) -> dict[str, Any
         table.append(row | {"images": sorted(row["images"]), "cells": cells})
     for place, c in enumerate(order):
         students = [row["cells"][place] for row in table if not row["teacher"] and row["cells"][place]]
-        _mark(students, columns[c]["better"])
+        if rank_seen_by_loss or not columns[c]["seen_by_loss"]:
+            _mark(students, columns[c]["better"])
     return {"columns": [columns[c] for c in order], "rows": table}
 
 
@@ -227,8 +230,11 @@ def _place(name: str) -> tuple:
     return (last, first, 0 if better(name.rpartition("/")[2]) == "lower" else 1, name)
 
 
-def compare(records: Sequence[Record], *, what: str, store: str) -> dict[str, Any]:
-    """Everything the page shows, as plain values. what: how the runs were chosen; store: where they are kept.
+def compare(
+    records: Sequence[Record], *, what: str, store: str, rank_seen_by_loss: bool = False
+) -> dict[str, Any]:
+    """Everything the page shows, as plain values. what: how the runs were chosen; store: where they are kept;
+    rank_seen_by_loss: as `scores` has it.
 
     Raises ValueError where there is no run, or one is given twice.
     """
@@ -253,7 +259,7 @@ def compare(records: Sequence[Record], *, what: str, store: str) -> dict[str, An
             for label in _labels(records, grouped, keys)
         ],
         "runs": [_plain(record, group_of[i], pictures) for i, record in enumerate(records)],
-        "scores": scores(records, grouped),
+        "scores": scores(records, grouped, rank_seen_by_loss),
         "metrics": metrics,
         "shown": metrics[:SHOWN_CURVES],
         "curve_points": CURVE_POINTS,

@@ -11,7 +11,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from .config import ConfigError, Strict, fingerprint, nearest, override_all, read, resolve, resolve_ref, validate, words
+from .config import (
+    ConfigError,
+    Strict,
+    fingerprint,
+    flatten,
+    nearest,
+    override_all,
+    read,
+    resolve,
+    resolve_ref,
+    validate,
+    words,
+)
 from .engine.guard import Guard
 from .engine.optim import Optim
 from .engine.train import Train
@@ -20,7 +32,7 @@ from .folders import cleaned_name, plain_name
 from .methods import METHODS
 from .metrics.base import MODES, better
 from .metrics.build import Metrics
-from .networks.pretrained import Network
+from .networks.pretrained import Network, locate
 
 # what does not decide a run's numbers: of a recipe, and of its `train`
 ASIDE = "recipe name out tracking evaluate cluster storage resume resume_allow failure".split()
@@ -92,6 +104,8 @@ class Evaluate(Metrics):
     """Images sampled at once, over all workers."""
     teacher_steps: list[Annotated[int, Field(ge=1)]] = []
     """Heun steps at which the teacher is scored beside the student at the end (2 steps - 1 calls an image)."""
+    rank_seen_by_loss: bool = False
+    """Let scores choose checkpoints and trials though a loss of the run used their network."""
     grid_every_images: Annotated[int, Field(ge=1)] | None = None
     """Images between sample grids in the tracker; null draws them at the start and at the end only."""
 
@@ -209,6 +223,21 @@ class Recipe(Strict):
             return self.folder / "checkpoints"
         storage = resolve_ref(self.storage)
         return storage / self.name if isinstance(storage, Path) else f"{storage.rstrip('/')}/{self.name}"
+
+    @property
+    def loss_networks(self) -> list[Path]:
+        """The frozen networks that losses use: the teacher's, and those that `helpers` or a field of the method names
+        by a path. Files, or folders of files."""
+        data = self.model_dump(mode="json")
+        fields = [value for value in flatten(data["method"]).values() if isinstance(value, str)]
+        paths = [value for value in fields if "/" in value or Path(value).suffix]
+        paths += [self.teacher] if self.teacher else []
+        return [locate(path) for path in [*paths, *data.get("helpers", {}).values()]]
+
+    @property
+    def seen_by_loss(self) -> list[str]:
+        """The metrics whose network is a file of `loss_networks`. A copy in another format is not recognised."""
+        return self.evaluate.seen_by(self.loss_networks) if self.evaluate.metrics else []
 
     @property
     def numbers(self) -> dict[str, Any]:

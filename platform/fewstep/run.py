@@ -26,7 +26,7 @@ from .engine.train import Collapsed, Engine, NonFinite, Report
 from .engine.world import World
 from .files import write_file
 from .folders import EXPORT, NETWORK, FolderError, claim, replaceable, usable
-from .metrics.base import Samples, Score, evaluate
+from .metrics.base import Samples, Score, evaluate, refusal
 from .recipe import Recipe
 from .tracking.provenance import Provenance
 from .tracking.tracker import Tracker
@@ -40,6 +40,9 @@ GRID_LEVEL = (
 )  # where the fake score's denoising is drawn: half-way up the ramp, shape known and texture not
 
 
+NOT_SCORES = ("who", "sampler", "nfe", "images", "images_per_s", "seen_by_loss")  # keys of a row beside its scores
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the closing table: a sampler, its calls an image, its speed and its scores."""
@@ -50,17 +53,24 @@ class Row:
     images: int
     images_per_s: float
     scores: dict[str, float] = field(default_factory=dict)
+    seen_by_loss: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, who: str, samples: Samples, scores: list[Score]) -> Row:
         """The line of a set of samples and its scores."""
         speed = len(samples) / samples.seconds
-        return cls(who, samples.sampler, samples.calls, len(samples), speed, {s.name: s.value for s in scores})
+        values = {s.name: s.value for s in scores}
+        return cls(who, samples.sampler, samples.calls, len(samples), speed, values, _seen(scores))
 
     def to_dict(self) -> dict[str, Any]:
-        """Flat JSON types: `nfe`, `images`, `images_per_s`, and each score under its name."""
+        """Flat JSON types: `nfe`, `images`, `images_per_s`, and each score under its name; `seen_by_loss` lists the
+        scores whose network a loss of the run used."""
         head = {"sampler": self.sampler, "nfe": self.nfe, "images": self.images, "images_per_s": self.images_per_s}
-        return head | self.scores
+        return head | self.scores | {"seen_by_loss": list(self.seen_by_loss)}
+
+
+def _seen(scores: list[Score]) -> tuple[str, ...]:
+    return tuple(score.name for score in scores if score.seen_by_loss)
 
 
 class Reports:
@@ -77,9 +87,10 @@ class Reports:
             line["events"] = [vars(event) for event in report.events]
         self._write(line)
 
-    def score(self, step: int, images: int, scores: dict[str, float]) -> None:
+    def score(self, step: int, images: int, scores: list[Score]) -> None:
         """The student's scores at a step, which may come after later reports."""
-        self._write({"step": step, "images": images, "scores": scores})
+        line = {"step": step, "images": images, "scores": {score.name: score.value for score in scores}}
+        self._write(line | {"seen_by_loss": list(_seen(scores))})
 
     def _write(self, line: dict[str, Any]) -> None:
         with self.lock, open(self.path, "a") as file:
@@ -166,7 +177,7 @@ class Scorer:
                 self.engine.saver.scored(step, score.value)
         if who == "student":
             images = step * self.engine.train.batch
-            self.reports.score(step, images, {score.name: score.value for score in scores})
+            self.reports.score(step, images, scores)
         if step == self.engine.train.steps:  # the closing table is of the last checkpoint only
             self.rows.append(Row.of(who, samples, scores))
 
@@ -410,6 +421,9 @@ def check(recipe: Recipe) -> None:
     if recipe.storage is not None:
         writable(recipe.storage, "storage")
     build.make_metrics(recipe)
+    best_by = recipe.train.keep_best_by
+    if recipe.train.keep_best and best_by in recipe.seen_by_loss and not recipe.evaluate.rank_seen_by_loss:
+        raise ValueError(f"train.keep_best_by: {refusal(best_by)}")
     if recipe.resume == "never" and (own := checkpoints(recipe.checkpoints)):
         raise ValueError(f"resume: never, but {own[-1]} exists; remove it, or choose another name=...")
     start_from(recipe)

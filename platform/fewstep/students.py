@@ -86,6 +86,13 @@ def open_student(folder: str | Path, average: bool | None = None, checkpoint: Pa
     return Student(net.eval().requires_grad_(False), recipe, folder, checkpoint, manifest["step"], averaged)
 
 
+def recipe_of(ref: str) -> Recipe | None:
+    """The recipe of a run or a checkpoint; None for an export or a teacher. Raises ConfigError naming the file."""
+    folder = locate(ref)
+    path = (folder.parents[1] if complete(folder) else folder) / "recipe.yaml"
+    return validate(Recipe, read(path)) if path.is_file() else None
+
+
 def open_sampler(ref: str, steps: int = 18, guidance: float = 1.0, device: torch.device | str = "cpu") -> build.Sampler:
     """How images are made from a run, a checkpoint or an export as distilled, or from a teacher by Heun's solver.
 

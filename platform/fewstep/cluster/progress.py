@@ -6,7 +6,9 @@ import sys
 import time
 from typing import Any
 
+from ..metrics.base import SEEN
 from ..recipe import Recipe
+from ..run import NOT_SCORES
 
 SHOWN = ("student/match_gradient", "critic/denoise", "denoise/mse", "student/pair")
 
@@ -66,8 +68,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The closing table: who, sampler, calls, speed and every score with its sample count."""
     if not rows:
         return ""
-    names = [k for k in rows[0] if k not in ("who", "sampler", "nfe", "images", "images_per_s")]
-    head = ["", "sampler", "calls", "images/s", *(f"{n} (n={rows[0]['images']})" for n in names)]
+    names = [k for k in rows[0] if k not in NOT_SCORES]
+    seen = {name for row in rows for name in row["seen_by_loss"]}
+    notes = [f"n={rows[0]['images']}" + (f", {SEEN}" if name in seen else "") for name in names]
+    head = ["", "sampler", "calls", "images/s", *(f"{name} ({note})" for name, note in zip(names, notes, strict=True))]
     body = [
         [r["who"], r["sampler"], str(r["nfe"]), f"{r['images_per_s']:.1f}", *(f"{r[n]:.3f}" for n in names)]
         for r in rows

@@ -27,6 +27,7 @@ from ..config import describe, plain_errors, read, validate, words
 from ..data.shards import open_shards
 from ..engine.folder import checkpoints, complete, newest, step_of
 from ..folders import claim, usable
+from ..metrics.base import refusal
 from ..recipe import Recipe, dated_name, load_recipe
 from ..sweeps import answer, judge
 from ..sweeps.proposals import Grid, Proposals, proposals
@@ -165,7 +166,8 @@ class Runner(tune.Trainable):
             return result | {"images": images}
         self.told = line["images"]
         score = (line["scores"] | {"hours": hours}).get(self.plan["metric"], math.nan)
-        return result | {"images": line["images"], "at": line["step"], "scores": line["scores"], "score": score}
+        result |= {"images": line["images"], "at": line["step"], "scores": line["scores"], "score": score}
+        return result | {"seen_by_loss": line.get("seen_by_loss", [])}
 
     def _await_checkpoint(self, step: int) -> None:
         """A score is passed on when the weights that made it can be taken over."""
@@ -308,7 +310,7 @@ class Conductor:
         spent = {"spent": result["spent"], "hours": result["hours"]}
         trial = self.record.trials[number]
         if "scores" in result:
-            scores = {"images": result["images"], "step": result["at"], "scores": result["scores"]}
+            scores = {key: result[key] for key in ("images", "scores", "seen_by_loss")} | {"step": result["at"]}
             trial = self.record.add("score", number, **spent, **scores, run=result["run"], values=result["values"])
             if trial.phase == SEARCH:
                 self.proposals.report(number, result["images"], result["score"])
@@ -316,8 +318,11 @@ class Conductor:
             print(f"{number:03d}  {text}  at {result['images']:,} images", flush=True)
         if "state" in result:
             state, reason = result["state"], result.get("reason")
-            if state == FINISHED and not math.isfinite(trial.score(self.space.metric)):
-                state, reason = FAILED, f"{self.space.metric} is {trial.score(self.space.metric)}"
+            metric, ranks = self.space.metric, self.recipe.evaluate.rank_seen_by_loss
+            if state == FINISHED and not math.isfinite(trial.score(metric)):
+                state, reason = FAILED, f"{metric} is {trial.score(metric)}"
+            elif state == FINISHED and trial.seen_by_loss(metric) and not ranks:
+                state, reason = FAILED, refusal(metric)
             self.end(number, state, reason, run_id=result.get("run_id"), **spent)
 
     def end(self, number: int, state: str, reason: str | None, **fields: Any) -> None:

@@ -19,6 +19,8 @@ METRICS: dict[str, type[Metric]] = {}
 Better = Literal["lower", "higher"]
 MODES: dict[Better, Literal["min", "max"]] = {"lower": "min", "higher": "max"}
 """What a search does with a score, by the direction in which the score improves."""
+SEEN = "seen by a loss"
+"""Beside a score in a table: a loss of the run used the metric's network."""
 Device = str | torch.device
 T = TypeVar("T")
 
@@ -102,7 +104,9 @@ class Score:
 
     images: samples scored. calls: network calls an image. extractor, reference: digests of the network and of the
     reference statistics; None for what the metric does not use. reference_images: images behind the reference.
-    seconds: time to make the samples. `a < b` orders by value and refuses scores that do not compare.
+    seconds: time to make the samples. seen_by_loss: whether a loss of the run used the metric's network, so that the
+    score says less of the samples; None for samples of no known run. `a < b` orders by value and refuses scores that
+    do not compare.
     """
 
     name: str
@@ -115,6 +119,7 @@ class Score:
     reference_images: int
     checkpoint: str
     seconds: float
+    seen_by_loss: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -124,7 +129,8 @@ class Score:
         measured = f"{self.images} images, {self.sampler}, {self.calls} calls an image, {self.checkpoint} checkpoint"
         by = f", extractor {self.extractor[:8]}" if self.extractor else ""
         against = f", {self.reference_images} reference images ({self.reference[:8]})" if self.reference else ""
-        return f"{self.name} {self.value:.4g} ({measured}{by}{against})"
+        seen = f", {SEEN}" if self.seen_by_loss else ""
+        return f"{self.name} {self.value:.4g} ({measured}{by}{against}{seen})"
 
     def __lt__(self, other: Score) -> bool:
         return compare(self, other) < 0
@@ -136,15 +142,26 @@ class Score:
 ALIKE = ("name", "images", "extractor", "reference", "reference_images")
 
 
-def compare(a: Score, b: Score) -> float:
+def compare(a: Score, b: Score, rank_seen_by_loss: bool = False) -> float:
     """a.value - b.value, for scores of one metric, extractor, reference and sample count.
 
-    Raises ValueError that lists what differs: such a difference would say nothing about the generators.
+    Raises ValueError that lists the differences, which would say nothing about the generators; and for scores by a
+    network that a loss used, unless rank_seen_by_loss is true: a loss can lower such a score by itself.
     """
     unlike = [f"{key} ({getattr(a, key)} and {getattr(b, key)})" for key in ALIKE if getattr(a, key) != getattr(b, key)]
     if unlike:
         raise ValueError(f"scores do not compare: they differ in {', '.join(unlike)}; evaluate both in the same way")
+    if (a.seen_by_loss or b.seen_by_loss) and not rank_seen_by_loss:
+        raise ValueError(f"scores do not compare: {refusal(a.name)}")
     return a.value - b.value
+
+
+def refusal(name: str) -> str:
+    """The error text where a score would rank generators, and a loss used the score's network."""
+    return (
+        f"a loss of the run used the network of {name}, so {name} does not tell which is better; take a metric with "
+        "another network, or set evaluate.rank_seen_by_loss=true"
+    )
 
 
 Measure = Callable[[Samples], Score]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from fewstep.config import ConfigError, Strict, nearest, resolve, validate
+from fewstep.files import sha256_of
 from fewstep.metrics.base import Device, File, Files, Measure, Metric, file_fields, find_metric, unknown
 from fewstep.metrics.features import FEATURES
 from fewstep.metrics.inception import INCEPTION
@@ -57,13 +60,15 @@ class Metrics(Strict):
             lines = str(error).splitlines()
             raise ConfigError("\n".join(f"settings.{name}.{line}" for line in lines)) from None
 
-    def build(self, device: Device = "cpu") -> list[Measure]:
+    def build(self, device: Device = "cpu", seen_by_loss: Sequence[str] | None = None) -> list[Measure]:
         """The functions that score samples, in order; only files that a metric needs are opened, each once.
 
-        Raises ConfigError as `chosen` does, OSError or ValueError for a file that is not given or cannot be used.
+        seen_by_loss: the metrics whose network a loss of the run used, as `seen_by` finds them; None where no run is
+        known. Raises ConfigError as `chosen` does, OSError or ValueError for a file that is not given or not usable.
         """
         files = Files(device)
-        return [metric.build(files) for metric in self.chosen()]
+        known = seen_by_loss is not None
+        return [_marked(m.build(files), m.name in seen_by_loss if known else None) for m in self.chosen()]
 
     def resolved(self) -> Self:
         """The same choice with absolute paths."""
@@ -84,6 +89,20 @@ class Metrics(Strict):
                 need.metrics.append(metric.name)
         return list(found.values())
 
+    def seen_by(self, networks: Iterable[Path]) -> list[str]:
+        """The metrics whose network is one of these files, byte for byte. networks: files, or folders of files."""
+        own: dict[Path, list[str]] = {}
+        for need in self.needs():
+            if need.kind.suffix:
+                # a file that is not there scores nothing: `build` says so
+                with contextlib.suppress(OSError, ValueError):
+                    own.setdefault(need.find().resolve(strict=True), []).extend(need.metrics)
+        sizes = {path.stat().st_size for path in own}
+        files = [path for ref in networks for path in _files(ref) if path.stat().st_size in sizes] if own else []
+        hashes = {sha256_of(path) for path in files}
+        seen = [name for path, names in own.items() if hashes and sha256_of(path) in hashes for name in names]
+        return [name for name in self.metrics if name in seen]
+
 
 @dataclass(frozen=True)
 class Need:
@@ -94,20 +113,33 @@ class Need:
     kind: File
     metrics: list[str]
 
-    def look(self) -> Path:
-        """The file's path, once it is known to be usable. Nothing is downloaded. Raises OSError or ValueError."""
+    def find(self) -> Path:
+        """The file's path. Nothing is downloaded. Raises ValueError where there is none."""
         names = " and ".join(self.metrics)
         if self.path is not None:
-            path = resolve(self.path)
-        elif self.kind.find is None:
+            return resolve(self.path)
+        if self.kind.find is None:
             raise ValueError(f"{names} need this file and the recipe names none")
-        else:
-            try:
-                path = self.kind.find(False)
-            except OSError as error:
-                raise ValueError(f"{error}, and so no {names}") from None
+        try:
+            return self.kind.find(False)
+        except OSError as error:
+            raise ValueError(f"{error}, and so no {names}") from None
+
+    def look(self) -> Path:
+        """The file's path, once it is known to be usable. Raises OSError or ValueError."""
+        path = self.find()
         self.kind.look(path)
         return path
+
+
+def _marked(measure: Measure, seen: bool | None) -> Measure:
+    """The same function, whose scores say whether a loss used their network."""
+    return lambda samples: replace(measure(samples), seen_by_loss=seen)
+
+
+def _files(ref: Path) -> list[Path]:
+    """The file, or all files of the folder; none where nothing is there."""
+    return [path for path in (ref.rglob("*") if ref.is_dir() else [ref]) if path.is_file()]
 
 
 def _absolute(path: str | None) -> str | None:

@@ -26,12 +26,13 @@ class Card(Strict):
     licence: str | None = None
     """SPDX name or hub's word for the weights' licence; null leaves it open."""
     scores: tuple[dict[str, Any], ...] = ()
-    """Rows of who, sampler, nfe, images, images_per_s and each score under its name."""
+    """Rows of who, sampler, nfe, images, images_per_s, each score under its name, and seen_by_loss, the names of the
+    scores whose network a loss of the run used."""
     reference: str = ""
     """What the scores are measured against."""
 
 
-NOT_SCORES = ("who", "sampler", "nfe", "images", "images_per_s")
+NOT_SCORES = ("who", "sampler", "nfe", "images", "images_per_s", "seen_by_loss")
 
 
 def write_card(
@@ -111,7 +112,9 @@ def _scores(card: Card) -> list[str]:
     if not card.scores:
         return []
     names = list(dict.fromkeys(key for row in card.scores for key in row if key not in NOT_SCORES))
-    head = ["", "sampler", "calls an image", "samples", *names]
+    seen = {name for row in card.scores for name in row.get("seen_by_loss", ())}
+    heads = (f"{name} (seen by a loss)" if name in seen else name for name in names)
+    head = ["", "sampler", "calls an image", "samples", *heads]
     rows = [
         [r.get("who", ""), r["sampler"], r["nfe"], r["images"], *(_number(r.get(n)) for n in names)]
         for r in card.scores

@@ -28,8 +28,9 @@ class Trial:
     """One trial. values: {dotted key: value}, all that it changes of the recipe but the seed.
 
     phase: `search`, or `seeds` for a setting repeated with another seed. run: name of its run, below the sweep's
-    folder, its newest in a population. scores: as they came, {images, step, scores}. images: that it was trained on so
-    far. hours: what that took, times the devices held. state: None while it has not ended.
+    folder, its newest in a population. scores: as they came, {images, step, scores, seen_by_loss}; the last names the
+    scores whose network a loss used. images: that it was trained on so far. hours: what that took, times the devices
+    held. state: None while it has not ended.
     """
 
     number: int
@@ -49,6 +50,10 @@ class Trial:
     def last(self) -> dict[str, float]:
         """Its newest scores by name, `hours` among them; none before the first."""
         return self.scores[-1]["scores"] | {"hours": self.hours} if self.scores else {}
+
+    def seen_by_loss(self, metric: str) -> bool:
+        """Whether a loss used the metric's network."""
+        return any(metric in score.get("seen_by_loss", ()) for score in self.scores[-1:])
 
     def score(self, metric: str) -> float:
         """The newest value of a metric, nan where there is none."""
@@ -101,7 +106,7 @@ class Record:
             self.trials[number] = Trial(number=number, start=event["time"], **fields)
         trial = self.trials[number]
         if kind == "score":
-            trial.scores.append({key: event[key] for key in ("images", "step", "scores")})
+            trial.scores.append({k: event[k] for k in ("images", "step", "scores", "seen_by_loss") if k in event})
             trial.images, trial.hours = event["spent"], event["hours"]
             trial.run, trial.values = event.get("run", trial.run), event.get("values", trial.values)
         elif kind == "end":

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from ..metrics.base import SEEN
 from ..texts import shown
 from .judge import Setting, Verdict, settings
 from .record import FAILED, FINISHED, Trial
@@ -43,14 +44,17 @@ def _mean(setting: Setting, metric: str) -> str:
     return f"{statistics.fmean(values):.4g}{spread}"
 
 
-def _head(metric: str) -> str:
-    return "device hours" if metric == HOURS else metric
+def _heads(metrics: Sequence[str], trials: Sequence[Trial]) -> list[str]:
+    """The columns' titles; one says where a loss used the metric's network."""
+    seen = {metric for metric in metrics if any(trial.seen_by_loss(metric) for trial in trials)}
+    names = {HOURS: "device hours"} | {metric: f"{metric} ({SEEN})" for metric in seen}
+    return [names.get(metric, metric) for metric in metrics]
 
 
 def markdown(space: Space, trials: Sequence[Trial], names: Mapping[str, str], metrics: Sequence[str]) -> str:
     """The finished settings as a table, the best first: values, each metric's mean ± standard deviation over seeds."""
     found = settings(trials, space.metric, space.mode)
-    head = [*(f"`{names[key]}`" for key in space.domains), *map(_head, metrics), "seeds"]
+    head = [*(f"`{names[key]}`" for key in space.domains), *_heads(metrics, trials), "seeds"]
     lines = [f"| {' | '.join(head)} |", f"|{'|'.join(['---'] * len(space.domains) + ['---:'] * (len(metrics) + 1))}|"]
     for i, setting in enumerate(found):
         values = [shown(setting.values[key]) if key in setting.values else "" for key in space.domains]
@@ -85,12 +89,13 @@ def _settings_table(
         values = [shown(setting.values.get(key, "–")) for key in space.domains]
         rows.append([first, str(len(setting.trials)), *values, *others])
         marked.append(setting.values == verdict.best.values)
-    head = [_head(metrics[0]), "seeds", *(names[key] for key in space.domains), *map(_head, metrics[1:])]
+    first, *others = _heads(metrics, trials)
+    head = [first, "seeds", *(names[key] for key in space.domains), *others]
     return _table(head, rows, len(head), marked)
 
 
 def _trials_table(space: Space, trials: Sequence[Trial], names: Mapping[str, str], metrics: Sequence[str]) -> str:
-    head = ["trial", "state", *(names[key] for key in space.domains), "seed", "images", *map(_head, metrics)]
+    head = ["trial", "state", *(names[key] for key in space.domains), "seed", "images", *_heads(metrics, trials)]
     rows = []
     for t in sorted(trials, key=lambda t: t.number):
         values = [shown(t.values.get(key, "–")) for key in space.domains]

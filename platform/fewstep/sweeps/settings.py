@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ..config import ConfigError, Strict, validate
+from ..metrics.base import refusal
 from ..recipe import Recipe, SweepName
-from .space import Given, Space, check_space
+from .space import Given, Space, apply, check_space
 
 DEFAULT_TRIALS = 20
 PBT_KEYS = r"optim\.\w+\.lr|method\.(\w+_)?weight"
@@ -136,6 +137,10 @@ def check(sweep: Sweep, space: Space, recipe: Recipe) -> None:
     wrong = []
     if sweep.search == "pareto" and len(objectives) < 2:
         wrong.append(f"OBJECTIVES: search=pareto weighs two or more, and space {space.name!r} has {len(objectives)}")
+    if not recipe.evaluate.rank_seen_by_loss:
+        tried = [recipe, *(apply(recipe, {key: value}) for key, d in space.domains.items() for value in d.edges())]
+        seen = {name for one in tried for name in one.seen_by_loss}
+        wrong += [f"METRIC: {refusal(name)}" for name in objectives if name in seen]
     if sweep.search == "grid":
         space.grid()
     if sweep.room(recipe) == 0:
