@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.level import Level
 from fewstep.diffusion.schedules import DDPM, EDM
+from fewstep.diffusion.tangent import tangent
 from fewstep.engine.optim import Optim
 from fewstep.engine.world import Layout, World, full
 from fewstep.methods import METHODS
@@ -126,6 +127,12 @@ def backbone_gradients(net: nn.Module, x: Tensor, level: Level, cond: object) ->
     return {name: full(p.grad).float() for name, p in net.named_parameters() if p.grad is not None}
 
 
+def backbone_tangent(net: nn.Module, x: Tensor, level: Level, cond: object) -> Tensor:
+    """Derivative of x0 along a direction in x and in time."""
+    f = lambda x, t: net(x, level.schedule.level(t, 4), cond)
+    return tangent(f, (x, level.t), (x.cos(), torch.ones_like(level.t)))[1]
+
+
 # What each process of a world does
 
 
@@ -141,6 +148,8 @@ def work(rank: int, size: int, folder: str) -> None:
         for name in ("unet", "text", "dit"):
             for precision in ("fp32", "bf16"):
                 net = World.current(layout=LAYOUTS["shard, recompute"]).place("fake", backbone(name, precision))
+                if precision == "fp32":
+                    results[f"{name} tangent"] = backbone_tangent(net, *inputs(name, rank, size))
                 results[f"{name} {precision}"] = backbone_gradients(net, *inputs(name, rank, size))
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
@@ -274,6 +283,15 @@ def test_sharded_diffusers_models_give_the_gradients_of_plain_ones(world_results
         expected = backbone_gradients(backbone(name, precision), *inputs(name))
         for rank in world_results(2):
             assert distance(rank[f"{name} {precision}"], expected) < near
+
+
+@pytest.mark.parametrize("name", ["unet", "text", "dit"])
+def test_sharded_diffusers_models_have_the_tangents_of_plain_ones(world_results, name):
+    expected = backbone_tangent(backbone(name).requires_grad_(False), *inputs(name))
+    for rank, results in enumerate(world_results(2)):
+        difference = results[f"{name} tangent"] - expected[rank::2]
+        assert difference.norm() < 1e-5 * expected.norm()
+        assert expected[rank::2].flatten(1).norm(dim=1).min() > 1e-2
 
 
 # The traps

@@ -1,0 +1,37 @@
+"""Directional derivatives of networks: the tangents of consistency models (Song et al. 2023; Lu & Song 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@torch.no_grad()
+def tangent(
+    f: Callable[..., Tensor],
+    at: Sequence[Tensor],
+    along: Sequence[Tensor],
+    how: Literal["forward", "difference"] = "forward",
+    h: float = 1e-3,
+) -> tuple[Tensor, Tensor]:
+    """(f(at), its derivative along `along`), without a graph: d/ds f(at + s along) at s = 0.
+
+    f: of len(at) tensors, to one tensor. along: like `at`, tensor by tensor. how:
+    - "forward": forward-mode differentiation, exact. The arithmetic of two passes; small layers add to it (6 times the
+      time of a pass for the shipped network on a CPU). It needs float32 blocks.
+    - "difference": (f(at + h along) - f(at - h along)) / 2h. Three passes in any precision; the error is of order h^2,
+      and of rounding / h.
+    Raises ValueError for another `how`.
+    """
+    at, along = tuple(at), tuple(along)
+    if how == "forward":
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward mode
+            return torch.func.jvp(f, at, along)
+    if how != "difference":
+        raise ValueError(f"how: {how!r} is not one of forward, difference")
+    before, after = (f(*(a + s * b for a, b in zip(at, along, strict=True))) for s in (-h, h))
+    return f(*at), (after - before) / (2 * h)
