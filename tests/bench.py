@@ -16,7 +16,6 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_worker_niceness", "0")  # workers and the bare loop compete as equals for the cores
 
 import torch

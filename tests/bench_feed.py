@@ -18,17 +18,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 SOURCE = Path(__file__).resolve().parents[1] / "platform"
 sys.path.insert(0, str(SOURCE))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 import numpy as np  # noqa: E402
-import ray  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
+from fewstep.cluster.session import ray, start  # noqa: E402
 from fewstep.cluster.stream import RayFeed, publish  # noqa: E402
 from fewstep.config import resolve  # noqa: E402
 from fewstep.data.shards import Shards, ShardWriter, labels, open_shards  # noqa: E402
@@ -99,10 +99,7 @@ def photographs(out: Path, count: int = 1000, size: int = 512) -> Shards:
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="fb", dir="/tmp"))
-    ray.init(
-        address="local", num_cpus=4, include_dashboard=False, _temp_dir=str(folder / "ray"), log_to_driver=False,
-        object_store_memory=400 << 20,
-    )  # fmt: skip
+    start(4, _temp_dir=str(folder / "ray"), object_store_memory=400 << 20)
     try:
         found = {}
         shards = open_shards(resolve("shipped:fashion_mnist/shards"))

@@ -10,7 +10,6 @@ SETTINGS = {
     "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "platform"),  # for Ray's workers and the jobs
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
-    "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
@@ -35,18 +34,12 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """A local Ray of four logical CPUs that joins no other cluster; its folder's path is short, for UNIX sockets."""
-    import ray
+    """A private Ray of four logical CPUs, with a dashboard for submitted jobs; its folder's path is short, for UNIX
+    sockets."""
+    from fewstep.cluster.session import ray, start
 
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=True,
-        _temp_dir=folder,
-        object_store_memory=200 * 2**20,
-        log_to_driver=False,
-    )
+    start(4, include_dashboard=True, _temp_dir=f"{folder}/ray", object_store_memory=200 * 2**20)
     yield ray
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+
+import psutil
 
 from fewstep.recipe import Recipe, load_recipe
 from fewstep.run import read_reports
@@ -49,3 +52,14 @@ def mlflow_history(store: str, run_id: str, key: str) -> list[tuple[int, float]]
     from mlflow import MlflowClient
 
     return sorted((m.step, m.value) for m in MlflowClient(store).get_metric_history(run_id, key))
+
+
+def listening() -> list[tuple[str, str, int]]:
+    """(process, address, port) of every socket that this process, or one below it, listens on."""
+    found = []
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for socket in process.net_connections("inet"):
+                if socket.status == psutil.CONN_LISTEN:
+                    found.append((process.name(), socket.laddr.ip.removeprefix("::ffff:"), socket.laddr.port))
+    return found

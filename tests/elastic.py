@@ -12,13 +12,14 @@ os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "20"
 
 from demo import recipe  # noqa: E402
 
-from fewstep.cluster.session import ray  # noqa: E402 - which sets Ray's environment first
+from fewstep.cluster.session import private, ray  # noqa: E402 - which sets Ray's environment first
 from fewstep.cluster.train import fit  # noqa: E402
 
 
 def main(tmp: Path, store: str) -> None:
     from ray.cluster_utils import Cluster
 
+    private()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     second = cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)

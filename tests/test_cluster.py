@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from demo import RECIPES, ROOT, STEPS, losses, mlflow_history, recipe, untimed, words
+from demo import RECIPES, ROOT, STEPS, listening, losses, mlflow_history, recipe, untimed, words
 
 from fewstep.build import make_engine, make_feed, make_metrics, make_samples
 from fewstep.cluster import jobs
@@ -52,7 +52,9 @@ def test_ray_gives_the_losses_of_the_bare_loop_and_a_folder_keeps_its_recipe(ray
 
 
 def test_two_workers_train_on_the_global_batch_of_one(ray_cluster, store, bare, tmp_path):
-    fit(recipe(tmp_path, "name=two", "cluster.workers=2", "cluster.placement=shard", f"tracking.uri={store}"))
+    sockets = []
+    two_workers = ["cluster.workers=2", "cluster.placement=shard"]
+    fit(recipe(tmp_path, "name=two", *two_workers, f"tracking.uri={store}"), lambda line: sockets.append(listening()))
     two = losses(tmp_path / "runs" / "two")
     assert [set(a) for a in two] == [set(b) for b in bare]
     for key, value in bare[0].items():  # before any update: the same sums in another order
@@ -61,6 +63,10 @@ def test_two_workers_train_on_the_global_batch_of_one(ray_cluster, store, bare, 
     # AdamW turns the rounding of gradients near zero into sign noise, so later steps agree less closely
     for a, b in zip(two, bare, strict=True):
         assert a["critic/denoise"] == pytest.approx(b["critic/denoise"], rel=2e-2)
+    # nobody outside this machine reaches any process of a private cluster, and none of the ranks
+    listeners = [socket for moment in sockets for socket in moment]
+    assert {address for _, address, _ in listeners} == {"127.0.0.1"}
+    assert {"gcs_server", "raylet", "ray::RayTrainWorker"} <= {title[:19] for title, _, _ in listeners}
 
 
 def test_workers_elsewhere_get_urls_as_they_are_and_other_places_absolute(tmp_path, monkeypatch):

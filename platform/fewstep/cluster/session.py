@@ -1,9 +1,20 @@
-"""Joining a cluster, or starting one on this machine; where a job's files go."""
+"""Joining a cluster, or starting a private one on this machine; the folder that a job's files go to."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import secrets
+import socket
+import stat
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -15,31 +26,163 @@ for _name, _value in {
 
 import ray  # noqa: E402
 
+from ..engine.storage import reason  # noqa: E402
+
 SOURCE = Path(__file__).resolve().parents[2]
 
 
 def connect(cpus: float) -> None:
-    """Joins the cluster that RAY_ADDRESS names, else starts one on this machine with at least `cpus` logical CPUs.
+    """Joins the cluster that RAY_ADDRESS names, else starts a private one with at least `cpus` logical CPUs.
 
     Logical CPUs are a count for scheduling: a laptop may declare more than it has, and so give the feed one of its own.
+    A cluster that is joined keeps the authentication and the addresses that its owner gave it. Raises ValueError where
+    none answers, or it asks for a token that is not here.
     """
     if ray.is_initialized():
         return
-    paths = [str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(runtime_env=environment, log_to_driver=False)
+    if address := os.environ.get("RAY_ADDRESS"):
+        _authenticate(address)
+        ray.init(runtime_env=_environment(), log_to_driver=False)
+    else:
+        start(max(os.cpu_count() or 1, int(-(-cpus // 1))))
+
+
+def start(cpus: int, **options: Any) -> None:
+    """Starts a private cluster on this machine: nobody else can reach it, read its files or run anything in it.
+
+    options: further ones of ray.init. Raises ValueError where its folder belongs to somebody else.
+    """
+    folder = private()
+    settings = {
+        "num_cpus": cpus,
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "logging_level": "warning",
+        "_temp_dir": str(folder / "ray"),
+    }
+    ray.init(address="local", runtime_env=_environment(), **settings | options)
+
+
+@cache
+def private() -> Path:
+    """Makes every cluster that this process starts a private one, and returns the folder for its files.
+
+    Ray's processes then listen on 127.0.0.1 only, and ask every caller for a token that is made here, stays in a file
+    that only this user can read, and is removed when this process ends.
+    """
+    from ray._private import ray_constants
+    from ray._raylet import Config
+
+    folder = own_folder()
+    file, token = tempfile.mkstemp(prefix="token-", dir=folder)  # its mode is 0600
+    os.write(file, secrets.token_hex(32).encode())
+    os.close(file)
+    atexit.register(_end, Path(token))
+    os.environ.pop("RAY_AUTH_TOKEN", None)  # it would come before the file
+    loopback = _loopback()
+    os.environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": token,
+        # Ray takes 127.0.0.1 for a node's address only where it believes that no other node can join
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # torch.distributed would listen on the address of the host's name
+        "GLOO_SOCKET_IFNAME": loopback,
+        "NCCL_SOCKET_IFNAME": loopback,
+    }
+    # the processes that Ray starts read the environment; this one did when it imported Ray
+    Config.initialize("")
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    return folder
+
+
+def own_folder() -> Path:
+    """The folder of this user's private clusters, which nobody else can enter: Ray opens what lies in it to everybody.
+
+    It is /tmp/fewstep-<user id>, or below RAY_TMPDIR. Raises ValueError where it cannot be made, or is another's.
+    """
+    folder = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / f"fewstep-{os.getuid()}"
+    way_out = "name a folder of your own, with a short path, by RAY_TMPDIR=..."
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be made for Ray's files ({reason(error)}); {way_out}") from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ValueError(
+            f"{folder}: belongs to another user or is open to others, and Ray's files would lie in it; remove it, or "
+            + way_out
+        )
+    return folder
+
+
+def _authenticate(address: str, timeout_s: float = 10.0) -> None:
+    """Turns token authentication on where the cluster at host:port asks for it; Ray itself tries for minutes before it
+    says that nothing answers there, or that the token is another one."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # auto: the cluster of this machine, and Ray looks for its token itself
+    if host in ("localhost", "127.0.0.1"):
+        host = ray.util.get_node_ip_address()  # where Ray looks then
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+    except OSError as error:
+        raise ValueError(
+            f"RAY_ADDRESS: nothing answers at {address} ({reason(error)}); start a cluster with ray start --head, or "
+            "unset RAY_ADDRESS to use this machine alone"
+        ) from None
+    if address.startswith("ray://") or not asks_for_token(f"{host}:{port}"):
         return
-    # a private cluster: token authentication is for those that others can reach
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, int(-(-cpus // 1))),
-        runtime_env=environment,
-        log_to_driver=False,
-        logging_level="warning",
-        dashboard_host="127.0.0.1",
-    )
+    os.environ["RAY_AUTH_MODE"] = "token"
+    Config.initialize("")  # Ray has read the mode when it was imported
+    tokens = AuthenticationTokenLoader.instance()
+    tokens.reset_cache()
+    wrong = None
+    if not tokens.has_token(ignore_auth_mode=True):
+        wrong = "there is none here"
+    elif asks_for_token(f"{host}:{port}", tokens.get_token_for_http_header()):
+        wrong = "the one here is another"
+    if wrong:
+        raise ValueError(
+            f"RAY_ADDRESS: the cluster at {address} asks for a token, and {wrong}; name its file by "
+            "RAY_AUTH_TOKEN_PATH=..., or copy it to ~/.ray/auth_token"
+        )
+
+
+def asks_for_token(address: str, headers: Mapping[str, str] | None = None) -> bool:
+    """Whether the cluster whose control service is at host:port refuses a call with these headers, by default none."""
+    import grpc
+
+    with grpc.insecure_channel(address) as channel:
+        call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        try:
+            call(b"", timeout=10, metadata=[(key.lower(), value) for key, value in (headers or {}).items()])
+        except grpc.RpcError as error:
+            return error.code() == grpc.StatusCode.UNAUTHENTICATED
+    return False
+
+
+def _end(token: Path) -> None:
+    ray.shutdown()
+    token.unlink(missing_ok=True)
+
+
+def _environment() -> dict[str, Any]:
+    """Of every worker: where it finds this package."""
+    paths = [str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
+
+
+def _loopback() -> str:
+    """The name of the network interface that has 127.0.0.1, such as lo."""
+    interfaces = psutil.net_if_addrs()
+    return next(name for name in interfaces if any(found.address == "127.0.0.1" for found in interfaces[name]))
+
+
+def is_private() -> bool:
+    """Whether the cluster that this process is connected to listens on the loopback address only."""
+    return ip_address(ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]")).is_loopback
 
 
 def home() -> Path:

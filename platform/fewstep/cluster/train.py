@@ -131,13 +131,14 @@ def _attempt(recipe: Recipe, device: str, config: dict[str, Any]) -> dict[str, A
     """One worker group's go at a run. Raises Lost where another may do better, else the worker's own exception."""
     import ray
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from .trainer import OnWorkers, Trainer, torch_config
 
     c = recipe.cluster
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _worker,
         train_loop_config=config,
-        torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo", timeout_s=600),
+        torch_config=torch_config(backend="nccl" if device == "cuda" else "gloo", timeout_s=600),
         scaling_config=ScalingConfig(
             num_workers=c.workers if c.workers_min is None else (c.workers_min, c.workers),
             use_gpu=device == "cuda",
@@ -149,7 +150,7 @@ def _attempt(recipe: Recipe, device: str, config: dict[str, Any]) -> dict[str, A
             storage_path=str(recipe.folder / "ray"),
             # restarts are decided here, where a lost worker can be told from a mistake that would come again
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=3),
-            callbacks=[on_workers(watchdog.on_sigterm)],
+            callbacks=[OnWorkers(watchdog.on_sigterm)],
         ),
     )
     try:
@@ -160,17 +161,6 @@ def _attempt(recipe: Recipe, device: str, config: dict[str, Any]) -> dict[str, A
         raise Lost(f"cluster: Ray Train's controller failed: {reason_of(error.controller_failure)}") from error
     except ray.exceptions.RayActorError as error:
         raise Lost(f"cluster: Ray Train's controller died: {reason_of(error)}") from error
-
-
-def on_workers(act: Callable[[], None]) -> Any:
-    """Ray Train's callback that has every worker call `act` on its main thread; training runs on another."""
-    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
-
-    class OnWorkers(WorkerGroupCallback):
-        def after_worker_group_start(self, worker_group: Any) -> None:
-            worker_group.execute(act)
-
-    return OnWorkers()
 
 
 def _cause(failures: Mapping[int, Exception]) -> Exception:
