@@ -61,6 +61,7 @@ def test_a_healthy_cluster_is_described_and_nothing_is_broken(ray_cluster, tmp_p
     assert all(len(seen["sees"]) == 1 for seen in node["storage"].values())
     reduce = found["facts"]["reduce"]
     assert (reduce["backend"], reduce["workers"]) == ("gloo", 2) and reduce["gb_per_s"] > 0.001
+    assert (cluster["token"], cluster["address"].split(":")[0]) == (True, "127.0.0.1")
     left = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert left == []  # the probes are gone, and no database was made
 
@@ -156,8 +157,9 @@ def node(**changes) -> dict:
 def facts(a: dict | None = None, b: dict | None = None, **changes) -> dict:
     """Of two nodes a and b with a GPU each, where all is well but for the changes."""
     has = {"id": "0", "cpus": 8.0, "gpus": 1.0, "memory_gib": 30.0, "object_store_gib": 9.0}
+    doors = {"address": "10.0.0.1:6379", "token": True, "dashboard": "127.0.0.1:8265"}
     made = {
-        "cluster": has | {"address": "10.0.0.1:6379", "error": None, "cpus": 16.0, "nodes": {"a": has, "b": has}},
+        "cluster": has | doors | {"error": None, "cpus": 16.0, "nodes": {"a": has, "b": has}},
         "driver": {"versions": node()["versions"]},
         "nodes": {"a": node(**(a or {})), "b": node(**(b or {}))},
         "reduce": {"backend": "nccl", "workers": 2, "gpus": 2, "error": None, "gb_per_s": 40.0, "devices": ["X", "X"]},
@@ -251,6 +253,28 @@ def test_a_silent_node_is_one_line_and_the_others_are_judged():
     made["nodes"]["a"] = {"error": "no answer within 90 s"}
     assert [c.check for c in judge(made) if c.status == "broken"] == ["node a", "node b"]
     assert doctor._gather({}, time.monotonic()) == {}
+
+
+@pytest.mark.parametrize(
+    ("doors", "status", "result", "remedy"),
+    [
+        ({}, "ok", "a token is asked for, and other machines reach 10.0.0.1:6379, with a dashboard at 127.0.0.1:8265",
+         ""),
+        ({"address": "127.0.0.1:41", "dashboard": ""}, "ok",
+         "a token is asked for, and only this machine reaches it, without a dashboard", ""),
+        ({"dashboard": "10.0.0.1:8265"}, "warning", "other machines reach 10.0.0.1:6379 and 10.0.0.1:8265",
+         "ray start --dashboard-host=127.0.0.1"),
+        ({"token": False}, "warning", "open: no token is asked for, and other machines reach 10.0.0.1:6379",
+         "export RAY_AUTH_MODE=token"),
+        ({"token": False, "address": "127.0.0.1:41"}, "warning", "no token is asked for, and only this machine reaches",
+         "export RAY_AUTH_MODE=token"),
+    ],
+)  # fmt: skip
+def test_an_open_cluster_is_said_to_be_open(doors, status, result, remedy):
+    made = facts()
+    made["cluster"] |= doors
+    check = by_name(judge(made))["access"]
+    assert check.status == status and result in check.result and remedy in check.remedy and healthy(judge(made))
 
 
 def test_a_cluster_that_cannot_be_joined_is_all_there_is_to_say():

@@ -34,7 +34,7 @@ from packaging.requirements import Requirement
 
 from ..config import resolve
 from ..engine.storage import Place, reason
-from .session import connect, home
+from .session import asks_for_token, connect, home
 
 if TYPE_CHECKING:  # with torch, which a node should not need to be looked at
     from ..metrics.build import Metrics
@@ -230,8 +230,12 @@ class Peer:
         import ray
 
         host = ray.util.get_node_ip_address()
-        self.store = self.dist.TCPStore(host, 0, self.size, True, self.patience, wait_for_workers=False)
-        return host, self.store.port
+        listener = socket.create_server((host, 0))  # by itself the store would listen on every address
+        port = listener.getsockname()[1]
+        self.store = self.dist.TCPStore(
+            host, port, self.size, True, self.patience, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        return host, port
 
     def reduce(self, address: tuple[str, int], mib: int) -> dict[str, Any]:
         """Sums 1, 2, ..., size over all processes: whether the sum is right, seconds a round, and the device."""
@@ -272,7 +276,6 @@ def examine(wanted: Wanted, limit_s: float = 300.0, recipe: Recipe | None = None
     until = time.monotonic() + 0.8 * limit_s
     address = os.environ.get("RAY_ADDRESS", "")
     try:
-        _knock(address)
         connect(cpus=1)
     except (RayError, OSError, RuntimeError, ValueError) as error:
         return {"cluster": {"address": address, "error": _last_line(reason(error)), "nodes": {}}}
@@ -288,18 +291,6 @@ def examine(wanted: Wanted, limit_s: float = 300.0, recipe: Recipe | None = None
     finally:
         peers.close()
     return facts
-
-
-def _knock(address: str, timeout_s: float = 10.0) -> None:
-    """Raises OSError where nothing listens at host:port: Ray itself tries for minutes before it says so."""
-    import ray
-
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if ray.is_initialized() or not port.isdigit():
-        return
-    if host in ("localhost", "127.0.0.1"):
-        host = ray.util.get_node_ip_address()  # where Ray looks then
-    socket.create_connection((host, int(port)), timeout_s).close()
 
 
 def _cluster() -> dict[str, Any]:
@@ -318,7 +309,9 @@ def _cluster() -> dict[str, Any]:
         }
     keys = ("cpus", "gpus", "memory_gib", "object_store_gib")
     total = {key: sum(node[key] for node in nodes.values()) for key in keys}
-    return {"address": ray.get_runtime_context().gcs_address, "error": None, "nodes": nodes, **total}
+    address = ray.get_runtime_context().gcs_address
+    doors = {"token": asks_for_token(address), "dashboard": ray._private.worker._global_node.webui_url or ""}
+    return {"address": address, "error": None, "nodes": nodes, **doors, **total}
 
 
 def _at(node: str) -> dict[str, Any]:
@@ -470,14 +463,15 @@ def judge(facts: dict[str, Any]) -> list[Check]:
     cluster = facts["cluster"]
     if cluster["error"] is not None:
         where = cluster["address"] or "this machine"
-        return [Check("cluster", "broken", f"{where}: {cluster['error']}",
-                      "start one with: ray start --head, or unset RAY_ADDRESS to use this machine alone; where tokens "
-                      "are in use, export RAY_AUTH_MODE=token")]  # fmt: skip
+        said, _, way_out = cluster["error"].removeprefix("RAY_ADDRESS: ").partition("; ")
+        start = "start one with: ray start --head, or unset RAY_ADDRESS to use this machine alone"
+        return [Check("cluster", "broken", f"{where}: {said}", way_out or start)]
     nodes = {name: node for name, node in facts["nodes"].items() if node["error"] is None}
     if not nodes:
         return list(_judge_cluster(facts))
     checks = [
         *_judge_cluster(facts),
+        _judge_access(cluster),
         *_judge_versions({**nodes, "this process": facts["driver"]}),
         *_judge_torchvision(nodes),
         _judge_reduce(facts["reduce"]),
@@ -512,6 +506,28 @@ def _judge_cluster(facts: dict[str, Any]) -> Iterator[Check]:
                         "there")  # fmt: skip
         else:
             yield Check(f"node {name}", "broken", error, "look at its log with: ray logs, and start it again")
+
+
+def _judge_access(cluster: dict[str, Any]) -> Check:
+    """Who can run programs on the cluster. Encryption is not looked at: Ray has none by default."""
+    here = [address for address in (cluster["address"], cluster["dashboard"]) if address and not _loopback(address)]
+    reach = f"other machines reach {' and '.join(here)}" if here else "only this machine reaches it"
+    dashboard = f", with a dashboard at {cluster['dashboard']}" if cluster["dashboard"] else ", without a dashboard"
+    if not cluster["token"]:
+        return Check("access", "warning",
+                     f"open: no token is asked for, and {reach}{dashboard}: whoever does runs programs as its user",
+                     "export RAY_AUTH_MODE=token before ray start on every node; ray get-auth-token --generate makes "
+                     "the token that all nodes and drivers need")  # fmt: skip
+    if cluster["dashboard"] in here:
+        return Check("access", "warning", f"a token is asked for, and {reach}{dashboard}",
+                     "ray start --dashboard-host=127.0.0.1 keeps the dashboard to its machine")  # fmt: skip
+    return Check("access", "ok", f"a token is asked for, and {reach}{dashboard}")
+
+
+def _loopback(address: str) -> bool:
+    """Whether host:port is of the loopback interface."""
+    host = address.rpartition(":")[0].strip("[]")
+    return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
 def _by_value(values: dict[str, Any]) -> dict[Any, str]:
