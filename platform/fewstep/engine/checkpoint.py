@@ -366,14 +366,18 @@ def load(
             raise CheckpointError(f"{path / MANIFEST}: does not fit this run ({error}); {AGAIN}") from None
         reader = Reader(path, manifest, verify_all)
         into: dict[str, Tensor] = {}
+        constants: dict[str, Tensor] = {}
         for name, net in nets.items():
             found = _part(manifest["tensors"], f"net.{name}")
             own = net.state_dict()
             _fits(own, {key: manifest["tensors"][whole] for key, whole in found.items()}, f"{path}, {name}")
             into |= {whole: own[key].detach() for key, whole in found.items()}
+            constants |= {whole: value for key, whole in found.items() if not (value := own[key]).is_floating_point()}
+        into |= {whole: torch.empty_like(value) for whole, value in constants.items()}
         tensors = manifest["tensors"]
         states = {role: _slots(tensors, role, nets[role], optim, into, path) for role, optim in optims.items()}
         _read(reader, into)
+        _same(constants, into, str(path))
         for role, optim in optims.items():
             optim.state.clear()
             optim.state.update(states[role])
@@ -445,6 +449,16 @@ def _fits(own: Mapping[str, Tensor], theirs: Mapping[str, Mapping[str, Any]], wh
         raise CheckpointError(f"{where}: does not fit the network; {len(wrong)} tensors differ, such as {some}")
 
 
+def _same(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str) -> None:
+    """Training changes no whole number: those of a network tell what it is, such as an adapter's base."""
+    for key, value in own.items():
+        if not value.is_floating_point() and not torch.equal(theirs[key].to(value.device), value):
+            raise CheckpointError(
+                f"{where}: {key} is not this network's, such as an adapter's of another teacher or another alpha; "
+                "give those of that run, or start anew under another name=..."
+            )
+
+
 def _together(world: World, work: Callable[[], T]) -> T:
     """What each rank does by itself; where it fails on one it fails on all, and nobody waits for a rank that left."""
     if world.size == 1:
@@ -483,4 +497,5 @@ def load_net(net: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Fills an unsharded network from whole tensors. Raises CheckpointError naming what does not fit."""
     theirs = {key: {"dtype": DTYPE_NAMES[value.dtype], "shape": list(value.shape)} for key, value in tensors.items()}
     _fits(net.state_dict(), theirs, where)
+    _same(net.state_dict(), tensors, where)
     net.load_state_dict(tensors)
