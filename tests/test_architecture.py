@@ -47,8 +47,8 @@ ONLY = {
     "torchvision": {"data"},
 }
 
-# The engine knows what a method is and no particular one; of networks it knows the average and the blocks.
-NARROW = {("engine", "methods"): {"base"}, ("engine", "networks"): {"average", "blocks"}}
+# The engine knows what a method is and no particular one; of networks it knows the average, the blocks and adapters.
+NARROW = {("engine", "methods"): {"base"}, ("engine", "networks"): {"average", "blocks", "lora"}}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -20,12 +20,14 @@ from fewstep.diffusion.level import Level
 from fewstep.diffusion.schedules import DDPM, EDM
 from fewstep.diffusion.tangent import tangent
 from fewstep.engine.optim import Optim
+from fewstep.engine.train import Engine, Train
 from fewstep.engine.world import Layout, World, full
 from fewstep.methods import METHODS
 from fewstep.networks.average import average
 from fewstep.networks.backbones import TextUNet, Transformer
 from fewstep.networks.blocks import blocks, checkpoint_activations, compile_passes
 from fewstep.networks.denoiser import Denoiser, Guided
+from fewstep.networks.lora import Lora
 
 GAN = METHODS["dmd2"](gan_weight=0.05, critic_updates_per_student_update=2, student_steps=2)
 TRAIN = {"steps": 30, "batch": 16, "report_every": 10}
@@ -34,6 +36,10 @@ LAYOUTS = {
     "shard": Layout(placement="shard"),
     "shard, recompute": Layout(placement="shard", checkpoint_activations=True, teacher_placement="replicate"),
     "hybrid": Layout(placement="hybrid"),
+}
+ADAPTED = {
+    "replicate": Layout(teacher_placement="shard"),
+    "shard": Layout(placement="shard", checkpoint_activations=True, offload_average=True),
 }
 OF_SIZE = {2: ["replicate", "shard", "shard, recompute"], 4: ["replicate", "shard", "hybrid"]}
 
@@ -56,11 +62,16 @@ class Sgd(Optim):
         return Descent(net.parameters(), {"lr": 0.0})
 
 
-def sgd_engine(world: World | None = None, **settings):
-    """An engine on the toy whose optimisers are SGD, and the gradients of its first two steps by step, phase, name."""
-    engine = toy.make_engine(GAN, world=world, **(TRAIN | settings))
+def descending(engine: Engine) -> Engine:
+    """The engine with SGD for its optimisers."""
     engine.settings = {role: Sgd(lr=0.05) for role in engine.settings}
     engine.optims = {role: engine.settings[role].build(engine.nets[role]) for role in engine.settings}
+    return engine
+
+
+def sgd_engine(world: World | None = None, **settings):
+    """An engine on the toy whose optimisers are SGD, and the gradients of its first two steps by step, phase, name."""
+    engine = descending(toy.make_engine(GAN, world=world, **(TRAIN | settings)))
     gradients, optimise = {}, engine._optimise
 
     def record(index, phase, losses):
@@ -72,6 +83,24 @@ def sgd_engine(world: World | None = None, **settings):
 
     engine._optimise = record
     return engine, gradients
+
+
+def lora_engine(
+    world: World | None = None,
+    folder: Path | None = None,
+    base: Denoiser | None = None,
+    alpha: float = 4.0,
+    seed_factors: int = 0,
+    **train,
+) -> Engine:
+    """An engine whose student and critic are adapters on its teacher, a network with random weights."""
+    base = base or toy.denoiser(1)
+    adapters = {role: Lora(base, 4, alpha, "all", seed=seed_factors + i) for i, role in enumerate(("student", "fake"))}
+    optims = {role: Optim(lr=3e-3) for role in GAN.roles}
+    settings = Train(**{"steps": 10, "batch": 16, "report_every": 5, "save_every": 10} | train)
+    nets = {"teacher": base, "disc": toy.head()} | adapters
+    feed = toy.Feed(toy.Mixture())
+    return Engine(GAN, nets, optims, feed, settings, world=world, folder=folder, recipe={"toy": 1})
 
 
 def everything(engine) -> dict[str, Tensor]:
@@ -142,6 +171,7 @@ def work(rank: int, size: int, folder: str) -> None:
     results = {name: equal_training(layout, size) for name, layout in ((n, LAYOUTS[n]) for n in OF_SIZE[size])}
     if size == 2:
         results["teacher"] = bf16_teacher()
+        results["adapters"] = {name: trained_adapters(layout) for name, layout in ADAPTED.items()}
         results["frozen first"], results["trained first"] = critic_gradients(True), critic_gradients(False)
         offloaded = World.current(layout=Layout(placement="shard", offload_average=True))
         results["average"] = everything(trained_average(offloaded))
@@ -167,6 +197,15 @@ def equal_training(layout: Layout, size: int) -> dict:
     smooth = toy.finish(toy.make_engine(GAN, world=world_of(layout), **TRAIN))
     shares = sum(p.to_local().numel() for p in engine.nets["fake"].parameters())
     return {"gradients": gradients, "weights": everything(engine), "metrics": smooth, "held": shares}
+
+
+def trained_adapters(layout: Layout) -> dict:
+    """Factors after ten steps of SGD; numbers that this rank holds of the critic's and of the teacher."""
+    engine = descending(lora_engine(world_of(layout)))
+    toy.finish(engine)
+    engine._rest()
+    held = {role: sum(p.to_local().numel() for p in engine.nets[role].parameters()) for role in ("fake", "teacher")}
+    return {"factors": everything(engine), "held": held}
 
 
 def bf16_denoiser(seed: int = 0, **kwargs) -> Denoiser:
@@ -274,6 +313,23 @@ def test_each_worker_holds_its_share_of_the_weights(world_results, size, name):
     shards = {"replicate": 1, "hybrid": 2}.get(name, size)
     held = [rank[name]["held"] for rank in world_results(size)]
     assert sum(held) == whole * size / shards and max(held) < 1.1 * whole / shards
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters_of_two_workers_equal_those_of_one_on_a_sharded_base(world_results, name):
+    """Replicated factors; and sharded ones, with activations recomputed and the average on the CPU."""
+    engine = descending(lora_engine())
+    toy.finish(engine)
+    expected = {key: value for key, value in everything(engine).items() if ".up." in key}  # they start at zero
+    assert {key.split(".")[0] for key in expected} == {"student", "fake", "average"} and all(
+        map(torch.any, expected.values())
+    )
+    whole = {role: sum(p.numel() for p in engine.nets[role].parameters()) for role in ("fake", "teacher")}
+    ranks = [rank["adapters"][name] for rank in world_results(2)]
+    for rank in ranks:
+        assert distance({key: rank["factors"][key] for key in expected}, expected) < 1e-6
+    held = {role: sum(rank["held"][role] for rank in ranks) for role in whole}
+    assert held == {"fake": whole["fake"] * (2 if name == "replicate" else 1), "teacher": whole["teacher"]}
 
 
 @pytest.mark.parametrize("name", ["unet", "text", "dit"])

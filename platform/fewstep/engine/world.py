@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config import Strict
 from ..networks.blocks import Pass, blocks, checkpoint_activations, compile_passes, units
+from ..networks.lora import Lora
 
 Placement = Literal["replicate", "shard", "hybrid"]
 
@@ -24,8 +25,8 @@ class Layout(Strict):
     teacher_placement: Placement | None = None
     """Of the teacher; null: as the others."""
     checkpoint_activations: bool = False
-    """Networks that train keep the inputs of their blocks only, and run each block again in the backward pass: about a
-    third more arithmetic for a fraction of the memory."""
+    """Networks keep the inputs of their blocks only, and run each block again in the backward pass: about a third more
+    arithmetic for a fraction of the memory."""
     offload_average: bool = False
     """The averaged weights live on the CPU, and visit the device a block at a time when they are sampled."""
     compile: list[Pass] = []
@@ -51,6 +52,7 @@ class World:
     layout: Layout = Layout()
     local_size: int | None = None
     _meshes: dict[Placement, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _teachers: list[nn.Module] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         local = self.local_size or self.size
@@ -73,12 +75,19 @@ class World:
     def place(self, role: str, net: nn.Module) -> nn.Module:
         """The network of a role on our device, its parameters laid out over the ranks; call it once, after all copies.
 
-        The teacher is frozen, and the blocks of one in bf16 are stored so. One wrapper serves every placement: FSDP2's
+        The teacher is frozen, and the blocks of one in bf16 are stored so. An adapter is laid out whole, and its base
+        as the teacher that it is, once for all who use it. One wrapper serves every placement: FSDP2's
         fully_shard of each block and then the root, on a mesh (replicas, shards); it moves one block at a time to the
         device. Blocks of a bf16 network are gathered in bfloat16 and their gradients reduced in float32; its root and
         the GAN heads stay float32. A process without torch.distributed needs no wrapper.
         """
         layout, teacher, averaged = self.layout, role == "teacher", role == "average"
+        if isinstance(net, Lora):
+            self.place("teacher", net.base)
+        if teacher:
+            if any(net is placed for placed in self._teachers):
+                return net
+            self._teachers.append(net)
         half = getattr(net, "precision", "fp32") == "bf16"
         offload = averaged and layout.offload_average
         if offload and not dist.is_initialized():
@@ -91,8 +100,8 @@ class World:
             if half:
                 for block in blocks(net):
                     block.to(torch.bfloat16)
-        elif layout.checkpoint_activations and not averaged:
-            checkpoint_activations(net)
+        if layout.checkpoint_activations and not averaged:
+            checkpoint_activations(net)  # the teacher too: adapters train through it
         if layout.compile and self.device.type == "cuda" and not averaged:
             compile_passes(net, layout.compile)
         placement = layout.of(role)
@@ -124,6 +133,8 @@ class World:
     def reshard(self, net: nn.Module) -> None:
         """Lays a network's parameters out again as `place` did. A pass without gradients leaves them whole on each
         rank, and an optimiser, an average or a change of requires_grad would miss the ones that last."""
+        if isinstance(net, Lora):
+            self.reshard(net.base)
         if hasattr(net, "reshard"):
             for module in net.modules():
                 if hasattr(module, "reshard"):

@@ -20,9 +20,11 @@ class Backbone(nn.Module):
     classes: number of labels without the null class, None for none. null: the null class's index, None for none.
     Subclasses say how the model is called. Raises ValueError for a model without that module.
     apart: modules inside a block that the model also calls by themselves, so that they are laid out by themselves.
+    attention_layers: ends of the paths of the attention's projections, which adapters change by default.
     """
 
     apart: tuple[nn.Module, ...] = ()
+    attention_layers: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # diffusers' names
 
     def __init__(
         self,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from .lora import active, using
 
 Pass = Literal["full", "encoder", "no_grad"]
 CONTAINERS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks")  # what diffusers calls them
@@ -60,7 +63,19 @@ def checkpoint_activations(net: nn.Module) -> None:
     """Each block keeps only its inputs for the backward pass, and runs again then. Networks run without dropout, so no
     random state is kept. Reentrant checkpointing would leave a sharded root's gradients unreduced."""
     for block in blocks(net):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = partial(_recompute, block.forward)
+
+
+def _recompute(run: Callable, *args: Any, **kwargs: Any) -> Any:
+    """The second run, in the backward pass, has the adapter of the first, whichever ran in between. A compiled graph
+    holds both runs and needs no reminder."""
+    if not torch.compiler.is_compiling():
+        kwargs["context_fn"] = partial(_contexts, active())
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _contexts(adapter: nn.Module | None) -> tuple[Any, Any]:
+    return nullcontext(), using(adapter)
 
 
 def compile_passes(net: nn.Module, passes: Iterable[Pass], **options: Any) -> None:

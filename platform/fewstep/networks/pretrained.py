@@ -132,7 +132,12 @@ def network_of(denoiser: Denoiser) -> Network:
 
 
 def save_denoiser(denoiser: Denoiser, folder: Path) -> None:
-    """Writes `folder`/unet or `folder`/transformer (diffusers, safetensors) and `folder`/fewstep.json."""
+    """Writes `folder`/unet or `folder`/transformer (diffusers, safetensors) and `folder`/fewstep.json.
+
+    Raises ValueError for an adapter, whose folder would hold its base alone.
+    """
+    if not isinstance(denoiser, Denoiser):
+        raise ValueError(f"{folder}: a {type(denoiser).__name__} is no denoiser; merge an adapter into its base first")
     sub = folder / ("transformer" if isinstance(denoiser.backbone, Transformer) else "unet")
     denoiser.backbone.model.save_pretrained(sub, safe_serialization=True)
     config = _json(sub / "config.json")

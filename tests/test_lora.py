@@ -1,0 +1,509 @@
+"""Adapters: the teacher stays as it is, the student starts as the teacher, and the rest is as for whole networks."""
+
+from __future__ import annotations
+
+import threading
+from copy import deepcopy
+
+import pytest
+import torch
+import toy
+from test_engine import everything
+from test_world import backbone, backbone_loss, distance, inputs, lora_engine
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fewstep.diffusion.schedules import EDM
+from fewstep.engine import checkpoint
+from fewstep.engine.world import Layout, World
+from fewstep.methods import METHODS
+from fewstep.networks.average import average
+from fewstep.networks.blocks import blocks, checkpoint_activations, compile_passes, units
+from fewstep.networks.lora import Lora, active, fingerprint, merge, open_adapter, save_adapter, using
+from fewstep.networks.pretrained import new_head, open_teacher, save_denoiser
+
+NAMES = ("unet", "text", "dit")
+
+
+def moved(adapter: Lora, seed: int = 7, std: float = 0.2) -> Lora:
+    """The adapter with random factors, so that it changes what its base answers."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for up in adapter.up.values():
+            up.copy_(torch.randn(up.shape, generator=generator) * std)
+    return adapter
+
+
+def ask(name: str) -> tuple:
+    """Inputs of a network."""
+    if name != "toy":
+        return inputs(name)
+    times = torch.tensor([0.5, 2.0, 9.0, 60.0], dtype=torch.float64)
+    return torch.randn(4, 2, 1, 1, generator=torch.Generator().manual_seed(3)), EDM().level(times, 4), None
+
+
+def answer(net: nn.Module, name: str) -> Tensor:
+    with torch.no_grad():
+        return net(*ask(name))
+
+
+def gradients(net: nn.Module, name: str) -> dict[str, Tensor]:
+    backbone_loss(net, *ask(name)).backward()
+    return {key: p.grad.clone() for key, p in net.named_parameters() if p.grad is not None}
+
+
+# One layer
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 4), (3, 6)),
+    "linear of tokens": (lambda: nn.Linear(6, 4, bias=False), (3, 5, 6)),
+    "1x1": (lambda: nn.Conv2d(6, 4, 1), (3, 6, 5, 5)),
+    "3x3 with stride": (lambda: nn.Conv2d(6, 4, 3, stride=2, padding=1), (3, 6, 8, 8)),
+    "groups": (lambda: nn.Conv2d(6, 4, 3, groups=2, padding=1), (3, 6, 5, 5)),
+    "depthwise": (lambda: nn.Conv2d(6, 6, 3, groups=6, padding=1), (3, 6, 5, 5)),
+    "dilated and reflected": (lambda: nn.Conv2d(6, 4, 3, dilation=2, padding=2, padding_mode="reflect"), (3, 6, 7, 7)),
+    "same padding": (lambda: nn.Conv2d(6, 4, (3, 1), padding="same"), (3, 6, 5, 5)),
+    "1d": (lambda: nn.Conv1d(6, 4, 3), (3, 6, 5)),
+    "3d": (lambda: nn.Conv3d(6, 4, 3, padding=1), (3, 6, 3, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_adapted_layer_is_the_layer_with_a_changed_weight(name):
+    torch.manual_seed(0)
+    make, shape = LAYERS[name]
+    net, x = nn.Sequential(make()), torch.randn(shape)
+    adapter = moved(Lora(net, rank=3, alpha=6, targets="all"))
+    (key, layer), plain = next(iter(adapter.layers.items())), net(x)
+    change = adapter.weight_change(key, layer)
+    assert change.shape == layer.weight.shape and change.abs().max() > 0.05
+    expected = functional_call(net, {"0.weight": (layer.weight.double() + change).float()}, x)
+    torch.testing.assert_close(adapter(x), expected, rtol=0, atol=1e-5)
+    assert torch.equal(net(x), plain)
+    torch.testing.assert_close(merge(adapter, x)(x), expected, rtol=0, atol=1e-5)
+
+
+def test_a_change_is_alpha_over_rank_times_up_times_down():
+    net = nn.Sequential(nn.Linear(2, 2, bias=False))
+    adapter = Lora(net, rank=2, alpha=3, targets="0")
+    with torch.no_grad():
+        adapter.down["0"].copy_(torch.tensor([[1.0, 2], [0, 1]]))
+        adapter.up["0"].copy_(torch.tensor([[1.0, 0], [4, 1]]))
+    assert adapter.weight_change("0", net[0]).tolist() == [[1.5, 3.0], [6.0, 13.5]]
+    assert Lora(net, rank=2, targets="0").scale == 1
+
+
+def test_the_rank_of_a_change_is_at_most_that_of_the_layers_matrix():
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 2, 3), nn.Conv2d(8, 8, 3, groups=8))
+    adapter = Lora(net, rank=16, alpha=16, targets="all")
+    assert {key: tuple(down.shape) for key, down in adapter.down.items()} == {
+        "0": (8, 1, 3, 3),
+        "1": (2, 8, 3, 3),
+        "2": (8, 1, 3, 3),
+    }
+    assert {key: tuple(up.shape) for key, up in adapter.up.items()} == {
+        "0": (8, 8, 1, 1),
+        "1": (2, 2, 1, 1),
+        "2": (8, 1, 1, 1),
+    }
+    assert adapter.scale == 1
+
+
+def test_initial_factors_are_a_function_of_seed_and_layer():
+    net = nn.Sequential(nn.Linear(400, 300), nn.Linear(300, 400))
+    one, both, other = Lora(net, 200, targets="1"), Lora(net, 200, targets="all"), Lora(net, 200, targets="1", seed=1)
+    assert torch.equal(one.down["1"], both.down["1"]) and not torch.equal(one.down["1"], other.down["1"])
+    assert not torch.equal(both.down["0"][:, :300], both.down["1"])
+    for key, width in (("0", 400), ("1", 300)):
+        assert both.down[key].std().item() * width**0.5 == pytest.approx(1, abs=0.02)
+        assert not both.up[key].any()
+
+
+# Which layers
+
+
+def test_targets_are_ends_of_layer_paths():
+    net = backbone("unet")
+    found = lambda *targets: [key.replace("/", ".") for key in Lora(net, 2, targets=targets).down]
+    model = "backbone.model."
+    attention = found("attention")
+    assert attention == found("to_q", "to_k", "to_v", "to_out.0")
+    assert len(attention) == 16 and f"{model}mid_block.attentions.0.to_out.0" in attention
+    assert found("mid_block.*.conv1") == [f"{model}mid_block.resnets.{i}.conv1" for i in (0, 1)]
+    assert found("conv_out", "conv_in") == [f"{model}conv_in", f"{model}conv_out"]  # the base's order
+    assert found(f"{model}conv_in") == [f"{model}conv_in"]
+    layers = [path for path, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    assert found("all") == layers and len(layers) > 40
+
+
+@pytest.mark.parametrize(
+    "targets, says",
+    [
+        ("to_qq", r"targets: 'to_qq' matches no linear or convolution layer; nearest: to_q, "),
+        (["attention", "mid_block.resnets.0.conv3"], r"'mid_block.resnets.0.conv3' .* nearest: .*resnets.0.conv1"),
+        ("xyz", r"layer paths here end in conv, conv1, .*to_out.0, to_q, to_v$"),
+        ("group_norm", r"'group_norm' matches .*attentions.0.group_norm, a GroupNorm; only linear and convolution"),
+        ("mid_block", r"'mid_block' matches backbone.model.mid_block, a UNetMidBlock2D; .*; mid_block.\* names those"),
+        ([], "targets: none given"),
+    ],
+)
+def test_a_target_that_names_no_layer_is_refused_with_the_nearest(targets, says):
+    with pytest.raises(ValueError, match=says):
+        Lora(backbone("unet"), targets=targets)
+
+
+def test_a_network_without_named_attention_says_so():
+    with pytest.raises(ValueError, match="targets: attention, but this network names no attention projections; .* all"):
+        Lora(toy.denoiser())
+
+
+# Whole networks
+
+
+@pytest.mark.parametrize("targets", ["attention", "all"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_new_adapter_equals_its_base_and_a_base_is_the_same_with_and_without(name, targets):
+    base = backbone(name)
+    before = answer(base, name)
+    first, second = (Lora(base, 4, targets=targets, seed=seed) for seed in (0, 1))
+    assert torch.equal(answer(first, name), before)
+    assert not torch.equal(answer(moved(second), name), before)
+    assert torch.equal(answer(first, name), before) and torch.equal(answer(base, name), before)
+    assert active() is None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_those_of_a_network_with_changed_weights(name, precision):
+    """Through a pass without gradients, a whole one and one that leaves at the bottleneck."""
+    adapter = moved(Lora(backbone(name, precision), 4, targets="all"))
+    found = gradients(adapter, name)
+    factors = {key: p.detach().requires_grad_() for key, p in adapter.named_parameters()}
+    weights = {}
+    for key, layer in adapter.layers.items():
+        product = factors[f"up.{key}"].flatten(1) @ factors[f"down.{key}"].flatten(1)
+        weights[key.replace("/", ".") + ".weight"] = layer.weight + adapter.scale * product.view(layer.weight.shape)
+    changed = lambda *args: functional_call(adapter.base, weights, args)
+    backbone_loss(changed, *ask(name)).backward()
+    expected = {key: p.grad for key, p in factors.items() if p.grad is not None}
+    assert found.keys() == expected.keys() and all(g.dtype == torch.float32 for g in found.values())
+    assert len(expected) > 0.9 * len(factors)  # all but those of layers without gradient
+    assert distance(found, expected) < (2e-6 if precision == "fp32" else 0.03)
+    assert not any(p.requires_grad or p.grad is not None for p in adapter.base.parameters())
+
+
+def test_an_adapter_has_the_interface_of_its_base():
+    base = backbone("unet", "bf16")
+    adapter = Lora(base, 2)
+    assert (adapter.shape, adapter.classes, adapter.null, adapter.precision) == ((2, 8, 8), 5, 5, "bf16")
+    assert adapter.schedule is base.schedule
+    assert adapter.own(inputs("unet")[1], 4)[1].tolist() == [0.5, 20, 2, 1]  # a method of the base
+    with pytest.raises(AttributeError, match="'Denoiser' object has no attribute 'colour'"):
+        adapter.colour  # noqa: B018
+    assert {key.split(".")[0] for key in adapter.state_dict()} == {"down", "up", "identity"}
+
+
+def test_a_copy_has_factors_of_its_own_on_the_same_base():
+    adapter = Lora(backbone("unet"), 2)
+    together = deepcopy({"student": adapter, "fake": adapter, "teacher": adapter.base})
+    copy = together["student"]
+    assert copy.base is adapter.base is together["teacher"] and together["fake"] is copy
+    before = answer(adapter, "unet")
+    moved(copy)
+    assert torch.equal(answer(adapter, "unet"), before) and not torch.equal(answer(copy, "unet"), before)
+    hooks = [len(layer._forward_hooks) for layer in adapter.layers.values()]
+    assert hooks == [1] * len(hooks)
+
+
+def test_an_adapter_is_laid_out_whole():
+    adapter = Lora(backbone("dit"), 2)
+    assert blocks(adapter) == [] and units(adapter) == [] and len(blocks(adapter.base)) == 3
+
+
+# The teacher while a student's pass is in flight
+
+
+def test_the_teacher_is_the_same_bit_for_bit_while_the_students_pass_is_in_flight():
+    base = backbone("unet")
+    before, found = answer(base, "unet"), {}
+    student = moved(Lora(base, 4, targets="all"))
+
+    def meanwhile(*args):
+        if "inside" in found:
+            return  # the thread's own pass
+        found["inside"] = active()
+        thread = threading.Thread(target=lambda: found.update(thread=answer(base, "unet")))
+        thread.start()
+        thread.join()
+
+    handle = base.backbone.model.mid_block.register_forward_hook(meanwhile)
+    x0 = student(*inputs("unet"))
+    handle.remove()
+    found["graph alive"] = answer(base, "unet")
+    x0.square().mean().backward()
+    found["after"] = answer(base, "unet")
+    assert found.pop("inside") is student
+    assert found.keys() == {"thread", "graph alive", "after"}
+    assert all(torch.equal(value, before) for value in found.values())
+
+
+def test_a_pass_that_fails_leaves_no_adapter_active():
+    student = Lora(backbone("unet"), 2)
+    with pytest.raises(RuntimeError):
+        student(torch.zeros(1, 3, 8, 8), *inputs("unet")[1:])
+    assert active() is None
+
+
+def three_passes(base: nn.Module, student: nn.Module, fake: nn.Module, name: str = "unet") -> dict[str, Tensor]:
+    """Gradients of both adapters, whose passes and the teacher's lie between a student's pass and its second run."""
+    loss = backbone_loss(student, *ask(name)) + backbone_loss(fake, *ask(name)) * 0.5
+    answer(base, name)
+    loss.backward()
+    nets = {"student": student, "fake": fake}
+    return {f"{role}.{key}": p.grad for role, net in nets.items() for key, p in net.named_parameters()}
+
+
+def adapters(base: nn.Module) -> tuple[nn.Module, Lora, Lora]:
+    return base, moved(Lora(base, 4, targets="all")), moved(Lora(base, 4, targets="all", seed=1), seed=8)
+
+
+def test_recomputed_activations_run_again_with_the_adapter_of_their_first_run():
+    base = backbone("unet")
+    checkpoint_activations(base)
+    expected = three_passes(*adapters(backbone("unet")))
+    assert toy.same(three_passes(*adapters(base)), expected)
+    of = lambda role: {key.partition(".")[2]: g for key, g in expected.items() if key.startswith(f"{role}.up")}
+    assert distance(of("student"), of("fake")) > 0.1  # a mistaken adapter would show
+
+
+@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_compiled_blocks_run_with_the_adapter_of_the_pass(recompute):
+    base, graphs = toy.denoiser(1), []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph
+
+    if recompute:
+        checkpoint_activations(base)
+    compile_passes(base, ["full", "encoder", "no_grad"], backend=backend)
+    expected = three_passes(*adapters(toy.denoiser(1)), "toy")
+    assert distance(three_passes(*adapters(base), "toy"), expected) < 1e-6
+    assert torch.equal(answer(base, "toy"), answer(toy.denoiser(1), "toy"))
+    adapted = [graph for graph in graphs if sum(node.op == "placeholder" for node in graph.graph.nodes) > 5]
+    count = len(graphs)
+    assert len(adapted) > count / 2  # the factors are inputs of a graph, and adapters of one form share it
+    assert distance(three_passes(*adapters(base), "toy"), expected) < 1e-6 and len(graphs) == count
+
+
+# In the engine
+
+
+def test_an_engine_trains_the_factors_and_nothing_else():
+    engine = lora_engine(steps=6)
+    teacher = engine.nets["teacher"]
+    before = {role: answer(net, "toy") for role, net in engine.nets.items() if role != "disc"}
+    assert torch.equal(before["student"], before["teacher"]) and torch.equal(before["fake"], before["teacher"])
+    weights = toy.weights(teacher)
+    toy.finish(engine)
+    assert toy.same(toy.weights(teacher), weights) and torch.equal(answer(teacher, "toy"), before["teacher"])
+    after = [answer(net, "toy") for net in (engine.nets["student"], engine.nets["fake"], engine.student)]
+    assert len({tuple(value.flatten().tolist()) for value in (before["teacher"], *after)}) == 4
+
+
+def test_two_steps_a_resume_and_four_more_equal_six(tmp_path):
+    train = {"steps": 6, "report_every": 2, "save_every": 2, "keep": 9}
+    one = lora_engine(folder=tmp_path / "one", **train)
+    toy.finish(one)
+    four = lora_engine(folder=tmp_path / "two", seed_factors=5, **train)
+    four.resume(tmp_path / "one" / "step-00000002")
+    toy.finish(four)
+    assert toy.same(everything(four), everything(one))
+    saved = checkpoint.read_weights(tmp_path / "one" / "step-00000006")
+    assert toy.same(saved, everything(one))
+    heads = {".".join(key.split(".")[:3]) for key in saved if "disc" not in key}
+    networks = {f"net.{role}.{part}" for role in ("student", "fake", "average") for part in ("down", "up", "identity")}
+    moments = {f"optim.{role}.{part}" for role in ("student", "fake") for part in ("down", "up")}
+    assert heads == networks | moments
+
+
+def test_an_adapter_of_another_teacher_or_scale_is_refused(tmp_path):
+    train = {"steps": 2, "report_every": 2, "save_every": 2}
+    path = tmp_path / "step-00000002"
+    toy.finish(lora_engine(folder=tmp_path, **train))
+    says = r"step-00000002: .*student.identity is not this network's, such as an adapter's of another teacher"
+    for other in ({"base": toy.denoiser(99)}, {"alpha": 2.0}):
+        engine = lora_engine(**train, **other)
+        with pytest.raises(checkpoint.CheckpointError, match=says.replace("student", "(average|student|fake)")):
+            engine.resume(path)
+        with pytest.raises(checkpoint.CheckpointError, match="there: identity is not this network's"):
+            checkpoint.load_net(engine.nets["student"], checkpoint.read_weights(path, "net.student"), "there")
+    lora_engine(**train).resume(path)
+
+
+def test_averages_are_of_factors():
+    engine = lora_engine(steps=1, average_decay=0.75)
+    start = toy.weights(engine.student)
+    toy.finish(engine)
+    decay = engine.train.profile.at(0)
+    for key, value in engine.student.state_dict().items():
+        now = engine.nets["student"].state_dict()[key]
+        assert torch.equal(value, now if key == "identity" else torch.lerp(start[key], now, 1 - decay)), key
+    assert engine.student.base is engine.nets["teacher"]
+    into, net = (moved(Lora(engine.nets["teacher"], 2, targets="all"), seed) for seed in (1, 2))
+    a, b = toy.weights(into), toy.weights(net)
+    average(into, net, 0.9)
+    assert all(torch.equal(v, torch.lerp(a[k], b[k], 0.1)) for k, v in toy.weights(into).items() if k != "identity")
+
+
+def test_the_world_places_a_base_once_whichever_role_comes_first():
+    base = backbone("unet", "bf16")
+    world = World(layout=Layout(checkpoint_activations=True))
+    student, fake = Lora(base, 4, seed=1), Lora(base, 4, seed=2)
+    expected = answer(base, "unet")
+    for role, net in {"student": student, "teacher": base, "fake": fake, "average": deepcopy(student)}.items():
+        assert world.place(role, net) is net
+    stored = {p.dtype for block in blocks(base) for p in block.parameters()}
+    assert stored == {torch.bfloat16} and all(p.dtype == torch.float32 for p in student.parameters())
+    assert [block.forward.args for block in blocks(base) if block.forward.func.__name__ == "_recompute"] != []
+    inner = [block.forward.args[0] for block in blocks(base)]  # of the recomputation: what ran before
+    assert all(getattr(run, "func", None).__name__ == "_autocast" for run in inner)
+    for net in (student, fake, base):
+        assert torch.equal(answer(net, "unet"), expected)
+    found = gradients(moved(student), "unet")
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in found.values())
+
+
+def test_an_engine_in_bfloat16_with_recomputed_activations_trains_factors_near_those_in_float32():
+    plain, half = (
+        lora_engine(),
+        lora_engine(base=bf16(toy.denoiser(1)), world=World(layout=Layout(checkpoint_activations=True))),
+    )
+    start = toy.weights(plain.nets["fake"])
+    metrics = [toy.finish(engine)[-1] for engine in (plain, half)]
+    losses = [key for key in metrics[0] if key.startswith("critic/")]
+    assert [metrics[1][key] for key in losses] == pytest.approx([metrics[0][key] for key in losses], rel=0.05)
+    found, expected = (
+        {k: v - start[k] for k, v in toy.weights(engine.nets["fake"]).items() if k != "identity"}
+        for engine in (half, plain)
+    )
+    assert distance(found, expected) < 0.1
+
+
+def bf16(net: nn.Module) -> nn.Module:
+    return type(net)(net.backbone, net.schedule, net.prediction, net.data_std, net.time_scale, "bf16")
+
+
+# Merged
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_merged_network_gives_what_the_adapter_gives_and_is_plain(name):
+    base = backbone(name)
+    adapter = moved(Lora(base, 4, alpha=2, targets="all"), std=0.05)
+    before, expected = answer(base, name), answer(adapter, name)
+    net = merge(adapter, *ask(name))
+    assert type(net) is type(base) and net.state_dict().keys() == base.state_dict().keys()
+    assert (answer(net, name) - expected).abs().max() < 1e-4 < 0.01 < (expected - before).abs().max()
+    assert sum(len(module._forward_hooks) for module in net.modules()) == 0
+    assert torch.equal(answer(base, name), before) and torch.equal(answer(adapter, name), expected)
+    with using(adapter):
+        assert torch.equal(answer(net, name), answer(merge(adapter, *ask(name)), name))
+
+
+def test_a_merged_network_of_a_base_in_bfloat16_is_float32_and_near():
+    base = World().place("teacher", backbone("unet", "bf16"))
+    adapter = moved(Lora(base, 4, targets="all"), std=0.05)
+    net = merge(adapter, *inputs("unet"))
+    assert net.precision == "fp32" and all(p.dtype == torch.float32 for p in net.parameters())
+    assert (answer(net, "unet") - answer(adapter, "unet")).abs().max() < 0.1
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, of which an adapter changes the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh())
+
+
+def test_a_merge_that_would_answer_otherwise_is_refused():
+    torch.manual_seed(0)
+    adapter, x = moved(Lora(Tied(), 2, targets="first")), torch.randn(8, 4)
+    with pytest.raises(ValueError, match=r"merged into its base .* differ by \d.*, above 0.0001; layers that share"):
+        merge(adapter, x)
+    both = moved(Lora(Tied(), 2, targets="all"))  # each has a change of its own, and they share a weight
+    with pytest.raises(ValueError, match="layers that share a weight"):
+        merge(both, x)
+
+
+def test_a_merge_that_is_not_finite_is_refused():
+    adapter = moved(Lora(nn.Sequential(nn.Linear(4, 4)), 2, targets="all"), std=float("nan"))
+    with pytest.raises(ValueError, match="differ by nan"):
+        merge(adapter, torch.randn(2, 4))
+
+
+# Files
+
+
+def test_what_is_saved_is_what_is_opened(tmp_path):
+    base, path = backbone("unet"), tmp_path / "adapter.safetensors"
+    adapter = moved(Lora(base, 3, alpha=5, targets=["attention", "conv_in"]))
+    save_adapter(adapter, path)
+    found = open_adapter(backbone("unet"), path)
+    assert (found.rank, found.alpha, found.targets) == (3, 5.0, ("attention", "conv_in"))
+    assert toy.same(toy.weights(found), toy.weights(adapter))
+    assert torch.equal(answer(found, "unet"), answer(adapter, "unet"))
+    stored = World().place("teacher", backbone("unet", "bf16"))
+    assert fingerprint(stored) == fingerprint(base)
+    assert toy.same(toy.weights(open_adapter(stored, path)), toy.weights(adapter))
+
+
+def test_files_of_another_base_and_damaged_files_are_refused(tmp_path):
+    path, other = tmp_path / "adapter.safetensors", backbone("unet")
+    save_adapter(Lora(backbone("unet"), 3), path)
+    with torch.no_grad():
+        other.backbone.model.conv_in.weight.mul_(1.05)
+    with pytest.raises(ValueError, match=r"adapter.safetensors: its factors were trained on another network"):
+        open_adapter(other, path)
+    with pytest.raises(ValueError, match=r"adapter.safetensors: targets: attention, but this network names no"):
+        open_adapter(toy.denoiser(), path)
+    with pytest.raises(ValueError, match=r"missing.safetensors: .*[Nn]o such file"):
+        open_adapter(other, tmp_path / "missing.safetensors")
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"adapter.safetensors: .*incomplete|adapter.safetensors: .*[Ee]rror"):
+        open_adapter(backbone("unet"), path)
+    save_denoiser(other, tmp_path / "net")
+    with pytest.raises(ValueError, match=r"no adapter; its metadata has no 'lora'"):
+        open_adapter(other, tmp_path / "net" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_an_adapter_is_not_saved_as_if_it_were_its_base(tmp_path):
+    with pytest.raises(ValueError, match="net: a Lora is no denoiser; merge"):
+        save_denoiser(Lora(backbone("unet"), 2), tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
+# Memory
+
+
+def test_weights_and_optimisers_of_the_demo_with_adapters_are_at_most_three_tenths():
+    """Counted: teacher, student, critic, average and head with AdamW's two moments of what trains."""
+    teacher = open_teacher("shipped:fashion_mnist/teacher")
+    head = new_head(teacher)
+    whole = METHODS["dmd2"]().nets(teacher, lambda: head)
+    lora = {role: net if role == "disc" else Lora(teacher, 4, targets="all") for role, net in whole.items()}
+
+    def count(nets: dict[str, nn.Module]) -> int:
+        average = deepcopy(nets["student"])
+        held = {p for net in (teacher, average, *nets.values()) for p in net.parameters()}
+        return sum(p.numel() for p in held) + 2 * sum(p.numel() for net in nets.values() for p in net.parameters())
+
+    share = count(lora) / count(whole)
+    print(f"weights and optimisers with adapters: {count(lora):,} of {count(whole):,} numbers, {share:.3f}")
+    assert share <= 0.3
