@@ -9,7 +9,7 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
-.PHONY: demo sweep test chromium faults slow lint bench clean
+.PHONY: demo sweep test chromium faults slow lint bench docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make slow       the tests that make test leaves out"
 	@echo "make lint       ruff"
 	@echo "make bench      the ratios the README quotes"
+	@echo "make docs       write docs/keys.md, the page of all keys, from the settings models"
 	@echo "make clean      remove caches and build products; runs and .venv stay"
 
 $(VENV)/.ready: requirements.lock pyproject.toml
@@ -55,6 +56,9 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python tests/bench.py
+
+docs: $(VENV)/.ready
+	$(BIN)/python docs/keys.py
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache platform/*.egg-info

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "platform"))
 
 from pydantic import Field
 
-from fewstep.config import Strict, parse, plain_errors, resolve
+from fewstep.config import Strict, command, resolve
 
 
 class Compare(Strict):
@@ -42,36 +42,34 @@ class Compare(Strict):
     """Look for runs in this experiment only."""
 
 
-def main(argv: list[str]) -> None:
-    job = parse(Compare, argv)
-
+@command(Compare)
+def main(job: Compare) -> None:
     from fewstep.compare import collect, compare, page
     from fewstep.folders import overwritable
     from fewstep.tracking import Store
 
-    with plain_errors():
-        if bool(job.runs) == bool(job.sweep):
-            raise ValueError("runs: give either runs=[name-or-id, ...] or sweep=<parent run>")
-        out = resolve(job.out)
-        if not out.parent.is_dir():
-            raise ValueError(f"out: no folder {str(out.parent)!r}; make it first")
-        overwritable(out)
-        store = Store(job.uri, job.experiment)
-        if job.sweep:
-            parent = store.find(job.sweep)
-            runs, what = store.children(parent), f"sweep {parent.name}"
-            if not runs:
-                raise ValueError(f"sweep: run {parent.name!r} has no trials; give a sweep's parent run, or runs=[...]")
-        else:
-            runs = [store.find(ref) for ref in job.runs]
-            what = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
-        grids = job.grids or max(2, 240 // len(runs))
-        records = [collect(store, run, grid=job.grid, grids=grids) for run in runs]
-        data = compare(records, what=what, store=store.uri, rank_seen_by_loss=job.rank_seen_by_loss)
+    if bool(job.runs) == bool(job.sweep):
+        raise ValueError("runs: give either runs=[name-or-id, ...] or sweep=<parent run>")
+    out = resolve(job.out)
+    if not out.parent.is_dir():
+        raise ValueError(f"out: no folder {str(out.parent)!r}; make it first")
+    overwritable(out)
+    store = Store(job.uri, job.experiment)
+    if job.sweep:
+        parent = store.find(job.sweep)
+        runs, what = store.children(parent), f"sweep {parent.name}"
+        if not runs:
+            raise ValueError(f"sweep: run {parent.name!r} has no trials; give a sweep's parent run, or runs=[...]")
+    else:
+        runs = [store.find(ref) for ref in job.runs]
+        what = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    grids = job.grids or max(2, 240 // len(runs))
+    records = [collect(store, run, grid=job.grid, grids=grids) for run in runs]
+    data = compare(records, what=what, store=store.uri, rank_seen_by_loss=job.rank_seen_by_loss)
     out.write_text(page(data, ROOT / "dashboards" / "compare.html"), encoding="utf-8")
     print(f"{what}, {len(data['groups'])} different settings; open {out} in a browser")
     print(json.dumps({"page": str(out), "runs": len(runs), "groups": len(data["groups"]), "bytes": out.stat().st_size}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

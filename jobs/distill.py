@@ -4,29 +4,41 @@
     python jobs/distill.py recipe=fashion_mnist method.critic_updates_per_student_update=5
     ray job submit --working-dir . -- python jobs/distill.py recipe=fashion_mnist
 
-Arguments are the recipe's dotted keys; recipe= names a file of jobs/recipes or a path. --dry-run checks everything,
-prints the resolved recipe and the memory each role needs on a worker, and trains nothing. It ends in a JSON object.
+Words are keys of the recipe and change what its file says. The last line is a JSON object.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "platform"))
 
+from fewstep.config import Strict, command
+from fewstep.recipe import Recipe, open_recipe
 
-def main(argv: list[str]) -> None:
+
+class Distill(Strict):
+    """Distils a teacher into a few-step student, scores it beside its teacher, and exports it for diffusers."""
+
+    recipe: str = "fashion_mnist"
+    """Name of a file of jobs/recipes, or the path of a .yaml file."""
+    dry_run: bool = False
+    """Check everything, print the resolved recipe and the memory that each role needs on a worker, and train nothing.
+    --dry-run says the same."""
+
+
+@command(Distill, Recipe)
+def main(job: Distill, given: dict[str, Any]) -> None:
     from fewstep.cluster import jobs
-    from fewstep.config import plain_errors
     from fewstep.run import register
     from fewstep.students import export_run
 
-    result = jobs.train(argv, __doc__, ROOT / "jobs" / "recipes", "fashion_mnist")
+    result = jobs.train(open_recipe(job.recipe, ROOT / "jobs" / "recipes", given), job.dry_run)
     if result is None:
         return
-    with plain_errors():
-        export = export_run(result["folder"], result["rows"])
+    export = export_run(result["folder"], result["rows"])
     register(Path(result["folder"]), Path(export["folder"]))
     last = {row["who"]: row for row in result["rows"]}
     print(
@@ -44,4 +56,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -17,13 +17,11 @@ sys.path.insert(0, str(ROOT / "platform"))
 
 from pydantic import Field
 
-from fewstep.config import Strict, parse, plain_errors
-
-JSON = {"--json", "json=true"}
+from fewstep.config import Strict, command
 
 
 class Doctor(Strict):
-    """Checks nodes, versions, all-reduce, storage, MLflow, weights and data; --json (or json=true) prints an object."""
+    """Checks nodes, versions, all-reduce, storage, MLflow, weights and data."""
 
     recipe: str | None = None
     """Check what this recipe uses: a name of jobs/recipes or a path."""
@@ -35,21 +33,23 @@ class Doctor(Strict):
     """Tracking store; without it the recipe's, MLFLOW_TRACKING_URI, or mlflow.db here."""
     limit_s: float = Field(300.0, ge=10)
     """Seconds after which what has not answered counts as broken."""
+    as_json: bool = Field(False, alias="json")
+    """Print a JSON object instead of a table. --json says the same."""
 
 
-def main(argv: list[str]) -> int:
-    job = parse(Doctor, [word for word in argv if word not in JSON | {"json=false"}])
+@command(Doctor)
+def main(job: Doctor) -> int:
     from fewstep.cluster.doctor import examine, healthy, judge, table, wanted, within
 
-    with plain_errors(), within(job.limit_s):
+    with within(job.limit_s):
         recipe = None
         if job.recipe is not None:
-            from fewstep.recipe import load_recipe
+            from fewstep.recipe import open_recipe
 
-            recipe = load_recipe([f"recipe={job.recipe}"], ROOT / "jobs" / "recipes", "")
+            recipe = open_recipe(job.recipe, ROOT / "jobs" / "recipes", {})
         facts = examine(wanted(recipe, job.out, job.storage, job.uri), job.limit_s, recipe)
     checks = judge(facts)
-    if JSON & set(argv):
+    if job.as_json:
         print(json.dumps({"healthy": healthy(checks), "checks": [vars(check) for check in checks], "facts": facts}))
     else:
         print(table(checks))
@@ -57,4 +57,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    main()

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "platform"))
 
 from pydantic import Field
 
-from fewstep.config import parse, plain_errors
+from fewstep.config import command
 from fewstep.metrics.build import Metrics
 from fewstep.metrics.features import FEATURES
 from fewstep.metrics.reference import REFERENCE
@@ -43,16 +43,15 @@ class Evaluate(Metrics):
     batch: Annotated[int, Field(ge=1)] = 250
     """Images sampled at once."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the samples."""
+    """Seed of the samples."""
     threads: Annotated[int, Field(ge=1)] = 1
     """Threads of the CPU arithmetic."""
     device: str = "cpu"
-    """Where to sample: cpu, cuda, cuda:1."""
+    """Device to sample on: cpu, cuda or cuda:1."""
 
 
-def main(argv: list[str]) -> None:
-    job = parse(Evaluate, argv)
-
+@command(Evaluate)
+def main(job: Evaluate) -> None:
     import torch
 
     from fewstep.build import make_samples
@@ -64,10 +63,9 @@ def main(argv: list[str]) -> None:
 
     torch.set_num_threads(job.threads)
     world = World(device=torch.device(job.device))
-    with plain_errors():
-        recipe = recipe_of(job.model)
-        metrics = job.build(world.device, None if recipe is None else job.seen_by(recipe.loss_networks))
-        samplers = [open_sampler(job.model, steps, job.guidance, world.device) for steps in job.steps]
+    recipe = recipe_of(job.model)
+    metrics = job.build(world.device, None if recipe is None else job.seen_by(recipe.loss_networks))
+    samplers = [open_sampler(job.model, steps, job.guidance, world.device) for steps in job.steps]
     rows, scores = [], []
     for sampler in {s.name: s for s in samplers}.values():  # a student's is the same for any number of steps
         samples = make_samples(sampler, job.images, job.seed, job.batch, world)
@@ -79,4 +77,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 import torch
 from pydantic import Field
 
-from fewstep.config import Strict, parse, resolve
+from fewstep.config import Strict, command, resolve
 from fewstep.data.feed import Feed, open_feed
 from fewstep.diffusion.samplers import to_uint8
 from fewstep.folders import overwritable
@@ -31,22 +31,22 @@ class Features(Strict):
     data: str
     """Folder of shards: the real images, to train on and to describe."""
     test: str | None = None
-    """Folder of shards held out: gives the accuracy, and the distance that a perfect generator would have."""
+    """Folder of shards that were not trained on: gives the accuracy, and the distance of a perfect generator."""
     out: str
     """Folder for features.safetensors and statistics.npz."""
     extractor: str | None = None
     """Describe the images with this network of a metric: a file, such as features.safetensors or Inception's .pt, or
     the name of a network that is looked for, such as inception."""
     name: str = "fashion"
-    """Of the network: its Frechet distance is called fd_<name>."""
+    """Name of the network; its Frechet distance is called fd_<name>."""
     images: int | None = Field(None, ge=2)
-    """How many images to describe; without it, all."""
+    """Number of images to describe; null is all."""
     epochs: int = Field(5, ge=1)
     """Passes over the images in training."""
     seed: int = Field(0, ge=0)
-    """Of the first weights and of the order."""
+    """Seed of the first weights and of the order of the images."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """Device: cpu or cuda."""
 
 
 def open_images(path: str, seed: int = 0) -> Feed:
@@ -143,13 +143,9 @@ def run(job: Features) -> dict:
     return report
 
 
-def main(argv: list[str] | None = None) -> None:
-    job = parse(Features, argv)
-    try:
-        report = run(job)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"features: {error}") from None
-    print(json.dumps(report))
+@command(Features)
+def main(job: Features) -> None:
+    print(json.dumps(run(job)))
 
 
 if __name__ == "__main__":

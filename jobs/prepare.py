@@ -17,7 +17,7 @@ from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
-from fewstep.config import Strict, parse, plain_errors, resolve
+from fewstep.config import Strict, command, resolve
 from fewstep.data.decode import MAX_PIXELS
 from fewstep.data.source import Reading
 from fewstep.data.sources import SOURCES, pack
@@ -29,7 +29,7 @@ class Prepare(Strict):
     source: Literal["fashion_mnist", "cifar10", "folder", "webdataset", "parquet"]
     """Kind of the source: a known set, a folder of pictures, tars of webdataset, or Parquet files as hubs have them."""
     out: str
-    """The folder to write; `shipped:name` is the package's own."""
+    """Folder to write; `shipped:name` is in the package."""
     path: str | None = None
     """The source's file or folder; fashion_mnist finds or downloads its own."""
     split: Literal["train", "test", "validation"] = "train"
@@ -45,11 +45,11 @@ class Prepare(Strict):
     limit: int | None = Field(None, ge=1)
     """Keep this many rows, chosen at random by the seed."""
     seed: int = Field(0, ge=0)
-    """Of the choice and of the order in the shards."""
+    """Seed of the choice and of the order in the shards."""
     size: int | None = Field(None, ge=1)
     """Resize the shorter side of files to this and crop the centre; without it files keep their size."""
     channels: Literal[1, 3] = 3
-    """Of files: 1 is grey, 3 is colour."""
+    """Channels of images from files: 1 is grey, 3 is colour."""
     format: Literal["png", "jpeg", "webp"] = "png"
     """Format of stored pixels; png and webp keep every one."""
     background: str = "white"
@@ -57,22 +57,21 @@ class Prepare(Strict):
     max_pixels: int = Field(MAX_PIXELS, ge=1)
     """A file with more pixels than this in its header counts as corrupt; it would take 4 bytes of memory for each."""
     max_corrupt: float = Field(0.001, ge=0, le=1)
-    """The part of the rows that may be unusable; beyond it the job stops and lists them."""
+    """Share of the rows that may be unusable; beyond it the job stops and lists them."""
     overwrite: bool = False
     """Replace a shard set at `out`. A folder that holds anything else, or the source, is never replaced."""
 
 
-def main(argv: list[str] | None = None) -> None:
-    job = parse(Prepare, argv)
+@command(Prepare)
+def main(job: Prepare) -> None:
     started = time.perf_counter()
-    with plain_errors(OSError):
-        reading = Reading(job.encoding, job.follow_links, job.classes, job.columns)
-        source = SOURCES[job.source](resolve(job.path) if job.path else None, job.split, reading)
-        manifest = pack(
-            source, resolve(job.out), limit=job.limit, seed=job.seed, size=job.size, channels=job.channels,
-            format=job.format, background=job.background, max_pixels=job.max_pixels, max_corrupt=job.max_corrupt,
-            overwrite=job.overwrite,
-        )  # fmt: skip
+    reading = Reading(job.encoding, job.follow_links, job.classes, job.columns)
+    source = SOURCES[job.source](resolve(job.path) if job.path else None, job.split, reading)
+    manifest = pack(
+        source, resolve(job.out), limit=job.limit, seed=job.seed, size=job.size, channels=job.channels,
+        format=job.format, background=job.background, max_pixels=job.max_pixels, max_corrupt=job.max_corrupt,
+        overwrite=job.overwrite,
+    )  # fmt: skip
     summary = {
         "out": str(resolve(job.out)),
         "rows": manifest.rows,

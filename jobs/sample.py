@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
 
 from fewstep.build import Sampler, grid, make_samples
-from fewstep.config import Strict, parse, resolve
+from fewstep.config import Strict, command, resolve
 from fewstep.engine.world import World
 from fewstep.folders import MADE_HERE, overwritable
 from fewstep.students import open_sampler
@@ -27,27 +27,27 @@ class Sample(Strict):
     """Draws a grid of images from a run's student, an export or a teacher, and says how fast they came."""
 
     model: str
-    """folder of a run, a checkpoint, an export or a teacher; or hub:owner/name"""
+    """Folder of a run, a checkpoint, an export or a teacher; or hub:owner/name."""
     images: Count = 100
-    """how many"""
+    """Number of images."""
     labels: list[int] | int | None = None
-    """classes to draw in turn, such as [3] or [0,1]; null takes all"""
+    """Classes to draw in turn, such as [3] or [0,1]; null takes all."""
     seed: int = 0
-    """of the noise"""
+    """Seed of the noise."""
     out: str = "grid.png"
-    """the picture"""
+    """File of the picture."""
     each: str | None = None
-    """folder for the images one by one, too"""
+    """Folder that gets each image as a file too."""
     columns: Count = 10
-    """of the picture"""
+    """Columns of the picture."""
     steps: Count = 18
-    """Heun steps of a teacher (2 steps - 1 network calls); a student's are its own"""
+    """Heun steps of a teacher (2 steps - 1 network calls an image); a student has its own steps."""
     guidance: Annotated[float, Field(ge=1)] = 1.0
-    """guidance scale of a teacher"""
+    """Guidance scale of a teacher."""
     batch: Count = 100
-    """images at once"""
+    """Images sampled at once."""
     device: str = "cpu"
-    """cpu or cuda"""
+    """Device: cpu or cuda."""
 
 
 def of_classes(sampler: Sampler, labels: list[int]) -> Sampler:
@@ -68,18 +68,15 @@ def write(picture: torch.Tensor, path: Path) -> None:
     Image.fromarray(picture.squeeze(-1).numpy()).save(path, "PNG", pnginfo=made)
 
 
-def main() -> None:
-    job = parse(Sample)
+@command(Sample)
+def main(job: Sample) -> None:
     device = torch.device(job.device)
-    try:
-        out, each = resolve(job.out), [resolve(job.each) / f"{i:06d}.png" for i in range(job.images) if job.each]
-        for path in (out, *each):
-            overwritable(path, "out" if path == out else "each")
-        sampler = open_sampler(job.model, job.steps, job.guidance, device=device)
-        if job.labels is not None:
-            sampler = of_classes(sampler, [job.labels] if isinstance(job.labels, int) else job.labels)
-    except ValueError as error:
-        sys.exit(str(error))
+    out, each = resolve(job.out), [resolve(job.each) / f"{i:06d}.png" for i in range(job.images) if job.each]
+    for path in (out, *each):
+        overwritable(path, "out" if path == out else "each")
+    sampler = open_sampler(job.model, job.steps, job.guidance, device=device)
+    if job.labels is not None:
+        sampler = of_classes(sampler, [job.labels] if isinstance(job.labels, int) else job.labels)
     samples = make_samples(sampler, job.images, job.seed, min(job.batch, job.images), World(device=device))
     write(grid(samples.images, min(job.columns, job.images)), out)
     for image, path in zip(samples.images, each, strict=False):

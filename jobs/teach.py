@@ -3,26 +3,41 @@
 
     python jobs/teach.py recipe=fashion_mnist_teacher data.path=data/fashion_mnist
 
-Arguments and --dry-run are those of jobs/distill.py. The teacher is written to <run folder>/teacher, which recipes take
-as teacher=<that folder>. The last line is a JSON object.
+Words are keys of the recipe and change what its file says. The teacher is written to <run folder>/teacher, which
+recipes take as teacher=<that folder>. The last line is a JSON object.
 """
 
 import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "platform"))
 
+from fewstep.config import Strict, command
+from fewstep.recipe import Recipe, open_recipe
 
-def main(argv: list[str]) -> None:
+
+class Teach(Strict):
+    """Trains a diffusion teacher from shards."""
+
+    recipe: str = "fashion_mnist_teacher"
+    """Name of a file of jobs/recipes, or the path of a .yaml file."""
+    dry_run: bool = False
+    """Check everything, print the resolved recipe and the memory that each role needs on a worker, and train nothing.
+    --dry-run says the same."""
+
+
+@command(Teach, Recipe)
+def main(job: Teach, given: dict[str, Any]) -> None:
     from fewstep.cluster import jobs
     from fewstep.folders import NETWORK, replace
     from fewstep.networks.pretrained import save_denoiser
     from fewstep.students import open_student
 
-    result = jobs.train(argv, __doc__, ROOT / "jobs" / "recipes", "fashion_mnist_teacher")
+    result = jobs.train(open_recipe(job.recipe, ROOT / "jobs" / "recipes", given), job.dry_run)
     if result is None:
         return
     folder = Path(result["folder"]) / "teacher"
@@ -33,4 +48,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 import time
@@ -10,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from demo import RECIPES, ROOT, STEPS, listening, losses, mlflow_history, recipe, untimed, words
+from demo import ROOT, STEPS, listening, losses, mlflow_history, recipe, untimed, words
 
 from fewstep.build import make_engine, make_feed, make_metrics, make_samples
-from fewstep.cluster import jobs
 from fewstep.cluster.train import Unplaceable, fit, localized
 from fewstep.data.shards import ShardWriter
 from fewstep.dryrun import describe
 from fewstep.students import open_student
+
+DISTILL = runpy.run_path(str(ROOT / "jobs" / "distill.py"))["main"]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +135,7 @@ def test_the_literal_ray_job_submit_gives_the_losses_of_the_bare_loop(ray_cluste
 )
 def test_dry_run_refuses_what_a_run_would(tmp_path, capsys, word, text):
     with pytest.raises(SystemExit) as stop:
-        jobs.train(["--dry-run", *words(tmp_path, word)], "", RECIPES, "fashion_mnist")
+        DISTILL(["--dry-run", *words(tmp_path, word)])
     assert stop.value.code == 2
     assert text in capsys.readouterr().err
 
@@ -147,7 +149,7 @@ def test_images_of_another_size_than_the_network_are_refused(tmp_path):
 
 
 def test_dry_run_counts_parameters_and_memory(tmp_path, capsys):
-    assert jobs.train(["--dry-run", *words(tmp_path)], "", RECIPES, "fashion_mnist") is None
+    DISTILL(["--dry-run", *words(tmp_path)])
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line[:1].isalpha()}
     count = int(rows["student"][0].replace(",", ""))
     mib = count * 4 / 2**20

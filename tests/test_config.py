@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.config import ASSETS, ConfigError, Strict, describe, nearest, override, parse, read, resolve, words
+from fewstep.config import ASSETS, ConfigError, nearest, override, read, resolve, words
 from fewstep.methods import METHODS
 from fewstep.recipe import Recipe, load_recipe
 
@@ -101,12 +101,21 @@ def test_a_recipe_is_found_by_name_or_by_path(folder, monkeypatch):
         (["train.steps=1.5"], ["train.steps: expected a whole number, got 1.5"]),
         (["optim.fake.lr=fast"], ["optim.fake.lr: expected a number, got 'fast'"]),
         (["data.flip=maybe"], ["data.flip: expected true or false, got 'maybe'"]),
-        (["data.path=5"], ["data.path: expected text, got 5"]),
+        (
+            ["data.path=5"],
+            [
+                'data.path: expected text, got 5; as text it has quotes: "5" in a file, '
+                "data.path='\"5\"' on a command line"
+            ],
+        ),
         (["data=shards"], ["data: expected fields, such as data.key=value, got 'shards'"]),
         (["optim=1e-4"], ["optim: expected fields, such as optim.key=value, got 0.0001"]),
         (["train=null"], ["train: expected fields, such as train.key=value, got null"]),
         (["evaluate.metrics=fid"], ["evaluate.metrics: expected a list such as [a, b], got 'fid'"]),
-        (["evaluate.metrics=[fid, 3]"], ["evaluate.metrics.1: expected text, got 3"]),
+        (
+            ["evaluate.metrics=[fid, 3]"],
+            ['evaluate.metrics.1: expected text, got 3; as text it has quotes: "3" in a file'],
+        ),
         (["optim.fake.betas=[0.9]"], ["optim.fake.betas: its value number 2 is missing"]),
         (["optim.fake.betas=[0.9, 1]"], ["optim.fake.betas.1: must be below 1, got 1"]),
         (["optim.fake.betas=[0.9, 0.9, 0.9]"], ["optim.fake.betas: expected 2 values, got 3"]),
@@ -228,47 +237,3 @@ def test_the_nearest_name_or_all_of_them():
     assert nearest("stesp", ["steps", "batch"]) == "did you mean 'steps'?"
     assert nearest("zzz", ["steps", "batch"]) == "valid: steps, batch"
     assert nearest("zzz", []) == "nothing can be set here"
-
-
-# Jobs
-
-
-class Pack(Strict):
-    """Packs pictures into shards."""
-
-    source: str
-    """Where they come from."""
-    size: int = 32
-    """Pixels a side."""
-
-
-def test_a_jobs_words_become_its_settings():
-    assert parse(Pack, ["source=x", "size=64"]) == Pack(source="x", size=64)
-    assert parse(Pack, ["size=64"], source="y") == Pack(source="y", size=64)
-    with pytest.raises(ValueError, match="frozen"):
-        parse(Pack, ["source=x"]).size = 3
-
-
-def test_a_jobs_mistakes_go_to_standard_error_and_exit_with_2(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(Pack, ["size=big", "sise=3"])
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == ""
-    assert err.splitlines() == [
-        "source: missing, and it has no default",
-        "size: expected a whole number, got 'big'",
-        "sise: no such key; did you mean 'size'?",
-    ]
-
-
-def test_help_says_what_can_be_set(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(Pack, ["--help"])
-    assert stop.value.code == 0 and capsys.readouterr().out.strip() == describe(Pack)
-    assert describe(Pack).splitlines() == [
-        "Packs pictures into shards.",
-        "",
-        "Arguments are key=value words:",
-        "  source         Where they come from. (required)",
-        "  size           Pixels a side. (default 32)",
-    ]

@@ -28,10 +28,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(capsys, *words: str) -> tuple[int, str]:
     """Exit status and output of the job, in this process and so on this session's cluster."""
-    with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["doctor.py", *words])
-        runpy.run_path(str(ROOT / "jobs" / "doctor.py"), run_name="__main__")
-    return stop.value.code, capsys.readouterr().out
+    try:
+        runpy.run_path(str(ROOT / "jobs" / "doctor.py"))["main"](words)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    return status, capsys.readouterr().out
 
 
 def closed_port() -> int:

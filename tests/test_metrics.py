@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -762,16 +763,20 @@ def run_job(monkeypatch, capsys, *words: str) -> dict:
 
 
 def test_the_job_ends_with_one_line_when_it_cannot_go_on(tmp_path, monkeypatch, capsys):
-    out = f"out={tmp_path / 'out'}"
-    with pytest.raises(SystemExit, match="^features: data.path: no folder .*jobs/prepare.py"):
-        run_job(monkeypatch, capsys, f"data={tmp_path / 'nowhere'}", out)
+    def refused(*words: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            run_job(monkeypatch, capsys, f"out={tmp_path / 'out'}", *words)
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    assert re.match("data.path: no folder .*jobs/prepare.py", refused(f"data={tmp_path / 'nowhere'}"))
     with ShardWriter(tmp_path / "wide", size=(1, 8, 16)) as writer:
         writer.add(np.zeros((1, 8, 16), np.uint8))
-    with pytest.raises(SystemExit, match=r"wide: images of shape \(1, 8, 16\); features need square images"):
-        run_job(monkeypatch, capsys, f"data={tmp_path / 'wide'}", out)
+    error = refused(f"data={tmp_path / 'wide'}")
+    assert "wide: images of shape (1, 8, 16); features need square images" in error
     data = shards(tmp_path / "data", 40, 0)
-    with pytest.raises(SystemExit, match="features: no file.*gone.safetensors"):
-        run_job(monkeypatch, capsys, f"data={data}", out, f"extractor={tmp_path / 'gone.safetensors'}")
+    error = refused(f"data={data}", f"extractor={tmp_path / 'gone.safetensors'}")
+    assert re.match("features: no file.*gone.safetensors", error)
 
 
 def test_the_job_trains_describes_and_describes_again(tmp_path, monkeypatch, capsys):

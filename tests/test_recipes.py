@@ -17,18 +17,17 @@ import torch
 from toy import same, weights
 
 from fewstep import build
-from fewstep.config import validate, words
+from fewstep.config import words
 from fewstep.data.shards import ShardError
 from fewstep.dryrun import activations, describe, saved_bytes
 from fewstep.engine.train import Engine, Report
 from fewstep.metrics.base import evaluate
 from fewstep.networks.pretrained import open_teacher, save_denoiser
-from fewstep.recipe import load_recipe
-from fewstep.sweeps.settings import split
+from fewstep.recipe import load_recipe, open_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "jobs" / "recipes"
-SETTINGS = {"prepare": "Prepare", "features": "Features"}  # jobs with settings of their own; the others take a recipe
+PREPARATIONS = {"prepare", "features"}  # the other jobs take a recipe
 SHORT = ["train.steps=10", "train.batch=1", "train.report_every=1", "train.save_every=10"]
 
 
@@ -49,10 +48,9 @@ def test_the_commands_in_a_recipes_head_are_valid(recipe):
     found = commands(recipe)
     assert found[-1][1]["recipe"].startswith(recipe.split("_teacher")[0])
     for job, given in found:
-        if job in SETTINGS:
-            validate(runpy.run_path(str(ROOT / "jobs" / f"{job}.py"))[SETTINGS[job]], given)
-        else:
-            load_recipe(argv(split(given)[1] if job == "sweep" else given), RECIPES, "none")
+        asked, *changed = runpy.run_path(str(ROOT / "jobs" / f"{job}.py"))["main"].read(argv(given))
+        if job not in PREPARATIONS:
+            open_recipe(asked.recipe, RECIPES, *changed)
 
 
 # CIFAR-10
@@ -93,7 +91,7 @@ def place(tmp_path_factory):
         Path("data").mkdir()
         archive(Path("data/cifar-10-binary.tar.gz"))
         for job, given in commands("cifar10_teacher"):
-            if job in SETTINGS:
+            if job in PREPARATIONS:
                 small = {"epochs": 1, "device": "cpu"} if job == "features" else {}
                 runpy.run_path(str(ROOT / "jobs" / f"{job}.py"))["main"](argv(given, **small))
         yield Path.cwd()

@@ -16,7 +16,7 @@ from fewstep.sweeps.judge import front, importance, judge, settings
 from fewstep.sweeps.proposals import SEARCHES, proposals
 from fewstep.sweeps.record import FAILED, FINISHED, SEARCH, SEEDS, STOPPED, Record, Trial
 from fewstep.sweeps.report import markdown
-from fewstep.sweeps.settings import Budget, Sweep, check, images_of, split
+from fewstep.sweeps.settings import Budget, Sweep, check, images_of
 from fewstep.sweeps.space import Dice, Space, apply, choice, given, integers, load_space, loguniform, uniform, zero_or
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,11 +156,6 @@ def test_a_space_that_is_not_there_is_named_with_its_neighbours():
 def test_what_cannot_be_asked_is_refused(words, text):
     with pytest.raises(ConfigError, match=text):
         validate(Sweep, {"space": "ttur"} | words)
-
-
-def test_words_are_split_between_sweep_and_recipe():
-    asked, rest = split({"space": "ttur", "trials": 3, "train.steps": 5, "recipe": "fashion_mnist"})
-    assert (asked.space, asked.trials, rest) == ("ttur", 3, {"train.steps": 5, "recipe": "fashion_mnist"})
 
 
 def test_budgets_are_amounts_of_images_or_hours():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,19 +18,20 @@ import torch
 from fewstep.build import make_engine, make_feed
 from fewstep.cluster import sweep as sweeps
 from fewstep.cluster.train import localized
-from fewstep.config import ConfigError, read, resolve, validate
+from fewstep.config import ConfigError, plain_errors, read, resolve, validate
 from fewstep.engine.checkpoint import read_weights
 from fewstep.engine.folder import step_of
-from fewstep.recipe import Recipe, load_recipe
+from fewstep.recipe import Recipe, load_recipe, open_recipe
 from fewstep.run import read_reports
 from fewstep.sweeps.record import FINISHED, SEARCH, Record, Trial
 from fewstep.sweeps.settings import Sweep
-from fewstep.sweeps.space import Space, apply, choice, loguniform
+from fewstep.sweeps.space import Space, apply, choice, load_space, loguniform
 from fewstep.sweeps.warm import earlier_trials
 from fewstep.tracking import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "jobs" / "recipes"
+JOB = runpy.run_path(str(ROOT / "jobs" / "sweep.py"))["main"]
 TTUR = "method.critic_updates_per_student_update"
 HEAD = "from fewstep.sweeps.space import *\nMETRIC, MODE = 'fd_fashion', 'min'\n"
 
@@ -56,7 +58,12 @@ def space_file(tmp: Path, text: str) -> str:
 
 
 def sweep(argv: list[str]) -> dict | None:
-    return sweeps.sweep(argv, "", ROOT / "tune_spaces", RECIPES, "fashion_mnist", ROOT / "dashboards" / "sweep.html")
+    """The closing object of jobs/sweep.py in this process; None after a dry run."""
+    with plain_errors():
+        job, given = JOB.read(argv)
+        own = Sweep.model_validate(job.model_dump(include=set(Sweep.model_fields)))
+        recipe, space = open_recipe(job.recipe, RECIPES, given), load_space(job.space, ROOT / "tune_spaces")
+        return sweeps.sweep(own, space, recipe, ROOT / "dashboards" / "sweep.html", job.dry_run)
 
 
 def events(folder: Path, kind: str) -> list[dict]:

@@ -297,8 +297,9 @@ def test_a_killed_training_loses_nothing(uri, client, tmp_path, monkeypatch, cap
     assert history(client, run.run_id, "loss") == [(s, loss(s)) for s in range(count)]
     assert history(client, run.run_id, "by_images/loss") == [(4 * s, loss(s)) for s in range(count)]
 
-    monkeypatch.setattr(sys, "argv", ["track.py", f"folder={tmp_path}"])
-    assert runpy.run_path(str(ROOT / "jobs/track.py"))["main"]() == 2
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "jobs/track.py"))["main"]([f"folder={tmp_path}"])
+    assert stop.value.code == 2
     assert capsys.readouterr().err.startswith(f"folder: no tracking/journal.jsonl in '{tmp_path}'")
 
 

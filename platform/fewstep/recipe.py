@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -273,9 +273,15 @@ def find_recipe(ref: str, folder: Path) -> Path:
 
 
 def load_recipe(argv: list[str], folder: Path, default: str) -> Recipe:
-    """The recipe that `recipe=name key.sub=value ...` asks for. Raises ConfigError with every mistake."""
+    """The recipe that the words `recipe=name key.sub=value ...` ask for. Raises ConfigError with every mistake."""
     given = words(argv)
-    path = find_recipe(str(given.pop("recipe", default)), folder)
+    return open_recipe(str(given.pop("recipe", default)), folder, given)
+
+
+def open_recipe(ref: str, folder: Path, given: Mapping[str, Any]) -> Recipe:
+    """The recipe that is found as `find_recipe` does, changed by {dotted key: value}. Without a name it gets one of its
+    file's name and the time. Raises ConfigError with every mistake."""
+    path = find_recipe(ref, folder)
     recipe = validate(Recipe, override_all({"recipe": path.stem} | read(path), given))
     if not recipe.name:
         recipe = recipe.model_copy(update={"name": dated_name(recipe.recipe)})

@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from .config import UserError
 from .engine.train import Engine
 from .files import write_file
 
@@ -24,7 +25,7 @@ STOP = "stop"
 ASKED = threading.Event()  # this process was asked to stop
 
 
-class Stalled(RuntimeError):
+class Stalled(UserError, RuntimeError):
     """No step for longer than `failure.stall_minutes`; the text says where each rank was."""
 
 

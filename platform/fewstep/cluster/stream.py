@@ -26,6 +26,7 @@ import ray
 from ray.data import Dataset, ExecutionResources, TaskPoolStrategy
 from ray.util import log_once
 
+from fewstep.config import UserError
 from fewstep.data.feed import MEMORY_BYTES, Feed, MemoryFeed, Read, StreamFeed, ahead
 from fewstep.data.shards import ShardError, Shards, open_shards, read_units
 
@@ -36,7 +37,7 @@ TASK_PIECES = 16
 EXECUTION_TASKS = 512
 
 
-class NotEnoughCPUs(RuntimeError):
+class NotEnoughCPUs(UserError, RuntimeError):
     """The cluster cannot run the workers and the pipeline that feeds them; the text says what is short."""
 
 

@@ -23,24 +23,24 @@ from pathlib import Path
 from typing import Any
 
 from .. import run
-from ..config import describe, plain_errors, read, validate, words
+from ..config import UserError, read, validate
 from ..data.shards import open_shards
 from ..engine.folder import checkpoints, complete, newest, step_of
 from ..folders import claim, usable
 from ..metrics.base import refusal
-from ..recipe import Recipe, dated_name, load_recipe
+from ..recipe import Recipe, dated_name
 from ..sweeps import answer, judge
 from ..sweeps.proposals import Grid, Proposals, proposals
 from ..sweeps.record import FAILED, FINISHED, SEARCH, SEEDS, STOPPED, Record, Trial
-from ..sweeps.settings import Budget, Sweep, check, devices, images_of, split
-from ..sweeps.space import Choice, Dice, Space, apply, load_space, values_of
+from ..sweeps.settings import Budget, Sweep, check, devices, images_of
+from ..sweeps.space import Choice, Dice, Space, apply, values_of
 from ..sweeps.warm import earlier_trials
 from ..tracking.provenance import Provenance
 from ..tracking.tracker import Tracker
 from ..watchdog import STOP
 from .session import connect
 from .stream import DATA_CPUS
-from .train import Lost, Unplaceable, fit, localized, reason_of
+from .train import Lost, fit, localized, reason_of
 
 for _name, _value in {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the record and MLflow are the logs
@@ -68,7 +68,7 @@ POINTER = "pointer.json"
 MLFLOW_PARENT = "mlflow.parentRunId"
 
 
-class Unsweepable(RuntimeError):
+class Unsweepable(UserError, RuntimeError):
     """The sweep cannot go on as asked; the text says why and how it can."""
 
 
@@ -537,35 +537,27 @@ def annotate(conductor: Conductor, tags: dict[str, str]) -> None:
                 conductor.record.add("run", trial.number, run_id=tracker.run_id)
 
 
-def sweep(
-    argv: list[str], doc: str, spaces: Path, recipes: Path, default: str, template: Path
-) -> dict[str, Any] | None:
-    """Runs a sweep to its end, or goes on with one, and returns what the job prints last.
+def sweep(asked: Sweep, space: Space, base: Recipe, template: Path, dry_run: bool = False) -> dict[str, Any] | None:
+    """Runs a sweep to its end, or goes on with one, and returns the last line of the job.
 
-    Returns None after --help and --dry-run.
+    With `dry_run` it checks everything, prints the plan and returns None. template: of report.html.
+    Raises ConfigError, Unsweepable and Unplaceable.
     """
-    if {"--help", "-h"} & set(argv):
-        print(doc, describe(Sweep), "All other words are dotted keys of the recipe.", sep="\n")
+    asked = asked.model_copy(update={"name": asked.name or dated_name(space.name)})
+    check(asked, space, base)
+    whole = localized(base)
+    recipe = trial_recipe(whole, asked)
+    usable(Path(recipe.out), "sweep")
+    run.check(recipe)
+    print(plan_text(asked, space, recipe))
+    if dry_run:
         return None
-    with plain_errors(Unsweepable, Unplaceable):
-        asked, rest = split(words([word for word in argv if word != "--dry-run"]))
-        base = load_recipe([f"{key}={json.dumps(value)}" for key, value in rest.items()], recipes, default)
-        space = load_space(asked.space, spaces)
-        asked = asked.model_copy(update={"name": asked.name or dated_name(space.name)})
-        check(asked, space, base)
-        whole = localized(base)
-        recipe = trial_recipe(whole, asked)
-        usable(Path(recipe.out), "sweep")
-        run.check(recipe)
-        print(plan_text(asked, space, recipe))
-        if "--dry-run" in argv:
-            return None
-        try:
-            return _sweep(asked, space, base, recipe, template)
-        except KeyboardInterrupt:
-            again = [*argv, *([] if any(word.startswith("name=") for word in argv) else [f"name={asked.name}"])]
-            print(f"interrupted; go on with: {shlex.join(['python', sys.argv[0], *again])}", file=sys.stderr)
-            raise SystemExit(130) from None
+    try:
+        return _sweep(asked, space, base, recipe, template)
+    except KeyboardInterrupt:
+        own = [word for word in sys.argv[1:] if not word.startswith("name=")]
+        again = shlex.join(["python", sys.argv[0], *own, f"name={asked.name}"])
+        raise KeyboardInterrupt(f"interrupted; go on with: {again}") from None
 
 
 def trial_recipe(recipe: Recipe, sweep: Sweep) -> Recipe:

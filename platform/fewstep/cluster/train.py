@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import build, run, watchdog
-from ..config import resolve, resolve_ref
+from ..config import UserError, resolve, resolve_ref
 from ..engine.train import Collapsed
 from ..engine.world import World
 from ..folders import claim
@@ -36,11 +36,11 @@ FINAL = (ValueError, FloatingPointError, Collapsed)
 LEFT_ALONE = r"(?i)gloo|nccl|connection (closed|reset|refused)|broken pipe"  # of a rank whose peer is gone
 
 
-class Unplaceable(RuntimeError):
+class Unplaceable(UserError, RuntimeError):
     """The cluster cannot place the workers; the text says what is short and how to give it."""
 
 
-class Lost(RuntimeError):
+class Lost(UserError, RuntimeError):
     """Workers, a node or the controller went away; the run's last checkpoint is where it goes on."""
 
 

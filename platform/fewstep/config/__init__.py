@@ -3,7 +3,8 @@
 A recipe is YAML; `key.sub=value` words override it (values are YAML too); a pydantic model validates the whole.
 """
 
-from .command import describe, parse, plain_errors, words
+from .command import Command, command, plain_errors, words
+from .keys import page
 from .reading import ConfigError, UserError, as_text, parse_json, read, read_json, read_json_lines
 from .reading import parse_yaml as _yaml
 from .settings import (
@@ -22,19 +23,20 @@ from .settings import (
 
 __all__ = [
     "ASSETS",
+    "Command",
     "ConfigError",
     "Strict",
     "UserError",
     "_yaml",
     "as_text",
-    "describe",
+    "command",
     "differences",
     "fingerprint",
     "flatten",
     "nearest",
     "override",
     "override_all",
-    "parse",
+    "page",
     "parse_json",
     "plain_errors",
     "read",

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import os
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from pydantic import BaseModel
+from ..texts import quoted
+from .keys import help_text, names
+from .reading import ConfigError, UserError, parse_yaml
+from .settings import Strict, nearest, override_all, validate
 
-from .reading import ConfigError, parse_yaml
-from .settings import override_all, validate
-
-M = TypeVar("M", bound=BaseModel)
+FORM = "arguments have the form key=value or key.sub=value, such as seed=1"
 
 
 def words(argv: Sequence[str]) -> dict[str, Any]:
-    """`key.sub=value` words as {dotted key: value}. Raises ConfigError for words of another form or given twice."""
+    """`key.sub=value` words as {dotted key: value}; values are YAML.
+
+    Raises ConfigError for words of another form, given twice, or with a comment in them.
+    """
     found: dict[str, Any] = {}
     wrong = []
     for word in argv:
         key, equals, text = word.partition("=")
         if not equals or not all(key.split(".")):
-            wrong.append(f"{word!r}: arguments have the form key=value or key.sub=value, such as seed=1")
+            wrong.append(f"{quoted(word)}: {FORM}")
         elif key in found:
             wrong.append(f"{key}: given twice")
+        elif text.startswith("#") or (" #" in text and text[0] not in "'\"[{"):
+            wrong.append(f"{key}: a # begins a comment; put the value in quotes: '{key}=\"{text}\"'")
         else:
             try:
                 found[key] = parse_yaml(text, key)
@@ -35,39 +42,87 @@ def words(argv: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def parse(model: type[M], argv: Sequence[str] | None = None, **defaults: Any) -> M:
-    """A job's settings from its `key=value` words over `defaults`; prints the fields and exits on `--help`.
-
-    Exits with status 2 and a line a mistake on standard error: people run jobs, and a traceback hides the answer.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        print(describe(model))
-        raise SystemExit(0)
-    try:
-        return validate(model, override_all(defaults, words(argv)))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
-
-
 @contextlib.contextmanager
-def plain_errors(*others: type[Exception]) -> Iterator[None]:
-    """Mistakes that a person can mend, printed as they are, and exit status 2; anything else keeps its traceback.
+def plain_errors() -> Iterator[None]:
+    """Prints an error that the user can mend as it is, without a traceback, and exits with status 2.
 
-    Those are ValueError, FileNotFoundError and FloatingPointError, and `others`.
+    Those are UserError, ValueError, OSError and FloatingPointError. Ctrl-C exits with status 130. The environment
+    variable FEWSTEP_TRACEBACK=1 keeps tracebacks.
     """
     try:
         yield
-    except (ValueError, FileNotFoundError, FloatingPointError, *others) as error:
-        print(error, file=sys.stderr)
+    except BrokenPipeError:  # the reader, such as `head`, has gone; nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except (UserError, ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("FEWSTEP_TRACEBACK"):
+            raise
+        print(_message(error), file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
-def describe(model: type[BaseModel]) -> str:
-    """What `--help` prints: the model's first line, then a line a field."""
-    lines = [(model.__doc__ or model.__name__).strip(), "", "Arguments are key=value words:"]
-    for name, field in model.model_fields.items():
-        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
-        lines.append(f"  {name:14s} {field.description or ''} ({default})")
-    return "\n".join(lines)
+def _message(error: Exception) -> str:
+    """The error's text; of the system's own errors the file and the reason."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+class Command:
+    """A job as people start it: reads the words of the command line, answers --help, and reports mistakes.
+
+    main: called with the settings, and with the other words as {dotted key: value} where `others` names the model that
+    they are keys of; returns the exit status, None for 0.
+    """
+
+    def __init__(self, main: Callable[..., int | None], settings: type[Strict], others: type[Strict] | None = None):
+        self.main, self.settings, self.others = main, settings, others
+        self.doc = (main.__globals__.get("__doc__") or settings.__doc__ or "").strip()
+
+    def __call__(self, argv: Sequence[str] | None = None) -> None:
+        """Runs the job with these words, by default the process's own. Raises SystemExit for a status other than 0."""
+        argv = sys.argv[1:] if argv is None else argv
+        with plain_errors():
+            if {"--help", "-h"} & set(argv):
+                prefixes = [word for word in argv if "=" not in word and not word.startswith("-")]
+                print(help_text(self.doc, self.models, prefixes))
+                sys.stdout.flush()
+                return
+            status = self.main(*self.read(argv))
+        if status:
+            raise SystemExit(status)
+
+    @property
+    def models(self) -> list[type[Strict]]:
+        """The models whose keys the job takes, its own first."""
+        return [self.settings, *([self.others] if self.others else [])]
+
+    def read(self, argv: Sequence[str]) -> tuple[Any, ...]:
+        """The arguments of `main`. `--dry-run` stands for `dry_run=true`. Raises ConfigError with every mistake."""
+        own = names(self.settings)
+        flags = {f"--{name.replace('_', '-')}": name for name, kind in own.items() if kind is bool}
+        unknown = [word for word in argv if word.startswith("-") and "=" not in word and word not in flags]
+        if unknown:
+            hint = nearest(unknown[0], [*flags, "--help"])
+            raise ConfigError("\n".join(f"{word}: no such option; {hint}" for word in unknown))
+        given = words([f"{flags[word]}=true" if word in flags else word for word in argv])
+        if self.others is None:
+            return (validate(self.settings, override_all({}, given)),)
+        known = [*own, *names(self.others)]
+        mine = {}
+        for key in list(given):
+            head = key.split(".")[0]
+            near = difflib.get_close_matches(head, known, n=1)
+            if head in own or (head not in known and near and near[0] in own):  # a slip in one of the job's own words
+                mine[key] = given.pop(key)
+        return validate(self.settings, override_all({}, mine)), given
+
+
+def command(
+    settings: type[Strict], others: type[Strict] | None = None
+) -> Callable[[Callable[..., int | None]], Command]:
+    """Makes a function a Command, which reads its words as `settings`."""
+    return lambda main: Command(main, settings, others)

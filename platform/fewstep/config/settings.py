@@ -109,7 +109,7 @@ def override(data: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
     """
     keys = dotted.split(".")
     if len(keys) > DEPTH:
-        raise ConfigError(f"{quoted(dotted)}: a key of {len(keys)} parts, which no setting has")
+        raise ConfigError(f"{quoted(dotted)}: a key of {len(keys)} parts, and no setting has as many")
     return _override(data, keys, value, dotted)
 
 
@@ -183,7 +183,6 @@ TEXTS = {
     "finite_number": "expected a finite number, got {got}",
     "bool_type": "expected true or false, got {got}",
     "bool_parsing": "expected true or false, got {got}",
-    "string_type": "expected text, got {got}",
     "list_type": "expected a list such as [a, b], got {got}",
     "tuple_type": "expected a list such as [a, b], got {got}",
     "too_long": "expected {max_length} values, got {actual_length}",
@@ -217,12 +216,23 @@ def _line(model: type[BaseModel], e: Any) -> str:
         close = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.76)  # fp16 does not mean bf16
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return f"{dotted}{'.name' if tagged else ''}: {quoted(value)} is not one of {', '.join(valid)}{hint}"
+    if e["type"] == "string_type":
+        return f"{dotted}: expected text, got {got}{_as_text(visible, e['input'])}"
     if e["type"] in TEXTS:
         return f"{dotted}: " + TEXTS[e["type"]].format(**{**context, "got": got, "dotted": dotted})
     message = e["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if not dotted or message.startswith(dotted):
         return message  # a check of several fields names them itself
     return f"{dotted}: {message[0].lower() + message[1:]}, got {got}"
+
+
+def _as_text(location: Sequence[Any], value: Any) -> str:
+    """The end of an error text: the spelling of a number, or of true or false, that is meant as text."""
+    if not isinstance(value, (int, float)):
+        return ""
+    text = "..." if isinstance(value, float) else quoted(value)  # 1e5 and 100000.0 are one number, and two texts
+    word = f", {'.'.join(location)}='\"{text}\"' on a command line" if all(isinstance(p, str) for p in location) else ""
+    return f'; as text it has quotes: "{text}" in a file{word}'
 
 
 def _tags(model: type[BaseModel], location: Sequence[Any]) -> list[str]:

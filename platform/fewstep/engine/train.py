@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..config import Strict
+from ..config import Strict, UserError
 from ..diffusion.draws import Draws
 from ..diffusion.losses import finite
 from ..methods.base import Batch, Method
@@ -100,7 +100,7 @@ class NonFinite(FloatingPointError):
     """A loss or a gradient was not finite; no optimiser stepped from that phase on, on any rank."""
 
 
-class Collapsed(RuntimeError):
+class Collapsed(UserError, RuntimeError):
     """The student collapsed, and the guard's policy, or its patience, says to stop."""
 
 

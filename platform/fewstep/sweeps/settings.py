@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..config import ConfigError, Strict, validate
+from ..config import ConfigError, Strict
 from ..metrics.base import refusal
 from ..recipe import Recipe, SweepName
 from .space import Given, Space, apply, check_space
@@ -111,12 +110,6 @@ class Budget:
         if amount <= 0:
             raise ConfigError(f"budget: {text!r} is no amount; write 200000images or 1.5hours")
         return cls(amount, found[2])
-
-
-def split(given: Mapping[str, Any]) -> tuple[Sweep, dict[str, Any]]:
-    """A job's words as the sweep's settings and the recipe's overrides. Raises ConfigError."""
-    own = {key: value for key, value in given.items() if key in Sweep.model_fields}
-    return validate(Sweep, own), {key: value for key, value in given.items() if key not in own}
 
 
 def images_of(recipe: Recipe) -> int:

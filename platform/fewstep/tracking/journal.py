@@ -26,9 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import UserError
 from ..files import write_file
 
 log = logging.getLogger("fewstep.tracking")
+
+
+class TrackingError(UserError, RuntimeError):
+    """The journal or the store cannot be used now; the text says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,8 @@ class Journal:
     folder: the run's folder. create: make the journal when there is none.
     lock_s: how long to wait for a holder: a killed process lets go at once, one whose last request hangs after that
     request's time limit.
-    Raises FileNotFoundError when there is no journal and `create` is false, RuntimeError when another process holds it,
-    ValueError when a line other than the last is damaged.
+    Raises FileNotFoundError when there is no journal and `create` is false, TrackingError when another process holds
+    it, ValueError when a line other than the last is damaged.
     """
 
     def __init__(self, folder: Path, *, create: bool = True, lock_s: float = 30.0):
@@ -81,7 +86,7 @@ class Journal:
                     file.seek(0)
                     holder = file.read().strip()
                     file.close()
-                    raise RuntimeError(
+                    raise TrackingError(
                         f"{self.run_folder}: process {holder} is already tracking this run; wait for it or end it"
                     ) from None
                 time.sleep(0.1)

@@ -25,6 +25,8 @@ for _name, _value in {
 from mlflow import MlflowClient  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 
+from .journal import TrackingError  # noqa: E402
+
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
 
 
@@ -86,7 +88,7 @@ def experiment(client: MlflowClient, uri: str, name: str) -> str:
     """Id of the experiment, created when it is not there, by this process or by one that races it.
 
     With SQLite its artifacts go to `mlartifacts/` beside the database; a server decides for itself.
-    Raises RuntimeError for a deleted experiment.
+    Raises TrackingError for a deleted experiment.
     """
     path = database(uri)
     place = (path.parent / "mlartifacts" / re.sub(r"[^\w.-]", "_", name)).as_uri() if path else None
@@ -99,7 +101,7 @@ def experiment(client: MlflowClient, uri: str, name: str) -> str:
                 raise
         found = client.get_experiment_by_name(name)
     if found.lifecycle_stage == "deleted":
-        raise RuntimeError(
+        raise TrackingError(
             f"experiment {name!r} is deleted; bring it back with: mlflow experiments restore "
             f"--experiment-id {found.experiment_id}"
         )

@@ -68,7 +68,7 @@ class Tracker:
         A parameter that a resumed run changes becomes the tag `changed.<key>`: MLflow's parameters are immutable.
         run_id: an existing MLflow run to report to, instead of a new one. aside: the recipe's keys that say nothing of
         the numbers, which are no parameters: whoever compares runs looks at the first that differ.
-        Raises ValueError for an unusable name, uri or run_id, RuntimeError when another process tracks this folder.
+        Raises ValueError for an unusable name, uri or run_id, TrackingError when another process tracks this folder.
         """
         uri = tracking_uri(uri)
         params, tags = params_of({k: v for k, v in recipe.items() if k not in aside}), _tags(tags)
