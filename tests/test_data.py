@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import json
+import operator
+import random
+import re
+import resource
+import shutil
 import struct
 import threading
 import time
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,11 +24,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from fewstep.config import ConfigError
 from fewstep.data import shards as shards_module
 from fewstep.data.decode import CorruptImage, Picture, decode, decode_all, encode
 from fewstep.data.feed import MemoryFeed, StreamFeed, ahead, open_feed
+from fewstep.data.manifest import Column, ShardError
 from fewstep.data.plan import LANES, Plan, mix
-from fewstep.data.shards import CorruptRows, ShardError, ShardWriter, latents, open_shards
+from fewstep.data.shards import CorruptRows, ShardWriter, latents, numbers, open_shards
 from fewstep.folders import FolderError
 
 GOLDEN = [5, 3, 6, 4, 10, 9, 7, 11, 8, 0, 1, 2, 6, 3, 4, 5, 11, 7, 8, 9, 10, 0, 1, 2]
@@ -280,7 +290,7 @@ DAMAGE = {
         r"row 0 has the label 10, the manifest says 0 <= label < 10",
     ),
     "other size": (
-        lambda p: _edit_manifest(p, lambda data: data.update(size=[1, 16, 16])),
+        lambda p: _edit_manifest(p, lambda data: (data.update(size=[1, 16, 16]), data.pop("columns"))),
         r"shard-00000.parquet: images of 12x12 pixels",
     ),
     "wrong total": (lambda p: _edit_manifest(p, lambda data: data.update(rows=7)), r"says 7 rows, its shards have"),
@@ -294,6 +304,261 @@ def test_damage_is_found_at_opening_and_named(tmp_path, what):
     damage(tmp_path / "set")
     with pytest.raises(ShardError, match=text):
         open_shards(tmp_path / "set")
+
+
+# A manifest's fields, each with a value that it cannot have, and what is said of it.
+MISTAKES = {
+    "format": [(2, "format: 2, and 1 is read"), (None, "format: None")],
+    "kind": [("video", "kind: 'video' is not one of image, latent"), ("latent", "'png' is no encoding of latents")],
+    "rows": [(-1, "rows: must be at least 0"), ("many", "rows: expected a whole number")],
+    "size": [([2, 12, 12], "size: [2, 12, 12]; an image has 1 or 3 channels"), ([1, 0, 12], "size.1: must be at lea"),
+             ([1, 1 << 20, 1], "size.1: must be at most 65536"), ([3, 65536, 65536], "at most 268435456 values"),
+             ([1, 12], "shape: [1, 12]; the kind image has 3 axes")],
+    "range": [([255, 0], "range: [255.0, 0.0]; images have values up to 255"), ([0, float("nan")], "range.1"),
+              ([0], "range: its value number 2 is missing")],
+    "encoding": [("gif", "encoding: 'gif' is not one of png")],
+    "classes": [(-1, "classes: must be at least 0"), (10**9, "classes: must be at most 1e+06"),
+                (0, "columns: 'label' is not as kind, size, encoding, classes and captions say")],
+    "class_names": [(["a"], "class_names: 1 names for 10 classes")],
+    "columns": [([{"name": "image", "kind": "image", "shape": [1, 9, 9], "dtype": "uint8"}], "'image' is not as kind"),
+                ([{"name": "../x", "kind": "pooled", "shape": [3], "dtype": "float16"}], "'../x' names no column"),
+                ([{"name": "x", "kind": "pooled", "shape": [3], "dtype": "object"}], "'object'; the kind pooled is")],
+    "shards.0.file": [(name, "is no plain name") for name in ("../set/shard-00000.parquet", "/etc/passwd", "a/b", "",
+                                                              ".", "a\nb", "x" * 999)],
+    "shards.0.rows": [(1, "rows: 1, but its row_groups have"), (0, "shards.0.rows: must be at least 1")],
+    "shards.0.row_groups": [([-5, 5], "row_groups.0: must be at least 1"), ("all", "row_groups: expected a list")],
+    "shards.0.sha256": [("", "shards.0.sha256")],
+    "shards.1.file": [("shard-00000.parquet", "shards: 'shard-00000.parquet' is listed twice")],
+    "shards": [({}, "shards: expected a list"), ([None], "shards.0: expected fields")],
+    "nothing": [(1, "nothing: no such key")],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def good_set(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.mark.parametrize("field", MISTAKES)
+def test_a_manifest_that_cannot_be_meant_is_refused_in_one_line_that_names_the_field(tmp_path, good_set, field):
+    folder = shutil.copytree(good_set.path, tmp_path / "set", dirs_exist_ok=True)
+    whole = json.loads((folder / "manifest.json").read_text())
+    for value, text in MISTAKES[field]:
+        data = json.loads(json.dumps(whole))
+        *above, last = (int(part) if part.isdigit() else part for part in field.split("."))
+        functools.reduce(operator.getitem, above, data)[last] = value
+        (folder / "manifest.json").write_text(json.dumps(data))
+        with pytest.raises(ShardError) as error:
+            open_shards(folder)
+        line = str(error.value)
+        assert text in line and "manifest.json: not a manifest of format 1 (" in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "content, text",
+    [
+        (b"", "not valid JSON"),
+        (b"[]", "expected an object {...}, got []"),
+        (b"\xff", "not UTF-8 text (line 1, byte 0xff)"),
+        (b"[" * 100_000, "more than 64 values inside each other"),
+        (b'{"rows": ' + b"9" * 5000 + b"}", "has 5,000 digits, and a whole number at most 40"),
+    ],
+)
+def test_a_manifest_that_is_no_json_object_is_named(tmp_path, content, text):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(ShardError) as error:
+        open_shards(tmp_path)
+    assert f"{tmp_path / 'manifest.json'}: " in str(error.value) and text in str(error.value)
+
+
+def test_a_manifest_without_columns_has_the_usual_ones(tmp_path, good_set):
+    folder = shutil.copytree(good_set.path, tmp_path / "set")
+    _edit_manifest(folder, lambda data: data.pop("columns"))
+    old = open_shards(folder)
+    assert old.manifest.columns == () and old.manifest.all_columns == good_set.manifest.columns
+    assert [(column.name, column.shape) for column in old.manifest.all_columns] == [
+        ("image", (1, 12, 12)),
+        ("label", ()),
+    ]
+    assert same(take(MemoryFeed(old), 3), take(MemoryFeed(good_set), 3))
+    assert open_shards("shipped:fashion_mnist/shards").manifest.columns == ()
+
+
+TEXT = Column(name="text", kind="text", shape=(3, 2), dtype="float16")
+POOLED = Column(name="pooled", kind="pooled", shape=(5,), dtype="float32")
+
+
+def write_latents(out, columns=(), rows=12, **options):
+    rng = np.random.default_rng(0)
+    values = [
+        {column.name: rng.normal(size=column.shape).astype(column.dtype) for column in columns} for _ in range(rows)
+    ]
+    with ShardWriter(
+        out, (4, 3, 2), encoding="float16", columns=columns, group_rows=5, captions=True, **options
+    ) as writer:
+        for i, row in enumerate(values):
+            writer.add(np.full((4, 3, 2), i, np.float32), caption=str(i), **row)
+    return open_shards(out), values
+
+
+def test_further_columns_are_listed_and_read_when_they_are_asked_for(tmp_path):
+    shards, values = write_latents(tmp_path / "set", (TEXT, POOLED))
+    assert [column.name for column in shards.manifest.columns] == ["latent", "caption", "text", "pooled"]
+    assert shards.columns == ["latent", "caption"] == shards.read(0).column_names
+    for unit in range(len(shards.units)):
+        table = shards.read(unit, columns=["caption", "text", "pooled"])
+        for name in ("text", "pooled"):
+            read = numbers(table, shards.column(name))
+            wanted = [values[int(caption)][name] for caption in table.column("caption").to_pylist()]
+            assert read.dtype == shards.column(name).dtype and np.array_equal(read, wanted)
+    assert same(take(StreamFeed(shards), 3, batch=4), take(MemoryFeed(shards), 3, batch=4))
+    with pytest.raises(ShardError, match="no column 'mask'; it has latent, caption, text, pooled"):
+        shards.column("mask")
+    with ShardWriter(tmp_path / "never", (1, 4, 4), columns=(POOLED,)) as writer:
+        with pytest.raises(ValueError, match=r"columns: \[\] where the set has \['pooled'\]"):
+            writer.add(np.zeros((1, 4, 4), np.uint8))
+        with pytest.raises(ValueError, match=r"pooled: shape \(4,\) where the set has \(5,\)"):
+            writer.add(np.zeros((1, 4, 4), np.uint8), pooled=np.zeros(4))
+        writer.add(np.zeros((1, 4, 4), np.uint8), pooled=np.zeros(5))
+
+
+def _number(column, row, value):
+    """Replaces one number of a column of lists; None is a missing one."""
+
+    def change(table):
+        rows = table.column(column).to_pylist()
+        if row < len(rows):
+            rows[row] = value if value is None else [value, *rows[row][1:]]
+        return _set(table, column, pa.array(rows, table.schema.field(column).type))
+
+    return lambda path: _rewrite(path, change)
+
+
+def _labels(label):
+    """Other labels for all rows: a function of their number in the row group."""
+    return lambda p: _rewrite(p, lambda t: _set(t, "label", pa.array([label(i) for i in range(len(t))], pa.int64())))
+
+
+VALUES = {
+    "label missing": (_labels(lambda i: None if i > 2 else 1), "row 3 has no label"),
+    "label negative": (_labels(lambda i: -1), "row 0 has the label -1, the manifest says 0 <= label < 10"),
+    "caption missing": (lambda p: _rewrite(p, lambda t: _set(t, "caption", pa.nulls(len(t), pa.string()))),
+                        "row 0 has no caption"),
+    "latent missing": (_number("latent", 2, None), "not a readable Parquet file (Expected all lists to be of size=24"),
+    "latent's number missing": (lambda p: _rewrite(p, lambda t: _set(t, "latent", pa.array(
+        [[None] * 24] * len(t), t.schema.field("latent").type))), "row 0 has no latent"),
+    "latent not a number": (_number("latent", 4, float("nan")), "row 4 has a number nan in the column 'latent'"),
+    "latent infinite": (_number("latent", 1, float("-inf")), "row 1 has a number -inf in the column 'latent'"),
+    "latent beyond the range": (_number("latent", 0, 11.5), "row 0 has a number 11.5 in the column 'latent', and there "
+                                "are 0 to 11"),
+    "embedding not a number": (_number("text", 3, float("nan")), "row 3 has a number nan in the column 'text', and a"),
+    "embedding missing": (_number("pooled", 3, None), "not a readable Parquet file (Expected all lists to be of size"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", VALUES)
+def test_a_missing_or_impossible_value_is_found_at_opening_and_named_by_its_row(tmp_path, what):
+    damage, text = VALUES[what]
+    if what.startswith("label"):
+        write(tmp_path / "set")
+    else:
+        write_latents(tmp_path / "set", (TEXT, POOLED))
+    damage(tmp_path / "set")
+    with pytest.raises(ShardError, match=f"shard-00000.parquet: {re.escape(text)}"):
+        open_shards(tmp_path / "set")
+    open_shards(tmp_path / "set", verify="size")  # looks at no value
+
+
+def test_impossible_numbers_are_not_written(tmp_path):
+    with ShardWriter(tmp_path / "set", (1, 1, 2), encoding="float16", columns=(POOLED,)) as writer:
+        for value in (float("nan"), float("inf"), 1e5, -2e4):
+            with pytest.raises(
+                ValueError, match="latent: a number (nan|inf|-20000) in the column 'latent', and there are"
+            ):
+                writer.add(np.array([[[0, value]]]), pooled=np.zeros(5))
+        with pytest.raises(ValueError, match="pooled: a number nan in the column 'pooled', and all are finite"):
+            writer.add(np.zeros((1, 1, 2)), pooled=np.full(5, np.nan))
+        writer.add(np.array([[[-3, 7]]]), pooled=np.zeros(5))
+    assert open_shards(tmp_path / "set").manifest.range == (-3, 7)
+
+
+def test_a_latent_set_whose_manifest_allows_any_number_is_refused(tmp_path):
+    write_latents(tmp_path / "set")
+    _edit_manifest(tmp_path / "set", lambda data: data.update(range=[-1e30, 1e30]))
+    with pytest.raises(ShardError, match="latents have values up to 10000, the smallest first"):
+        open_shards(tmp_path / "set")
+
+
+def test_parquet_files_that_are_no_set_name_the_source_that_reads_them(tmp_path):
+    pq.write_table(pa.table({"image": [b""]}), tmp_path / "train-00000-of-00001.parquet")
+    with pytest.raises(ShardError, match=f"prepare.py source=parquet path={tmp_path} out=..."):
+        open_shards(tmp_path)
+
+
+HOSTILE = [None, True, -1, 0, 1, 7, 2**31, 2**63, 10**39, 0.5, -0.0, 1e308, float("nan"), float("inf"),
+           "", "x", "../x", "/etc/passwd", "a\0b", "\ud800", "\u2028", "9" * 50, "shard-00001.parquet", "float16",
+           "latent", "x" * 70_000, [], [[]], [None], [1, 2, 3], [3, 12, 12], [0, 255], [2**40] * 3,
+           list(range(3000)), {}, {"file": "x"}]  # fmt: skip
+
+
+def places(data):
+    """(container, key) of every value in nested lists and mappings."""
+    for key in data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ():
+        yield data, key
+        yield from places(data[key])
+
+
+def mutated(text, rng):
+    """A manifest with one to three fields replaced, removed, doubled or nested, or with some of its bytes changed."""
+    if rng.random() < 0.2:
+        data = bytearray(text)
+        for _ in range(rng.choice((1, 1, 3, 20))):
+            at = rng.randrange(len(data))
+            data[at : at + rng.choice((0, 1, 1, 50))] = rng.randbytes(rng.choice((0, 1, 1, 4)))
+        return bytes(data)
+    data = json.loads(text)
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        above, key = rng.choice(list(places(data)))
+        kind = rng.random()
+        if kind < 0.7:
+            above[key] = copy.deepcopy(rng.choice(HOSTILE))
+        elif kind < 0.8:
+            del above[key]
+        elif kind < 0.9 and isinstance(above, list):
+            above.insert(key, copy.deepcopy(rng.choice(above)))
+        else:
+            above[rng.choice(["x", "columns"]) if isinstance(above, dict) else key] = {"a": above[key]}
+    return json.dumps(data).encode()
+
+
+@pytest.mark.slow
+def test_five_hundred_damaged_manifests_end_in_a_batch_or_in_one_line(tmp_path, monkeypatch):
+    """Seeded; each within 10 s, and all within 2 GiB more than the process has."""
+    monkeypatch.chdir(tmp_path)
+    sets = {"images": write(tmp_path / "images", rows=60), "latents": write_latents(tmp_path / "latents", (TEXT,))[0]}
+    texts = [(name, (tmp_path / name / "manifest.json").read_bytes()) for name in sets]
+    listed = sets["images"].manifest.model_dump(mode="json")
+    texts.append(("images", json.dumps({key: listed[key] for key in listed if key != "columns"}).encode()))
+    rng, batches, lines = random.Random(0), 0, set()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + (2 << 30), before[1]))
+    try:
+        for i in range(500):
+            name, text = texts[i % len(texts)]
+            (tmp_path / name / "manifest.json").write_bytes(mutated(text, rng))
+            started = time.perf_counter()
+            try:
+                with open_feed(tmp_path / name, memory_bytes=rng.choice((0, 1 << 20))) as feed:
+                    next(feed.batches(0, 4))
+                    batches += 1
+            except (ShardError, ConfigError) as error:
+                assert "\n" not in str(error) and str(tmp_path / name) in str(error) and len(str(error)) < 1000
+                lines.add(str(error))
+            assert time.perf_counter() - started < 10
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert batches >= 10 and len(lines) > 200
 
 
 def test_a_missing_folder_says_how_to_make_one(tmp_path):

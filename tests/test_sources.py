@@ -249,7 +249,7 @@ BAD_LINES = {
         '{"file": "0.png", "text": ["a", "b"]}\n': "line 1: caption: ['a', 'b']; a caption is one text",
         '\n{"file": "0.png", "caption": "\\ud800"}\n': "line 2: caption: '\\ud800' holds U+D800, half of a character",
         '{"file": "0.png", "label": [1]}\n': "line 1: label: [1]; a label is a whole number from 0 or a name",
-        '{"file": "0.png", "label": true}\n': "line 1: label: True; a label is",
+        '{"file": "0.png", "label": true}\n': "line 1: label: true; a label is",
         '{"file": "0.png", "label": 1.5}\n': "line 1: label: 1.5; a label is",
         '{"file": "0.png", "label": NaN}\n': "line 1: label: nan; a label is",
         '{"file": "0.png", "label": 1e999}\n': "line 1: label: inf; a label is",

@@ -17,6 +17,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from fewstep.texts import one_line
+
 FORMATS = ("PNG", "JPEG", "WEBP")
 MODES = {1: "L", 3: "RGB"}
 WHITE = (255, 255, 255)
@@ -50,7 +52,7 @@ def corrupt(error: BaseException) -> CorruptImage:
     """One of PILLOW_ERRORS as the reason why a row cannot be used: the same text each time."""
     if isinstance(error, CorruptImage):
         return error
-    return CorruptImage(" ".join(str(error).split()) or type(error).__name__)
+    return CorruptImage(one_line(error))
 
 
 @dataclass(frozen=True)

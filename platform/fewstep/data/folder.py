@@ -25,8 +25,8 @@ from fewstep.data.source import (
     caption_of,
     classes_of,
     label_of,
+    printable,
     read_image,
-    shown,
 )
 from fewstep.data.tree import Tree, walk
 
@@ -64,8 +64,8 @@ def folder(path: Path | None, split: str = "train", reading: Reading = PLAIN) ->
     rows, notes = _from_metadata(tree, tops[0], reading) if tops else _from_tree(tree, reading)
     notes += [f"left out: {name}, which lies below {tops[0]}" for name in metadata if "/" in name]
     if not rows:
-        raise SourceError(f"path: no {', '.join(SUFFIXES)} files below {shown(str(path))!r}; {_instead(tree)}")
-    names = [shown(row.file) for row in rows]
+        raise SourceError(f"path: no {', '.join(SUFFIXES)} files below {printable(str(path))!r}; {_instead(tree)}")
+    names = [printable(row.file) for row in rows]
     classes = classes_of([row.label for row in rows], names, reading.classes)
     captions = all_or_none([row.caption for row in rows], names, "caption")
 
@@ -75,7 +75,7 @@ def folder(path: Path | None, split: str = "train", reading: Reading = PLAIN) ->
 
     return Source(
         len(rows), examples, None, classes.count, classes.names, captions, str(path),
-        {"source": "folder", "name": shown(path.name)}, path, (*tree.notes, *notes, *classes.notes),
+        {"source": "folder", "name": printable(path.name)}, path, (*tree.notes, *notes, *classes.notes),
     )  # fmt: skip
 
 
@@ -97,8 +97,8 @@ def _from_tree(tree: Tree, reading: Reading) -> tuple[list[Row], list[str]]:
     rows: list[Row] = []
     for name in files:
         label = name.split("/")[0] if len(nested) == len(files) else None
-        if label is not None and label != shown(label):
-            raise SourceError(f"path: the folder {shown(label)!r} has a name that is not UTF-8; rename it")
+        if label is not None and label != printable(label):
+            raise SourceError(f"path: the folder {printable(label)!r} has a name that is not UTF-8; rename it")
         text = posixpath.splitext(name)[0] + ".txt"
         rows.append(Row(name, label, _caption(tree.root / text, reading) if text in texts else None))
     notes = []
@@ -116,8 +116,8 @@ def _caption(file: Path, reading: Reading) -> str:
         with file.open("rb") as lines:
             data = lines.read(TEXT_BYTES + 1)
     except OSError as error:
-        raise SourceError(f"{shown(str(file))}: cannot be read: {error.strerror}") from None
-    return reading.text(data, shown(str(file))).strip()
+        raise SourceError(f"{printable(str(file))}: cannot be read: {error.strerror}") from None
+    return reading.text(data, printable(str(file))).strip()
 
 
 def _from_metadata(tree: Tree, name: str, reading: Reading) -> tuple[list[Row], list[str]]:

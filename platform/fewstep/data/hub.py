@@ -24,10 +24,11 @@ from fewstep.data.source import (
     caption_of,
     classes_of,
     label_of,
-    shown,
+    printable,
     too_large,
 )
 from fewstep.data.tree import walk
+from fewstep.texts import one_line
 
 NAMES = {
     "image": ("image", "img", "picture", "jpg", "jpeg", "png", "webp"),
@@ -55,8 +56,8 @@ def parquet(path: Path | None, split: str = "train", reading: Reading = PLAIN) -
     names: list[str] = []
     for file in files:
         if (others := _columns(file, reading)) != columns:
-            raise SourceError(f"path: {shown(str(file))!r} has other columns, {others}, than the first, {columns}")
-        here = [f"{shown(file.name)} row {i}" for i in range(_rows(file))]
+            raise SourceError(f"path: {printable(str(file))!r} has other columns, {others}, than the first, {columns}")
+        here = [f"{printable(file.name)} row {i}" for i in range(_rows(file))]
         names += here
         for kind, values, check in (("label", labels, label_of), ("caption", captions, caption_of)):
             if kind in columns:
@@ -80,7 +81,7 @@ def parquet(path: Path | None, split: str = "train", reading: Reading = PLAIN) -
 
     return Source(
         len(names), examples, None, classes.count, class_names, captioned, str(path),
-        {"source": "parquet", "name": shown(path.name), "columns": columns}, path, (*notes, *classes.notes),
+        {"source": "parquet", "name": printable(path.name), "columns": columns}, path, (*notes, *classes.notes),
     )  # fmt: skip
 
 
@@ -110,13 +111,13 @@ def _columns(file: Path, reading: Reading) -> dict[str, str]:
         wanted = reading.columns.get(kind)
         if wanted is not None and wanted not in schema.names:
             known = ", ".join(schema.names)
-            raise SourceError(f"columns.{kind}: no column {wanted!r} in {shown(str(file))!r}; it has {known}")
+            raise SourceError(f"columns.{kind}: no column {wanted!r} in {printable(str(file))!r}; it has {known}")
         name = wanted or next((name for name in usual if name in schema.names), None)
         if name is not None:
             columns[kind] = name
     if "image" not in columns:
         raise SourceError(
-            f"path: no column of images in {shown(str(file))!r}; it has {', '.join(schema.names)}; name one with "
+            f"path: no column of images in {printable(str(file))!r}; it has {', '.join(schema.names)}; name one with "
             "columns.image=..."
         )
     kind = schema.field(columns["image"]).type
@@ -128,8 +129,8 @@ def _columns(file: Path, reading: Reading) -> dict[str, str]:
         good = _binary(kind)
     if not good:
         raise SourceError(
-            f"path: the column {columns['image']!r} of {shown(str(file))!r} has the type {kind}; pictures are encoded "
-            "files: binary, or a struct of bytes and path"
+            f"path: the column {columns['image']!r} of {printable(str(file))!r} has the type {kind}; pictures are "
+            "encoded files: binary, or a struct of bytes and path"
         )
     return columns
 
@@ -143,7 +144,9 @@ def _image(value: Any) -> bytes | CorruptImage:
     if isinstance(value, dict):
         data, path = value.get("bytes"), value.get("path")
         if data is None and path is not None:
-            return CorruptImage(f"no bytes, only the path {shown(str(path))!r}; write the set with its images embedded")
+            return CorruptImage(
+                f"no bytes, only the path {printable(str(path))!r}; write the set with its images embedded"
+            )
         value = data
     if value is None:
         return CorruptImage("no image")
@@ -188,5 +191,4 @@ def _read(file: Path, columns: list[str], rows: int) -> Iterator[dict[str, Any]]
 
 
 def _unreadable(file: Path, error: BaseException) -> SourceError:
-    reason = " ".join(str(error).split())[:200]
-    return SourceError(f"{shown(str(file))}: not a readable Parquet file ({reason}); fetch it again")
+    return SourceError(f"{printable(str(file))}: not a readable Parquet file ({one_line(error)}); fetch it again")

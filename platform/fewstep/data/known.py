@@ -23,6 +23,7 @@ from fewstep.data.decode import CorruptImage, read_picture
 from fewstep.data.source import IMAGE_BYTES, PLAIN, Example, Reading, Source, SourceError, read_image
 from fewstep.data.tars import members
 from fewstep.data.tree import walk
+from fewstep.texts import one_line
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST = (
@@ -134,7 +135,7 @@ def cifar10(path: Path | None, split: str = "train", reading: Reading = PLAIN) -
     except _DAMAGED as error:
         if isinstance(error, SourceError):
             raise
-        raise SourceError(f"path: {str(path)!r} is damaged ({_short(error)}); {how}") from None
+        raise SourceError(f"path: {str(path)!r} is damaged ({one_line(error)}); {how}") from None
     if images.shape != (len(labels), 3, 32, 32) or len(labels) == 0 or labels.min() < 0 or labels.max() > 9:
         raise SourceError(f"path: {str(path)!r} has images of shape {images.shape} and {len(labels)} labels; {how}")
 
@@ -148,10 +149,6 @@ def cifar10(path: Path | None, split: str = "train", reading: Reading = PLAIN) -
 
 # What is raised over the content of a file that is not what its name says.
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError, EOFError, MemoryError, pickle.UnpicklingError)
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _check_split(split: str) -> None:

@@ -1,8 +1,9 @@
 """A set of images on disk: Parquet shards and the manifest that accounts for each of their bytes.
 
 A row is an `image` (an encoded PNG, JPEG or WebP file) or a `latent` (numbers, shape in the manifest), with a `label`
-(int64) and/or a `caption`. The manifest beside the shards gives sizes, hashes and row groups, so what is missing, cut
-short or changed is found when the set is opened, and named.
+(int64) and/or a `caption`, and perhaps further columns of numbers, such as a caption's text embedding. The manifest
+beside the shards gives columns, sizes, hashes and row groups, so what is missing, cut short, changed or no possible
+value is found when the set is opened, and named.
 """
 
 from __future__ import annotations
@@ -18,26 +19,19 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 
-from fewstep.config import Strict, resolve
+from fewstep.config import resolve, validate
 from fewstep.data.decode import WHITE, CorruptImage, encode, read_picture, size_of
+from fewstep.data.manifest import MANIFEST, MAX_LATENT, Column, Manifest, Shard, ShardError, read_manifest
 from fewstep.data.plan import mix
 from fewstep.files import sha256_of
 from fewstep.folders import NAME_BYTES, SHARDS, replace, replaceable
 from fewstep.texts import one_line
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 LISTED = 200  # corrupt rows that an error names
-WRITE = "write one with: python jobs/prepare.py source=... out=..."
-AGAIN = "restore the file, or write the set to another folder: python jobs/prepare.py source=... out=..."
 RESTORE = "restore the file, or write the set again: python jobs/prepare.py source=... out=... overwrite=true"
-
-
-class ShardError(ValueError):
-    """A set that cannot be read as its manifest says; the text names the file and the way out."""
 
 
 class CorruptRows(ShardError):
@@ -58,43 +52,6 @@ def refuse(
     listed = "\n  ".join(names[:LISTED]) + (f"\n  and {len(names) - LISTED} more" if len(names) > LISTED else "")
     rows = len(names) if rows is None else rows
     return CorruptRows(f"{where}: {rows} corrupt rows, {allowed} allowed; {way_out}:\n  {listed}")
-
-
-class Shard(Strict):
-    """One Parquet file."""
-
-    file: str
-    rows: int
-    row_groups: tuple[int, ...]
-    bytes: int
-    sha256: str
-
-
-class Manifest(Strict):
-    """What manifest.json says of a set."""
-
-    format: Literal[1] = FORMAT
-    kind: Literal["image", "latent"]
-    rows: int
-    size: tuple[int, int, int]
-    """(C, H, W) of every row."""
-    range: tuple[float, float]
-    """Of the stored values: [0, 255] for images, the extremes found for latents."""
-    encoding: str
-    """png, jpeg or webp; source where files are kept byte for byte, but for those of `notes`; float16 or float32 for
-    latents."""
-    classes: int
-    """0 where rows have no label."""
-    class_names: tuple[str, ...] = ()
-    captions: bool = False
-    seed: int = 0
-    """Of the order in which the rows were written."""
-    shards: tuple[Shard, ...]
-    source: dict[str, Any] = {}
-    skipped: tuple[str, ...] = ()
-    """Corrupt files and rows of the source, which were left out: name and reason."""
-    notes: tuple[str, ...] = ()
-    """Changes made to pictures, and what of the source was left out on purpose, with counts."""
 
 
 class Unit(NamedTuple):
@@ -132,7 +89,15 @@ class Shards:
 
     @property
     def columns(self) -> list[str]:
+        """The columns that `read` gives: image or latent, and label and caption where there are any."""
         return [self.manifest.kind] + ["label"] * (self.classes > 0) + ["caption"] * self.manifest.captions
+
+    def column(self, name: str) -> Column:
+        """A column of the manifest. Raises ShardError with the columns there are."""
+        known = {column.name: column for column in self.manifest.all_columns}
+        if name not in known:
+            raise ShardError(f"data.path: {str(self.path)!r} has no column {name!r}; it has {', '.join(known)}")
+        return known[name]
 
     @cached_property
     def units(self) -> list[Unit]:
@@ -143,9 +108,10 @@ class Shards:
             for group, rows in enumerate(shard.row_groups)
         ]
 
-    def read(self, unit: int, rows: np.ndarray | None = None) -> pa.Table:
+    def read(self, unit: int, rows: np.ndarray | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows (numbers inside the unit, in the order given; None is all) of a unit.
 
+        columns: names of those to read; None is `self.columns`.
         Raises ShardError that names the file when it is gone, cut short, or its pages do not match their checksums.
         """
         where = self.units[unit]
@@ -153,7 +119,7 @@ class Shards:
         try:
             # No memory map: the pages of a file that another program truncates end the process with SIGBUS.
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                table = file.read_row_group(where.group, columns=self.columns, use_threads=False)
+                table = file.read_row_group(where.group, list(columns or self.columns), use_threads=False)
         except (OSError, pa.ArrowException, IndexError) as error:
             raise ShardError(f"{path}: row group {where.group} cannot be read ({one_line(error)}); {RESTORE}") from None
         if table.num_rows != where.rows:
@@ -183,7 +149,7 @@ def read_units(task: pa.Table, shards: Shards) -> pa.Table:
     task: `unit`, and `rows`, the row numbers inside it in the order wanted; null is all of them.
     The rows of a unit that cannot be read come back empty, with the text of the ShardError in the column `error`.
     """
-    schema, parts = _schema(shards.manifest), []
+    schema, parts = _schema(shards.manifest, shards.columns), []
     for unit, rows in zip(task.column("unit").to_pylist(), task.column("rows"), strict=True):
         count = len(rows.values) if rows.is_valid else shards.units[unit].rows
         reason = None
@@ -195,6 +161,12 @@ def read_units(task: pa.Table, shards: Shards) -> pa.Table:
         table = table.append_column("unit", pa.array(np.full(count, unit, np.int32)))
         parts.append(table.append_column("error", pa.array([reason] * count, pa.string())))
     return pa.concat_tables(parts)
+
+
+def numbers(table: pa.Table, column: Column) -> np.ndarray:
+    """A column of numbers: (n, ...) in the type that was stored."""
+    values = table.column(column.name).combine_chunks()
+    return values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), *column.shape)
 
 
 def latents(table: pa.Table, size: tuple[int, int, int]) -> np.ndarray:
@@ -213,27 +185,20 @@ def labels(table: pa.Table) -> np.ndarray:
 def open_shards(path: str | os.PathLike[str], verify: Literal["sha256", "size"] = "sha256") -> Shards:
     """The set in a folder (`shipped:name` is the package's own), compared with its manifest.
 
-    verify: "sha256" reads every byte once and looks at every label; "size" looks at file sizes, footers and columns.
+    verify: "sha256" reads every byte once and looks at every value but the pixels of images: none is missing, labels
+    are in range, numbers are finite and in range. "size" looks at file sizes, footers and columns.
     Raises ShardError naming the file and the way out.
     """
     path = resolve(path)
     if verify not in ("sha256", "size"):
         raise ValueError(f"verify: {verify!r}; valid: sha256, size")
-    if not path.is_dir():
-        raise ShardError(f"data.path: no folder {str(path)!r}; {WRITE}")
-    if not (path / MANIFEST).is_file():
-        raise ShardError(f"data.path: no {MANIFEST} in {str(path)!r}; {WRITE}")
-    try:
-        manifest = Manifest.model_validate_json((path / MANIFEST).read_text())
-    except (ValidationError, UnicodeDecodeError) as error:
-        why = one_line(error)
-        raise ShardError(f"{path / MANIFEST}: not a manifest of format {FORMAT} ({why}); {AGAIN}") from None
-    shards = Shards(path, manifest)
-    for shard in manifest.shards:
-        _verify(shards, shard, verify == "sha256")
+    manifest = read_manifest(path)
     total = sum(shard.rows for shard in manifest.shards)
     if total != manifest.rows or total < 1:
         raise ShardError(f"{path / MANIFEST}: says {manifest.rows} rows, its shards have {total}; {RESTORE}")
+    shards = Shards(path, manifest)
+    for shard in manifest.shards:
+        _verify(shards, shard, verify == "sha256")
     return shards
 
 
@@ -249,25 +214,46 @@ def _verify(shards: Shards, shard: Shard, whole: bool) -> None:
         with pq.ParquetFile(path) as file:
             schema, footer = file.schema_arrow, file.metadata
             groups = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
-            found = file.read(columns=["label"]).column("label") if whole and "label" in schema.names else None
+            expected = _schema(shards.manifest)
+            if not schema.equals(expected):
+                columns = ", ".join(f"{field.name} {field.type}" for field in schema)
+                wanted = ", ".join(f"{field.name} {field.type}" for field in expected)
+                raise ShardError(f"{path}: has the columns ({columns}) where the manifest says ({wanted}); {RESTORE}")
+            if groups != shard.row_groups:
+                raise ShardError(f"{path}: {sum(groups)} rows in {len(groups)} row groups, the manifest says "
+                                 f"{shard.rows} in {len(shard.row_groups)}; {RESTORE}")  # fmt: skip
+            if whole:
+                _verify_values(shards.manifest, path, file)
     except (OSError, pa.ArrowException) as error:
         raise ShardError(f"{path}: not a readable Parquet file ({one_line(error)}); {RESTORE}") from None
-    expected = _schema(shards.manifest)
-    if not schema.equals(expected):
-        columns = ", ".join(f"{field.name} {field.type}" for field in schema)
-        wanted = ", ".join(f"{field.name} {field.type}" for field in expected)
-        raise ShardError(f"{path}: has the columns ({columns}) where the manifest says ({wanted}); {RESTORE}")
-    if groups != shard.row_groups or sum(groups) != shard.rows:
-        raise ShardError(f"{path}: {sum(groups)} rows in {len(groups)} row groups, the manifest says "
-                         f"{shard.rows} in {len(shard.row_groups)}; {RESTORE}")  # fmt: skip
-    if found is not None:
-        values = found.to_numpy()
-        wrong = np.flatnonzero((values < 0) | (values >= shards.classes))
-        if len(wrong):
-            raise ShardError(f"{path}: row {wrong[0]} has the label {values[wrong[0]]}, "
-                             f"the manifest says 0 <= label < {shards.classes}; {RESTORE}")  # fmt: skip
     if shards.manifest.kind == "image":
         _verify_first_image(shards, path)
+
+
+def _verify_values(manifest: Manifest, path: Path, file: pq.ParquetFile) -> None:
+    """Every value but images, a row group at a time: none is missing, labels and numbers are possible ones."""
+    columns = [column for column in manifest.all_columns if column.kind != "image"]
+    first = 0
+    for group in range(file.num_row_groups if columns else 0):
+        table = file.read_row_group(group, [column.name for column in columns], use_threads=False)
+        for column in columns:
+            values = table.column(column.name).combine_chunks()
+            wrong = None
+            if values.null_count or (column.is_numbers and values.flatten().null_count):
+                lacking = values.is_null() if values.null_count else pc.is_null(values.flatten())
+                row = lacking.to_numpy(zero_copy_only=False).argmax() // (len(lacking) // len(values))
+                wrong = row, f"has no {column.name}"
+            elif column.kind == "label":
+                labels = values.to_numpy()
+                bad = np.flatnonzero((labels < 0) | (labels >= manifest.classes))
+                if len(bad):
+                    wrong = bad[0], f"has the label {labels[bad[0]]}, the manifest says 0 <= label < {manifest.classes}"
+            elif column.is_numbers:
+                found = column.mistake(numbers(table, column), manifest.range if column.kind == "latent" else None)
+                wrong = found and (found[0], f"has {found[1]}")
+            if wrong is not None:
+                raise ShardError(f"{path}: row {first + int(wrong[0])} {wrong[1]}; {RESTORE}")
+        first += table.num_rows
 
 
 def _verify_first_image(shards: Shards, path: Path) -> None:
@@ -284,15 +270,19 @@ def _verify_first_image(shards: Shards, path: Path) -> None:
         return
 
 
-def _schema(manifest: Manifest) -> pa.Schema:
-    values = int(np.prod(manifest.size))
-    content = pa.binary() if manifest.kind == "image" else pa.list_(pa.from_numpy_dtype(manifest.encoding), values)
-    fields = [pa.field(manifest.kind, content)]
-    if manifest.classes:
-        fields.append(pa.field("label", pa.int64()))
-    if manifest.captions:
-        fields.append(pa.field("caption", pa.string()))
-    return pa.schema(fields)
+def _schema(manifest: Manifest, names: Sequence[str] | None = None) -> pa.Schema:
+    """Arrow's schema of some columns of a set, or of all."""
+    types = {"image": pa.binary(), "label": pa.int64(), "caption": pa.string()}
+    return pa.schema(
+        pa.field(
+            column.name,
+            pa.list_(pa.from_numpy_dtype(column.dtype), int(np.prod(column.shape)))
+            if column.is_numbers
+            else types[column.kind],
+        )
+        for column in manifest.all_columns
+        if names is None or column.name in names
+    )
 
 
 class ShardWriter:
@@ -307,7 +297,8 @@ class ShardWriter:
         only files (bytes) are added.
     Files are kept byte for byte where their stored pixels are those that people see. Others (turned by their EXIF tag,
         transparent, of other colours) are stored anew in the format `recode`, laid over `background` (RGB).
-    classes: labels are 0..classes-1; 0 means rows without labels. captions: rows have a text.
+    classes: labels are 0..classes-1; 0 means rows without labels. captions: rows have a text. columns: further columns
+        of numbers.
     seed: of the order. Rows are shuffled when written, so that a row group is a fair sample of the set; where the
         encoded rows exceed `window_bytes` they are shuffled window by window.
     group_bytes, group_rows: the size of a row group, whichever comes first; shard_bytes: of a file.
@@ -327,6 +318,7 @@ class ShardWriter:
         classes: int = 0,
         class_names: Sequence[str] = (),
         captions: bool = False,
+        columns: Sequence[Column] = (),
         source: dict[str, Any] | None = None,
         seed: int = 0,
         overwrite: bool = False,
@@ -338,8 +330,13 @@ class ShardWriter:
     ):
         self.out = Path(out).absolute()
         replaceable(self.out, SHARDS, overwrite=overwrite, apart=apart)
-        if class_names and len(class_names) != classes:
-            raise ValueError(f"class_names: {len(class_names)} names for {classes} classes")
+        self.manifest = validate(Manifest, dict(
+            kind="latent" if encoding.startswith("float") else "image",
+            rows=0, size=size, range=(0, 255), encoding=encoding, classes=classes, class_names=tuple(class_names),
+            captions=captions, seed=seed, shards=(), source=source or {},
+        ))  # fmt: skip
+        self.manifest = self.manifest.model_copy(update={"columns": (*self.manifest.all_columns, *columns)})
+        self.extra = tuple(columns)
         self.overwrite = overwrite
         self.temp = self.out.with_name(f".{self.out.name[:NAME_BYTES]}.{secrets.token_hex(4)}.part")
         self.temp.mkdir(parents=True)
@@ -348,11 +345,6 @@ class ShardWriter:
         self.recode, self.background = recode, background
         self.changes: Counter[str] = Counter()  # pictures, by what `read_picture` did to them
         self.notes: list[str] = []
-        self.manifest = Manifest(
-            kind="latent" if encoding.startswith("float") else "image",
-            rows=0, size=size, range=(0, 255), encoding=encoding, classes=classes, class_names=tuple(class_names),
-            captions=captions, seed=seed, shards=(), source=source or {},
-        )  # fmt: skip
         self._window: list[tuple[Any, ...]] = []
         self._window_bytes = self._windows = 0
         self._extremes = (np.inf, -np.inf)
@@ -362,10 +354,17 @@ class ShardWriter:
         self._groups: list[int] = []
         self._file_bytes = 0
 
-    def add(self, image: bytes | np.ndarray, label: int | None = None, caption: str | None = None) -> None:
+    def add(
+        self,
+        image: bytes | np.ndarray,
+        label: int | None = None,
+        caption: str | None = None,
+        **numbers: np.ndarray,
+    ) -> None:
         """One row: an encoded file, or an array (C, H, W): uint8 for an image, numbers for a latent.
 
-        Raises as `content` does, and ValueError for a wrong label or caption.
+        numbers: values of the further columns, by name.
+        Raises as `content` does, and ValueError for a wrong label, caption or number.
         """
         m = self.manifest
         if m.classes and (label is None or not 0 <= label < m.classes):
@@ -374,8 +373,11 @@ class ShardWriter:
             raise ValueError("caption: missing; every row of a captioned set needs one")
         content = self.content(image)
         row = (content,) + ((int(label),) if m.classes else ()) + ((caption,) if m.captions else ())
+        if numbers.keys() != {column.name for column in self.extra}:
+            raise ValueError(f"columns: {sorted(numbers)} where the set has {[column.name for column in self.extra]}")
+        row += tuple(_stored(numbers[column.name], column) for column in self.extra)
         self._window.append(row)
-        self._window_bytes += _bytes(content)
+        self._window_bytes += _bytes(row)
         if self._window_bytes >= self.window_bytes:
             self._write_window()
 
@@ -389,13 +391,13 @@ class ShardWriter:
             picture = read_picture(image, m.size[0], size=tuple(m.size[1:]), background=self.background)
             self.changes.update(picture.changes)
             return encode(picture.pixels, self.recode) if picture.changes else image
-        if image.shape != tuple(m.size):
-            raise ValueError(f"image: shape {image.shape} where the set has {m.size}")
         if m.kind == "image":
+            if image.shape != tuple(m.size):
+                raise ValueError(f"image: shape {image.shape} where the set has {m.size}")
             if image.dtype != np.uint8:
                 raise ValueError(f"image: dtype {image.dtype}; images are uint8")
             return encode(image, m.encoding)
-        numbers = np.asarray(image, m.encoding).ravel()
+        numbers = _stored(image, m.all_columns[0], (-MAX_LATENT, MAX_LATENT))
         self._extremes = min(self._extremes[0], float(numbers.min())), max(self._extremes[1], float(numbers.max()))
         return numbers
 
@@ -411,7 +413,7 @@ class ShardWriter:
         size = 0
         for i in order.tolist():
             group.append(rows[i])
-            size += _bytes(rows[i][0])
+            size += _bytes(rows[i])
             if len(group) == self.group_rows or size >= self.group_bytes:
                 self._write_group(group, size)
                 group, size = [], 0
@@ -422,7 +424,7 @@ class ShardWriter:
         schema = _schema(self.manifest)
         columns = []
         for field, values in zip(schema, zip(*rows, strict=True), strict=True):
-            if field.name == "latent":
+            if isinstance(values[0], np.ndarray):
                 columns.append(pa.FixedSizeListArray.from_arrays(np.concatenate(values), field.type.list_size))
             else:
                 columns.append(pa.array(values, field.type))
@@ -480,5 +482,19 @@ class ShardWriter:
             shutil.rmtree(self.temp, ignore_errors=True)
 
 
-def _bytes(content: bytes | np.ndarray) -> int:
-    return len(content) if isinstance(content, bytes) else content.nbytes
+def _stored(values: np.ndarray, column: Column, limits: tuple[float, float] | None = None) -> np.ndarray:
+    """A row's numbers as they are stored, flat. Raises ValueError for another shape and for an impossible number."""
+    if values.shape != column.shape:
+        raise ValueError(f"{column.name}: shape {values.shape} where the set has {column.shape}")
+    with np.errstate(over="ignore"):  # becomes infinite, and is refused as that
+        stored = np.asarray(values, column.dtype)
+    if (wrong := column.mistake(stored[None], limits)) is not None:
+        raise ValueError(f"{column.name}: {wrong[1]}")
+    return stored.ravel()
+
+
+def _bytes(row: tuple[Any, ...]) -> int:
+    """What a row takes, but for its label."""
+    return sum(
+        value.nbytes if isinstance(value, np.ndarray) else len(value) for value in row if not isinstance(value, int)
+    )

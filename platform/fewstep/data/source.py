@@ -14,12 +14,13 @@ import numpy as np
 
 from fewstep.config import UserError, as_text
 from fewstep.data.decode import CorruptImage
+from fewstep.data.manifest import MAX_CLASSES
+from fewstep.texts import quoted
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 IMAGE_BYTES = 512 << 20  # the most that one picture's file, or one file of CIFAR-10, may have
 TEXT_BYTES = 4 << 20  # the most that one caption, one label or one line of metadata may have
 WIDE_BYTES = 256 << 20  # the most that a metadata file in UTF-16 or UTF-32 may have: it is read as a whole
-MAX_CLASSES = 1_000_000
 
 
 class SourceError(UserError, ValueError):
@@ -95,7 +96,7 @@ class Reading:
 PLAIN = Reading()
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """A file's name for texts and manifests: bytes that are not UTF-8 as \\xNN."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
@@ -132,7 +133,7 @@ def label_of(value: Any, where: str) -> Label | None:
         whole = _WHOLE.fullmatch(value.strip())
         return int(whole[1]) if whole else _encodable(value.strip(), "label", where)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value % 1:
-        raise SourceError(f"{where}: label: {_short(value)}; a label is a whole number from 0 or a name")
+        raise SourceError(f"{where}: label: {quoted(value)}; a label is a whole number from 0 or a name")
     return int(value)
 
 
@@ -141,7 +142,7 @@ def caption_of(value: Any, where: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise SourceError(f"{where}: caption: {_short(value)}; a caption is one text")
+        raise SourceError(f"{where}: caption: {quoted(value)}; a caption is one text")
     return _encodable(value, "caption", where)
 
 
@@ -151,14 +152,9 @@ def _encodable(text: str, what: str, where: str) -> str:
     except UnicodeEncodeError as error:
         odd = f"U+{ord(text[error.start]):04X}"
         raise SourceError(
-            f"{where}: {what}: {_short(text)} holds {odd}, half of a character; write the whole"
+            f"{where}: {what}: {quoted(text)} holds {odd}, half of a character; write the whole"
         ) from None
     return text
-
-
-def _short(value: Any) -> str:
-    text = "null" if value is None else ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def all_or_none(values: Sequence[Any], names: Sequence[str], what: str) -> bool:

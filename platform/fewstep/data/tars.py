@@ -25,10 +25,11 @@ from fewstep.data.source import (
     caption_of,
     classes_of,
     label_of,
-    shown,
+    printable,
     too_large,
 )
 from fewstep.data.tree import is_hidden, walk
+from fewstep.texts import one_line
 
 _EXTENDED = (b"x", b"g", b"X", b"L", b"K")  # headers whose content tarfile reads into memory, such as a long name
 _HEADER_BYTES = 1 << 20
@@ -62,8 +63,8 @@ def members(archive: Path, limit_of: Callable[[str], int]) -> Iterator[tuple[str
                     read = member.size <= limit_of(member.name)
                     yield member.name, tar.extractfile(member).read() if read else None
     except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SourceError(f"{shown(str(archive))}: not a readable tar archive ({reason}); fetch it again") from None
+        text = f"not a readable tar archive ({one_line(error)}); fetch it again"
+        raise SourceError(f"{printable(str(archive))}: {text}") from None
 
 
 def webdataset(path: Path | None, split: str = "train", reading: Reading = PLAIN) -> Source:
@@ -112,7 +113,7 @@ def webdataset(path: Path | None, split: str = "train", reading: Reading = PLAIN
 
     return Source(
         len(names), examples, None, classes.count, classes.names, captioned, str(path),
-        {"source": "webdataset", "name": shown(path.name)}, path, (*notes, *classes.notes),
+        {"source": "webdataset", "name": printable(path.name)}, path, (*notes, *classes.notes),
     )  # fmt: skip
 
 
@@ -137,7 +138,7 @@ def _rows(archive: Path, images: bool) -> Iterator[_Row | None]:
         if here != key:
             if key is not None:
                 yield row
-            key, row = here, _Row(shown(f"{archive.name}:{here}"), {}, [])
+            key, row = here, _Row(printable(f"{archive.name}:{here}"), {}, [])
         if suffix in row.suffixes:
             raise SourceError(f"{row.name}: two members with the suffix {suffix}; a key stands for one row")
         row.suffixes.append(suffix)

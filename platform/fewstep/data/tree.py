@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fewstep.data.source import Reading, SourceError, shown
+from fewstep.data.source import Reading, SourceError, printable
 
 # What systems and programs leave in folders of pictures, beside names that begin with a dot.
 HIDDEN = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
@@ -40,8 +40,8 @@ class Tree:
 def leaves(root: Path, name: str, target: str) -> SourceError:
     """The error of a link that leads out of the folder."""
     return SourceError(
-        f"path: {shown(name)!r} in {shown(str(root))!r} is a link to {shown(target)!r}, outside that folder; add "
-        "follow_links=true to take what such links lead to, or remove it"
+        f"path: {printable(name)!r} in {printable(str(root))!r} is a link to {printable(target)!r}, outside that "
+        "folder; add follow_links=true to take what such links lead to, or remove it"
     )
 
 
@@ -93,7 +93,7 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             yield from sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        raise SourceError(f"path: {shown(folder)!r} cannot be listed: {error.strerror}") from None
+        raise SourceError(f"path: {printable(folder)!r} cannot be listed: {error.strerror}") from None
 
 
 def _within(path: str, folder: str) -> bool:
@@ -104,5 +104,5 @@ def _counted(names: list[str], one: str, many: str) -> list[str]:
     """A note on what was left out."""
     if not names:
         return []
-    some = ", ".join(map(shown, sorted(names)[:3])) + ", ..." * (len(names) > 3)
+    some = ", ".join(map(printable, sorted(names)[:3])) + ", ..." * (len(names) > 3)
     return [f"left out: {len(names)} {many if len(names) > 1 else one}: {some}"]
