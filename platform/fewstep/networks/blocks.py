@@ -95,11 +95,16 @@ def _by_pass(denoiser: nn.Module, passes: frozenset[Pass], run: Callable, option
     def whole(*args: Any, **kwargs: Any) -> Any:
         return run(*args, **kwargs)
 
-    # blocks of one class share their code, and would share its few compiled versions
-    fast = torch.compile(whole, dynamic=False, isolate_recompiles=True, **options)
+    # blocks of one class share their code, and would share its few compiled versions; so would adapters of one base
+    fast: dict[nn.Module | None, Callable] = {}
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return (fast if denoiser.running in passes else run)(*args, **kwargs)
+        if denoiser.running not in passes:
+            return run(*args, **kwargs)
+        adapter = active()
+        if adapter not in fast:
+            fast[adapter] = torch.compile(whole, dynamic=False, isolate_recompiles=True, **options)
+        return fast[adapter](*args, **kwargs)
 
     return forward
 
