@@ -32,14 +32,12 @@ class Distill(Strict):
 @command(Distill, Recipe)
 def main(job: Distill, given: dict[str, Any]) -> None:
     from fewstep.cluster import jobs
-    from fewstep.run import register
-    from fewstep.students import export_run
+    from fewstep.run import publish
 
     result = jobs.train(open_recipe(job.recipe, ROOT / "jobs" / "recipes", given), job.dry_run)
     if result is None:
         return
-    export = export_run(result["folder"], result["rows"])
-    register(Path(result["folder"]), Path(export["folder"]))
+    export = publish(result["recipe"], result["rows"])
     last = {row["who"]: row for row in result["rows"]}
     print(
         json.dumps(
@@ -48,8 +46,8 @@ def main(job: Distill, given: dict[str, Any]) -> None:
                 "teacher": last.get("teacher"),
                 "student": last.get("student"),
                 "grid": result["grid"],
-                "export": export["folder"],
-                "export_max_difference": export["max_difference"],
+                "export": export and export["folder"],
+                "export_max_difference": export and export["max_difference"],
             }
         )
     )

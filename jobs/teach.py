@@ -42,7 +42,7 @@ def main(job: Teach, given: dict[str, Any]) -> None:
         return
     folder = Path(result["folder"]) / "teacher"
     with tempfile.TemporaryDirectory(prefix=".teacher.", dir=folder.parent) as new:
-        save_denoiser(open_student(result["folder"]).net, Path(new) / "teacher")
+        save_denoiser(open_student(result["folder"], known=result["recipe"].urls).net, Path(new) / "teacher")
         replace(Path(new) / "teacher", folder, NETWORK, overwrite=True, field="name")
     print(json.dumps({"run_id": result["run_id"], "scores": result["rows"], "teacher": str(folder)}))
 

@@ -10,6 +10,7 @@ import runpy
 import shutil
 import signal
 import socket
+import stat
 import statistics
 import subprocess
 import sys
@@ -537,12 +538,48 @@ def test_the_default_store_is_the_one_mlflow_shows_without_options(monkeypatch, 
         tracking_uri("mlruns")
 
 
-def test_a_password_is_not_written_to_disk(start, tmp_path):
+def test_no_secret_is_written_to_disk_and_what_is_written_is_the_owners_alone(start, tmp_path):
+    secret = f"http://ann:s3cret@127.0.0.1:{free_port()}"
+    assert without_password(secret) == secret.replace("s3cret", "***")
+    recipe = {"tracking": {"uri": secret}, "storage": "sftp://me:s3cret@host/runs", "start": {"fake": f"{secret}/a"}}
+    tracker = start(uri=secret, recipe=recipe, tags={"sweep.from": "s3://k:s3cret@bucket/x"})
+    tracker.text("git.diff", f"+uri: {secret}")
+    tracker.event("lost", 1, 8, f"cannot reach {secret}/api?token=s3cret")
+    tracker.finish(timeout_s=0.0)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    texts = {path.name: path.read_text() for path in files}
+    assert {"journal.jsonl", "recipe.yaml", "git.diff"} <= texts.keys()
+    assert not [name for name, text in texts.items() if "s3cret" in text]
+    assert texts["git.diff"] == f"+uri: {without_password(secret)}"
+    private = {path.name for path in files if stat.S_IMODE(path.stat().st_mode) == 0o600}
+    assert private >= {"journal.jsonl", "recipe.yaml", "git.diff"}
+
+
+def test_a_masked_store_is_found_again_in_the_environment_and_else_asked_for(start, tmp_path, monkeypatch):
     secret = f"http://ann:s3cret@127.0.0.1:{free_port()}"
     start(uri=secret).finish(timeout_s=0.0)
-    assert without_password(secret) == secret.replace("s3cret", "***")
-    for path in (tmp_path / "run" / "tracking").rglob("*"):
-        assert path.is_dir() or b"s3cret" not in path.read_bytes()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(
+        ValueError, match=r"^tracking.uri: http://ann:\*\*\*@.* lacks its password.*MLFLOW_TRACKING_URI"
+    ):
+        send(tmp_path / "run", timeout_s=0.0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://bob:other@127.0.0.1")
+    with pytest.raises(ValueError, match="lacks its password"):
+        send(tmp_path / "run", timeout_s=0.0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", secret)
+    assert tracking_uri(without_password(secret)) == secret
+    assert send(tmp_path / "run", timeout_s=0.0).unsent > 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "[]", "{", '{"serial": 1}', '{"serial": "1", "op": "open"}', '{"serial": 1, "op": "open"}', "[" * 99999],
+)
+def test_a_damaged_journal_is_named(tmp_path, line):
+    (tmp_path / "tracking").mkdir()
+    (tmp_path / "tracking" / "journal.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match="journal.jsonl: byte 0 starts a damaged line; move the folder .* away"):
+        send(tmp_path, timeout_s=0.0)
 
 
 def test_a_recipe_becomes_dotted_parameters():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .config import read, resolve, resolve_ref, validate
+from .config import resolve, resolve_ref
 from .data.feed import Feed, open_feed
 from .data.shards import Shards
 from .diffusion.draws import Draws, fold
@@ -26,7 +26,7 @@ from .files import sha256_of
 from .metrics.base import Measure, Samples
 from .networks.denoiser import Denoiser, Guided
 from .networks.pretrained import locate, new_denoiser, new_head, open_teacher
-from .recipe import Data, Recipe
+from .recipe import Data, Recipe, check_secrets, read_run
 
 
 def make_teacher(recipe: Recipe) -> Denoiser:
@@ -52,13 +52,18 @@ def make_nets(recipe: Recipe) -> dict[str, nn.Module]:
     return nets
 
 
-def latest(folder: Path | str) -> Path | str | None:
-    """The newest checkpoint of a run's folder, wherever its recipe keeps them, or of a URL; None where none is."""
+def latest(folder: Path | str, known: Sequence[str | None] = ()) -> Path | str | None:
+    """The newest checkpoint of a run's folder, wherever its recipe keeps them, or of a URL; None where none is.
+
+    known: URLs with their secrets, see `with_secrets`.
+    """
     if "://" in str(folder):
         return newest(folder)
-    found, recipe = newest(Path(folder) / "checkpoints"), Path(folder) / "recipe.yaml"
-    if found is None and recipe.is_file():
-        found = newest(validate(Recipe, read(recipe)).checkpoints)
+    found = newest(Path(folder) / "checkpoints")
+    if found is None and (Path(folder) / "recipe.yaml").is_file():
+        recipe = read_run(Path(folder), *known)
+        check_secrets(recipe)
+        found = newest(recipe.checkpoints)
     return found
 
 

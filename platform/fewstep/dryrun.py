@@ -94,7 +94,7 @@ def describe(recipe: Recipe) -> str:
         rows_of_data = feed.rows
     rows = memory(recipe)
     columns = ("weights", "gradients", "optimiser", "activations")
-    lines = [yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)]
+    lines = [yaml.safe_dump(recipe.written, sort_keys=False)]
     lines.append(f"{'role':10s}{'parameters':>14s}" + "".join(f"{c:>14s}" for c in columns) + "   (MiB a worker)")
     for row in rows:
         lines.append(f"{row['role']:10s}{row['parameters']:14,d}" + "".join(f"{row[c] / MIB:14.1f}" for c in columns))

@@ -224,3 +224,12 @@ def overwritable(path: Path, field: str = "out", mark: str = MADE_HERE) -> None:
 def write_private(path: Path, text: str) -> None:
     """A small text file, whole or not at all, that its owner alone may read (mode 0600)."""
     write_file(path, text, mode=0o600)
+
+
+def append_private(path: Path, text: str, sync: bool = False) -> None:
+    """Adds to a text file that its owner alone may read, and makes it where there is none. sync: wait for the disk."""
+    with open(path, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(text)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())

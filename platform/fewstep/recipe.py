@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from functools import reduce
@@ -33,9 +34,11 @@ from .methods import METHODS
 from .metrics.base import MODES, better
 from .metrics.build import Metrics
 from .networks.pretrained import Network, locate
+from .texts import has_masked, masked, revealed
 
 # what does not decide a run's numbers: of a recipe, and of its `train`
 ASIDE = "recipe name out tracking evaluate cluster storage resume resume_allow failure".split()
+SECRETS = ("MLFLOW_TRACKING_URI", "FEWSTEP_STORAGE")  # environment variables that hold URLs with their secrets
 SUFFIX_BYTES = 12  # what a sweep appends to its name for those of its trials
 REPORTING = "report_every save_every keep keep_best keep_best_by keep_best_mode keep_every_images".split()
 
@@ -242,9 +245,24 @@ class Recipe(Strict):
     @property
     def numbers(self) -> dict[str, Any]:
         """What decides a run's numbers: two recipes that differ only in name, place or reporting share it."""
-        data = self.model_dump(mode="json", exclude=set(ASIDE))
+        data = masked(self.model_dump(mode="json", exclude=set(ASIDE)))
         data["train"] = {key: value for key, value in data["train"].items() if key not in REPORTING}
         return data
+
+    @property
+    def model_name(self) -> str:
+        """The registered model that the export becomes a version of: `tracking.model`, else the recipe's own name."""
+        return self.tracking.model or cleaned_name(self.recipe)
+
+    @property
+    def urls(self) -> tuple[str | None, ...]:
+        """What `with_secrets` takes, to give another recipe of the same places its secrets."""
+        return self.tracking.uri, self.storage, self.resume, *self.start.values()
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """All of it in JSON types, as it is written to files and shown: without the secrets of its URLs."""
+        return masked(self.model_dump(mode="json"))
 
     @property
     def fingerprint(self) -> str:
@@ -256,6 +274,51 @@ def dated_name(stem: str) -> str:
     """The name of a new run or sweep: its file's stem, cleaned where it is no plain name, and the time."""
     now = time.strftime("%Y%m%d-%H%M%S")
     return f"{cleaned_name(stem, room=SUFFIX_BYTES + len(now) + 1)}-{now}"
+
+
+def with_secrets(recipe: Recipe, *known: str | None) -> Recipe:
+    """The recipe with the secrets that `Recipe.written` left out of its URLs, as far as they are known.
+
+    known: URLs with their secrets. Others are those of the environment's MLFLOW_TRACKING_URI and FEWSTEP_STORAGE. A URL
+    for which none is known stays as it is, and `check_secrets` refuses it.
+    """
+    known = (*known, *map(os.environ.get, SECRETS))
+    tracking = recipe.tracking.model_copy(update={"uri": revealed(recipe.tracking.uri, *known)})
+    return recipe.model_copy(
+        update={
+            "tracking": tracking,
+            "storage": revealed(recipe.storage, *known),
+            "resume": revealed(recipe.resume, *known),
+            "start": {role: revealed(path, *known) for role, path in recipe.start.items()},
+        }
+    )
+
+
+def check_secrets(recipe: Recipe) -> None:
+    """Raises ConfigError where a URL lacks a secret that was not written with the recipe, saying how it is given."""
+    urls = {"tracking.uri": recipe.tracking.uri, "storage": recipe.storage, "resume": recipe.resume}
+    urls |= {f"start.{role}": path for role, path in recipe.start.items()}
+    wrong = [
+        f"{key}: {url} lacks its secret, which is never written to disk; give the whole URL as {key}=... or in the "
+        f"environment variable {SECRETS[key != 'tracking.uri']}"
+        for key, url in urls.items()
+        if has_masked(url)
+    ]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def read_run(folder: Path, *known: str | None) -> Recipe:
+    """The recipe that a run's folder holds, with its secrets as of `with_secrets`.
+
+    Raises ConfigError naming the file for one that is missing or damaged.
+    """
+    path = folder / "recipe.yaml"
+    data = read(path)
+    try:
+        return with_secrets(validate(Recipe, data), *known)
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
 
 
 def find_recipe(ref: str, folder: Path) -> Path:
@@ -285,4 +348,6 @@ def open_recipe(ref: str, folder: Path, given: Mapping[str, Any]) -> Recipe:
     recipe = validate(Recipe, override_all({"recipe": path.stem} | read(path), given))
     if not recipe.name:
         recipe = recipe.model_copy(update={"name": dated_name(recipe.recipe)})
+    recipe = with_secrets(recipe)
+    check_secrets(recipe)
     return recipe

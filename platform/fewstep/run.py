@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import queue
+import shlex
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +17,7 @@ import torch
 import yaml
 
 from . import build
-from .config import read, resolve, resolve_ref, validate
+from .config import ConfigError, read_json_lines, resolve, resolve_ref
 from .data.feed import Feed
 from .diffusion.draws import INDICES, Draws, fold
 from .diffusion.samplers import to_uint8
@@ -24,10 +26,11 @@ from .engine.manifest import CheckpointError
 from .engine.storage import writable
 from .engine.train import Collapsed, Engine, NonFinite, Report
 from .engine.world import World
-from .files import write_file
-from .folders import EXPORT, NETWORK, FolderError, claim, replaceable, usable
+from .folders import EXPORT, NETWORK, FolderError, append_private, claim, replaceable, usable, write_private
 from .metrics.base import Samples, Score, evaluate, refusal
 from .recipe import Recipe
+from .students import export_run
+from .texts import masked, one_line
 from .tracking.provenance import Provenance
 from .tracking.tracker import Tracker
 from .watchdog import LOOK_S, Watchdog
@@ -79,7 +82,7 @@ class Reports:
     def __init__(self, folder: Path, resumed_step: int):
         self.path, self.lock = folder / "reports.jsonl", threading.Lock()
         kept = [line for line in read_reports(folder, scores=True) if line["step"] <= resumed_step]
-        write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_private(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def add(self, report: Report) -> None:
         line = {"step": report.step, "images": report.images, "metrics": report.metrics}
@@ -93,17 +96,28 @@ class Reports:
         self._write(line | {"seen_by_loss": list(_seen(scores))})
 
     def _write(self, line: dict[str, Any]) -> None:
-        with self.lock, open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        with self.lock:
+            append_private(self.path, json.dumps(masked(line)) + "\n")
 
 
 def report_lines(folder: Path) -> list[dict[str, Any]]:
-    """All reports of a run's folder as they were made; a line still being written is left for the next time."""
-    try:
-        text = (folder / "reports.jsonl").read_text()
-    except FileNotFoundError:
+    """All reports of a run's folder as they were made; a line still being written is left for the next time.
+
+    Raises ConfigError naming the file and the line of one that is damaged.
+    """
+    path = folder / "reports.jsonl"
+    if not path.is_file():
         return []
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    try:  # a driver reads all of it several times a second
+        with open(path, "rb") as file:
+            lines = [json.loads(line) for line in file if line.endswith(b"\n")]
+    except (ValueError, RecursionError):
+        lines = list(read_json_lines(path))
+    for number, line in enumerate(lines, start=1):
+        keys = line.keys() if isinstance(line, dict) else set()
+        if not {"step", "images"} <= keys or not {"metrics", "scores"} & keys:
+            raise ConfigError(f"{path}: line {number} is no report; remove that line, or give the run another name=...")
+    return lines
 
 
 def read_reports(folder: Path, scores: bool = False) -> list[dict[str, Any]]:
@@ -214,7 +228,7 @@ def run(
             _train(recipe, engine, None, services)
         return {}
     claim(folder, "run")
-    write_file(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    write_private(folder / "recipe.yaml", yaml.safe_dump(recipe.written, sort_keys=False))
     reports = Reports(folder, engine.step)
     with open_tracker(recipe, origin) as tracker:
         tracker.rewind(engine.step)
@@ -227,7 +241,7 @@ def run(
             raise
         rows = [row.to_dict() | {"who": row.who} for row in book.scorer.close()]
         if engine.finished:
-            write_file(folder / "scores.json", json.dumps(rows, indent=1))
+            write_private(folder / "scores.json", json.dumps(rows, indent=1))
         else:
             tracker.event("stopped", engine.step, engine.images, "asked to stop; the same words go on from here")
         tracker.flush(timeout_s=30)
@@ -279,7 +293,7 @@ def open_tracker(recipe: Recipe, origin: Provenance) -> Tracker:
         uri=recipe.tracking.uri,
         experiment=recipe.tracking.experiment,
         name=recipe.name,
-        recipe=recipe.model_dump(mode="json"),
+        recipe=recipe.written,
         tags=origin.tags,
         aside=("name", "out", "tracking", "storage", "resume", "resume_allow"),
     )
@@ -400,11 +414,28 @@ def _finish(recipe: Recipe, engine: Engine, book: Book | None) -> None:
             book.scorer.add(who, samples, engine.step)
 
 
-def register(folder: Path, export: Path) -> None:
+def publish(recipe: Recipe, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Exports a finished run's student and registers it in MLflow; what `export_run` returns, or None if that failed.
+
+    A failure is one line on standard error: the run is finished all the same.
+    """
+    try:
+        export = export_run(recipe.folder, rows, known=recipe.urls)
+    except Exception as error:  # hours of training are done, and whatever went wrong can be done again
+        again = f"python jobs/export.py run={shlex.quote(str(recipe.folder))}"
+        print(f"not exported: {one_line(error)}; the run is finished, try again with: {again}", file=sys.stderr)
+        return None
+    try:
+        register(recipe, Path(export["folder"]))
+    except Exception as error:
+        print(f"not registered in MLflow: {one_line(error)}; the run is finished and exported", file=sys.stderr)
+    return export
+
+
+def register(recipe: Recipe, export: Path) -> None:
     """Adds a finished run's export to its MLflow run and registers it as a new version of the model, alias `newest`."""
-    recipe = validate(Recipe, read(folder / "recipe.yaml"))
     with open_tracker(recipe, Provenance({}, {})) as tracker:
-        tracker.model(export, recipe.tracking.model or recipe.recipe, "newest")
+        tracker.model(export, recipe.model_name, "newest")
 
 
 def check(recipe: Recipe) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import build
-from .config import ConfigError, read, resolve, validate
+from .config import ConfigError, read_json, resolve
 from .data.shards import ShardError, open_shards
 from .diffusion.draws import Draws
 from .diffusion.level import Level
@@ -26,7 +26,7 @@ from .networks.card import Card
 from .networks.denoiser import Denoiser
 from .networks.export import INDEX, export
 from .networks.pretrained import locate, new_head, open_teacher
-from .recipe import Recipe
+from .recipe import Recipe, read_run
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,16 @@ class Student:
         return build.student_sampler(self.recipe.method, self.net)
 
 
-def open_student(folder: str | Path, average: bool | None = None, checkpoint: Path | str | None = None) -> Student:
+def open_student(
+    folder: str | Path,
+    average: bool | None = None,
+    checkpoint: Path | str | None = None,
+    known: Sequence[str | None] = (),
+) -> Student:
     """The student of a run (its last checkpoint, or the one given) or of one of its checkpoints.
 
     average: the running average's weights or the raw ones; None takes the average where the run kept one.
-    Raises ValueError naming the file at fault.
+    known: URLs with their secrets, see `with_secrets`. Raises ValueError naming the file at fault.
     """
     if "://" in str(folder):
         raise ValueError(
@@ -64,16 +69,12 @@ def open_student(folder: str | Path, average: bool | None = None, checkpoint: Pa
     if complete(folder):
         checkpoint, folder = folder, folder.parents[1]
     elif checkpoint is None:
-        checkpoint = build.latest(folder)
+        checkpoint = build.latest(folder, known)
     if checkpoint is None:
         raise ValueError(
             f"run: no checkpoint below {str(folder)!r}; give a run's folder or one of its checkpoints/step-*"
         )
-    path = folder / "recipe.yaml"
-    try:
-        recipe = validate(Recipe, read(path))
-    except ConfigError as error:
-        raise ValueError(f"run: {path}: {error}") from None
+    recipe = read_run(folder, *known)
     manifest = read_manifest(checkpoint)
     kept = any(name.startswith("net.average.") for name in manifest["tensors"])
     if average and not kept:
@@ -90,7 +91,7 @@ def recipe_of(ref: str) -> Recipe | None:
     """The recipe of a run or a checkpoint; None for an export or a teacher. Raises ConfigError naming the file."""
     folder = locate(ref)
     path = (folder.parents[1] if complete(folder) else folder) / "recipe.yaml"
-    return validate(Recipe, read(path)) if path.is_file() else None
+    return read_run(path.parent) if path.is_file() else None
 
 
 def open_sampler(ref: str, steps: int = 18, guidance: float = 1.0, device: torch.device | str = "cpu") -> build.Sampler:
@@ -163,20 +164,25 @@ def export_run(
     average: bool | None = None,
     licence: str | None = None,
     overwrite: bool | None = None,
+    known: Sequence[str | None] = (),
 ) -> dict[str, Any]:
     """Exports a run's student, by default to `<run>/export`, where an earlier export is replaced.
 
     rows: of the closing table, for the model card; without any, those in `<run>/scores.json` if the run kept them.
+    known: URLs with their secrets, see `with_secrets`.
     Returns what a job prints: folder, step, averaged, calls, max_difference. Raises ValueError.
     """
     overwrite = (out is None) if overwrite is None else overwrite
     if out is not None:
         replaceable(resolve(out), EXPORT, overwrite=overwrite)
-    student = open_student(run, average)
+    student = open_student(run, average, known=known)
     recipe, folder = student.recipe, student.folder
     scores = folder / "scores.json"
     if not rows and scores.is_file():
-        rows = json.loads(scores.read_text())
+        rows = read_json(scores, list)
+        for i, row in enumerate(rows):
+            if not isinstance(row, dict) or not {"sampler", "nfe", "images"} <= row.keys():
+                raise ConfigError(f"{scores}: row {i + 1} is no line of a closing table; remove the file, or mend it")
     target = folder / "export" if out is None else resolve(out)
     levels = call_levels(recipe.method, student.net)
     worst = export(

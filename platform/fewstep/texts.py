@@ -2,11 +2,55 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
+
+HIDDEN = "***"
+# user:password@ behind ://, up to the last @ of its part of the URL; a password that has / ? or # unescaped ends at the
+# last @ of the word. In http(s) a user alone may be a token.
+_WORD = r"\s'\"<>"
+_PASSWORD = re.compile(rf"(://[^:@/?#{_WORD}]*):(?:[^/?#{_WORD}]*@|(?!\d+[/?#])[^{_WORD}]*@)")
+_TOKEN = re.compile(rf"(?i)(https?://)[^:@/?#{_WORD}]+@")
+_QUERY = re.compile(
+    rf"(?i)([?&;#][\w.-]*(?:pass|pwd|secret|token|key|sig|cred|auth|odbc_connect)[\w.-]*)=[^&;#{_WORD}]+"
+)
+
+
+def masked(value: Any) -> Any:
+    """A text, or the texts in mappings and lists, as it may be written down: secrets in URLs become ***.
+
+    Those are passwords (user:password@host), users of http(s) URLs without a password, which may be tokens, and values
+    of the query's password, token, key, signature and the like. masked(masked(x)) is masked(x).
+    """
+    if isinstance(value, str):
+        if "://" not in value:
+            return value
+        value = _TOKEN.sub(rf"\1{HIDDEN}@", _PASSWORD.sub(rf"\1:{HIDDEN}@", value))
+        return _QUERY.sub(rf"\1={HIDDEN}", value)
+    if isinstance(value, Mapping):
+        return {key: masked(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [masked(item) for item in value]
+    return value
+
+
+def has_masked(url: str | None) -> bool:
+    """Whether a secret of a URL is missing, because `masked` replaced it."""
+    return url is not None and "://" in url and HIDDEN in url
+
+
+def revealed(url: str | None, *known: str | None) -> str | None:
+    """A masked URL with its secrets, where one of `known` stands for it or for its beginning; else as it is."""
+    for full in known:
+        if full and has_masked(url) and (url == masked(full) or url.startswith(masked(full).rstrip("/") + "/")):
+            return full.rstrip("/") + url.removeprefix(masked(full).rstrip("/"))
+    return url
 
 
 def quoted(value: Any, chars: int = 60) -> str:
-    """A value as an error quotes it, cut to `chars`: its repr; null, true and false are spelt as in YAML and JSON."""
+    """A value as an error quotes it, masked and cut to `chars`: its repr; null, true and false as in YAML and JSON."""
+    value = masked(value)
     text = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
     return text if len(text) <= chars else text[: chars - 3] + "..."
 
@@ -17,11 +61,11 @@ def shown(value: Any) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Why something failed: the error's own text, without the file's name of an OSError; its class without a text."""
+    """Why something failed: the error's own text, masked, without the file's name of an OSError; else its class."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return str(text) or type(error).__name__
+    return masked(str(text)) or type(error).__name__
 
 
 def one_line(error: BaseException, chars: int = 300) -> str:
-    """`str(error)` on one line, cut to `chars`; the error's class where it has no text."""
-    return " ".join(str(error).split())[:chars] or type(error).__name__
+    """`str(error)` on one line, masked and cut to `chars`; the error's class where it has no text."""
+    return masked(" ".join(str(error).split()))[:chars] or type(error).__name__

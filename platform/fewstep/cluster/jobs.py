@@ -9,15 +9,16 @@ from typing import Any
 
 from ..dryrun import describe
 from ..recipe import Recipe
+from ..texts import masked
 from .progress import Progress, table
-from .train import fit
+from .train import fit, localized
 
 
 def train(recipe: Recipe, dry_run: bool = False) -> dict[str, Any] | None:
     """Runs a recipe on the cluster and prints its closing table; with `dry_run` checks and describes it only.
 
-    Returns what run.run returned: run_id, folder, finished, step, rows, grid. None after a dry run, and for a run that
-    was asked to stop: then it prints a JSON object with the command that goes on.
+    Returns what run.run returned (run_id, folder, finished, step, rows, grid) and the recipe with absolute paths. None
+    after a dry run, and for a run that was asked to stop: then it prints a JSON object with the command that goes on.
     """
     if dry_run:
         print(describe(recipe))
@@ -26,8 +27,8 @@ def train(recipe: Recipe, dry_run: bool = False) -> dict[str, Any] | None:
         result = fit(recipe, progress)
     if not result["finished"]:
         own = [word for word in sys.argv[1:] if not word.startswith("name=")]
-        again = shlex.join(["python", sys.argv[0], *own, f"name={recipe.name}"])
+        again = masked(shlex.join(["python", sys.argv[0], *own, f"name={recipe.name}"]))
         print(json.dumps({"run_id": result["run_id"], "finished": False, "step": result["step"], "again": again}))
         return None
     print(table(result["rows"]))
-    return result
+    return result | {"recipe": localized(recipe)}

@@ -23,18 +23,19 @@ from pathlib import Path
 from typing import Any
 
 from .. import run
-from ..config import UserError, read, validate
+from ..config import UserError
 from ..data.shards import open_shards
 from ..engine.folder import checkpoints, complete, newest, step_of
 from ..folders import claim, usable
 from ..metrics.base import refusal
-from ..recipe import Recipe, dated_name
+from ..recipe import Recipe, dated_name, read_run
 from ..sweeps import answer, judge
 from ..sweeps.proposals import Grid, Proposals, proposals
 from ..sweeps.record import FAILED, FINISHED, SEARCH, SEEDS, STOPPED, Record, Trial
 from ..sweeps.settings import Budget, Sweep, check, devices, images_of
 from ..sweeps.space import Choice, Dice, Space, apply, values_of
 from ..sweeps.warm import earlier_trials
+from ..texts import masked
 from ..tracking.provenance import Provenance
 from ..tracking.tracker import Tracker
 from ..watchdog import STOP
@@ -113,7 +114,7 @@ class Runner(tune.Trainable):
         if folders:
             scored = [line["images"] for line in run.report_lines(folders[-1]) if "scores" in line]
             self.told = max(scored, default=-1)
-            return validate(Recipe, read(folders[-1] / "recipe.yaml"))
+            return read_run(folders[-1], base.tracking.uri, base.storage)
         return apply(base, values, **own)
 
     def _donated(self) -> str:
@@ -121,7 +122,8 @@ class Runner(tune.Trainable):
         given = self.donor["checkpoint"]
         if complete(given):
             return given
-        donor = validate(Recipe, read(Path(self.plan["recipe"]["out"]) / self.donor["run"] / "recipe.yaml"))
+        recipe = self.plan["recipe"]
+        donor = read_run(Path(recipe["out"]) / self.donor["run"], recipe["tracking"]["uri"], recipe["storage"])
         return str(newest(donor.checkpoints))
 
     def _fit(self) -> None:
@@ -203,7 +205,7 @@ def spent(folder: Path, name: str) -> tuple[int, float]:
     """Images that a trial's runs trained on, and the hours it took times the devices they held."""
     images = hours = 0.0
     for path in generations(folder, name):
-        recipe = validate(Recipe, read(path / "recipe.yaml"))
+        recipe = read_run(path)
         before = None
         for report in run.read_reports(path):
             first = max(report["images"] - recipe.train.report_every * recipe.train.batch, 0)
@@ -556,7 +558,7 @@ def sweep(asked: Sweep, space: Space, base: Recipe, template: Path, dry_run: boo
         return _sweep(asked, space, base, recipe, template)
     except KeyboardInterrupt:
         own = [word for word in sys.argv[1:] if not word.startswith("name=")]
-        again = shlex.join(["python", sys.argv[0], *own, f"name={asked.name}"])
+        again = masked(shlex.join(["python", sys.argv[0], *own, f"name={asked.name}"]))
         raise KeyboardInterrupt(f"interrupted; go on with: {again}") from None
 
 
@@ -599,7 +601,7 @@ def _sweep(sweep: Sweep, space: Space, base: Recipe, recipe: Recipe, template: P
     known = earlier_trials(sweep, space, recipe) if sweep.warm_start else []
     said = {"recipe": recipe.numbers, "space": space.plain()} | sweep.model_dump(exclude={"name", "retry"})
     record = Record(folder, said, MAY_DIFFER)
-    params = {"sweep": sweep.model_dump(mode="json")} | recipe.model_dump(mode="json")
+    params = {"sweep": sweep.model_dump(mode="json")} | recipe.written
     with Tracker.open(
         folder,
         uri=recipe.tracking.uri,

@@ -137,7 +137,7 @@ def _attempt(recipe: Recipe, device: str, config: dict[str, Any]) -> dict[str, A
     c = recipe.cluster
     trainer = Trainer(
         _worker,
-        train_loop_config=config,
+        train_loop_config={"sealed": Sealed(config)},
         torch_config=torch_config(backend="nccl" if device == "cuda" else "gloo", timeout_s=600),
         scaling_config=ScalingConfig(
             num_workers=c.workers if c.workers_min is None else (c.workers_min, c.workers),
@@ -161,6 +161,14 @@ def _attempt(recipe: Recipe, device: str, config: dict[str, Any]) -> dict[str, A
         raise Lost(f"cluster: Ray Train's controller failed: {reason_of(error.controller_failure)}") from error
     except ray.exceptions.RayActorError as error:
         raise Lost(f"cluster: Ray Train's controller died: {reason_of(error)}") from error
+
+
+class Sealed:
+    """Settings that travel to the workers and have no text: Ray Train keeps the texts of a run's settings, which its
+    dashboard shows."""
+
+    def __init__(self, value: dict[str, Any]):
+        self.value = value
 
 
 def _cause(failures: Mapping[int, Exception]) -> Exception:
@@ -236,10 +244,11 @@ def await_resources(recipe: Recipe, device: str) -> None:
         time.sleep(POLL_S)
 
 
-def _worker(config: dict[str, Any]) -> dict[str, Any]:
+def _worker(sealed: dict[str, Sealed]) -> dict[str, Any]:
     """What every Ray Train worker runs."""
     from ray.train import get_preemption_info
 
+    config = sealed["sealed"].value
     recipe = Recipe.model_validate(config["recipe"])
     if config["device"] == "cuda":
         from ray.train.torch import get_device

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..texts import quoted
+from ..texts import masked, quoted
 from .keys import help_text, names
 from .reading import ConfigError, UserError, parse_yaml
 from .settings import Strict, nearest, override_all, validate
@@ -65,10 +65,10 @@ def plain_errors() -> Iterator[None]:
 
 
 def _message(error: Exception) -> str:
-    """The error's text; of the system's own errors the file and the reason."""
+    """The error's text, its secrets masked; of the system's own errors the file and the reason."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__
+        return masked(f"{error.filename}: {error.strerror}")
+    return masked(str(error)) or type(error).__name__
 
 
 class Command:

@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
 from ..files import put_in_place, write_file
-from ..texts import reason
+from ..texts import masked, reason
 
 Ref = str | Path
 """Where something lies: a path of this machine, or a URL."""
@@ -32,7 +32,7 @@ class Place:
     @classmethod
     def of(cls, ref: Ref) -> Place:
         """The place that a path or URL names. Raises ValueError where no library for its protocol is installed."""
-        text = str(ref)
+        text, shown = str(ref), masked(str(ref))
         if "://" not in text:
             return cls(LocalFileSystem(), text.rstrip("/") or "/")
         try:
@@ -41,9 +41,11 @@ class Place:
         except ImportError as error:
             protocol = text.partition("://")[0]
             package = known_implementations[protocol]["class"].split(".")[0]
-            raise ValueError(f"{text}: {protocol}:// needs another package: pip install {package} ({error})") from None
+            raise ValueError(
+                f"{shown}: {protocol}:// needs another package: pip install {package} ({error})"
+            ) from None
         except ValueError as error:
-            raise ValueError(f"{text}: {error}; give a path, or a URL such as s3://bucket/folder") from None
+            raise ValueError(f"{shown}: {error}; give a path, or a URL such as s3://bucket/folder") from None
 
     @property
     def local(self) -> bool:
@@ -61,7 +63,7 @@ class Place:
         return self.path.rsplit("/", 1)[-1]
 
     def __str__(self) -> str:
-        return str(self.ref)
+        return masked(str(self.ref))
 
     def __truediv__(self, name: str) -> Place:
         return Place(self.fs, f"{self.path}/{name}")

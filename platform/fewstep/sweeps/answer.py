@@ -126,4 +126,4 @@ def recipe_text(base: Recipe, trial: Trial, sweep: Sweep, space: Space, why: str
     if sweep.scheduler == "pbt":
         lines.append("A population changed these settings while it trained; this recipe has the last ones throughout.")
     head = "".join(f"# {line}\n" for line in lines)
-    return head + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return head + yaml.safe_dump(recipe.written, sort_keys=False, allow_unicode=True)

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import ConfigError
-from ..texts import quoted
+from ..config import ConfigError, read_json_lines
+from ..folders import append_private
+from ..texts import masked, quoted
 
 FINISHED, STOPPED, FAILED = "finished", "stopped early", "failed"
 SEARCH, SEEDS = "search", "seeds"
@@ -64,7 +65,7 @@ class Record:
     """The open record of one sweep's folder; one process writes it.
 
     settings: what the sweep is; going on with other settings than the record's raises ConfigError naming them, but for
-    those in `may_differ`.
+    those in `may_differ`. A damaged record raises ConfigError naming the file and the line.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], may_differ: set[str] = frozenset()):
@@ -91,12 +92,16 @@ class Record:
         if whole != text:  # the process died while it wrote
             os.truncate(self.path, len(whole))
         known: dict[str, Any] = {}
-        for line in whole.splitlines():
-            event = json.loads(line)
-            if event["event"] == "sweep":
-                known = event["settings"]
-            else:
-                self._apply(event)
+        for number, event in enumerate(read_json_lines(self.path), start=1):
+            try:
+                if event["event"] == "sweep":
+                    known = dict(event["settings"])
+                else:
+                    self._apply(event)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                raise ConfigError(
+                    f"{self.path}: line {number} is no event of this sweep; mend it, or give the sweep another name=..."
+                ) from None
         return known
 
     def _apply(self, event: dict[str, Any]) -> Trial:
@@ -122,10 +127,7 @@ class Record:
         return trial
 
     def _write(self, event: Mapping[str, Any]) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(event) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_private(self.path, json.dumps(masked(event)) + "\n", sync=True)
 
     def add(self, event: str, trial: int, **fields: Any) -> Trial:
         """Writes an event of a trial and returns the trial as it is after it."""

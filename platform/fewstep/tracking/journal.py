@@ -28,7 +28,10 @@ from typing import Any
 
 from ..config import UserError
 from ..files import write_file
+from ..folders import append_private
+from ..texts import masked
 
+OPEN = {"uri", "experiment", "name", "run_id", "tags", "time", "journal"}  # what the first operation says
 log = logging.getLogger("fewstep.tracking")
 
 
@@ -97,7 +100,8 @@ class Journal:
                 return file
 
     def _open(self) -> None:
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        os.fchmod(self._file, 0o600)
         marker = self._read_marker()
         self.run_id: str | None = marker.get("run_id")
         self.experiment_id: str | None = marker.get("experiment_id")
@@ -124,8 +128,8 @@ class Journal:
         if not path.exists():
             return {}
         try:
-            return json.loads(path.read_text())
-        except ValueError:
+            return dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError, RecursionError):
             log.warning("%s: unreadable; everything is sent again, which the server recognises", path)
             return {}
 
@@ -139,19 +143,24 @@ class Journal:
                 end += len(line)
                 try:
                     op = json.loads(line)
-                    serial = op["serial"]
-                except (ValueError, KeyError, TypeError):
+                    damaged = not (isinstance(op["serial"], int) and isinstance(op["op"], str))
+                    if end == len(line):  # the first, of which all others are a part
+                        damaged |= op["op"] != "open" or not OPEN <= op.keys()
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    damaged = True
+                if damaged:
                     raise ValueError(
                         f"{self.path}: byte {end - len(line)} starts a damaged line; move the folder "
                         f"{str(self.folder)!r} away to track the run afresh"
-                    ) from None
-                yield Entry(serial, op, end)
+                    )
+                yield Entry(op["serial"], op, end)
 
     def append(self, op: dict[str, Any]) -> int:
         """Writes one operation and returns its serial. A full disk loses the operation, which is counted and logged."""
         with self._mutex:
             serial = self.last + 1
-            line = json.dumps({"serial": serial, "time": time.time_ns() // 1_000_000} | op).encode() + b"\n"
+            line = {"serial": serial, "time": time.time_ns() // 1_000_000} | masked(op)
+            line = json.dumps(line).encode() + b"\n"
             try:
                 if os.write(self._file, line) != len(line):
                     raise OSError("short write")
@@ -202,13 +211,14 @@ class Journal:
     def mark(self) -> None:
         """Writes the marker atomically."""
         marker = {"serial": self.sent, "run_id": self.run_id, "experiment_id": self.experiment_id}
-        write_file(self.folder / "sent.json", json.dumps(marker), sync=False)
+        write_file(self.folder / "sent.json", json.dumps(marker), sync=False, mode=0o600)
 
     def refuse(self, entry: Entry, what: str, reason: str) -> None:
         """Records that the server will never take (a part of) an operation. It stays in the journal."""
         self.refused += 1
-        with open(self.folder / "refused.jsonl", "a") as file:
-            file.write(json.dumps({"serial": entry.serial, "what": what, "reason": reason}) + "\n")
+        what, reason = masked(what), masked(reason)
+        line = json.dumps({"serial": entry.serial, "what": what, "reason": reason})
+        append_private(self.folder / "refused.jsonl", line + "\n")
         log.warning("%s: the server refused %s: %s", self.run_folder, what, reason)
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
+from ..texts import masked
 from .journal import Entry, Journal, log
 from .store import experiment, page, prepare_store
 
@@ -203,7 +204,7 @@ def drain(sender: Sender, give_up: Callable[[], bool], wait: Callable[[float], o
                 return
         except Exception as error:  # the thread must outlive anything a store, a network or a proxy comes up with
             if failures == 0:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = masked(str(error).strip() or type(error).__name__).splitlines()[0]
                 log.warning("tracking waits, training goes on: %s", reason)
             failures += 1
             wait(pause_s)

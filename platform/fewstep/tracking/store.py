@@ -8,7 +8,9 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit
+
+from ..texts import has_masked, masked, quoted, revealed
 
 # Read by MLflow when it is imported (telemetry) and at each call (the rest). A server that does not answer must hold
 # the sender for seconds; MLflow's own defaults hold it for four minutes.
@@ -35,13 +37,21 @@ def tracking_uri(uri: str | None = None, root: Path | None = None) -> str:
 
     uri: None takes MLFLOW_TRACKING_URI, and when that is unset `sqlite:///<root>/mlflow.db`, which `mlflow ui` shows
     without options when it is started in `root`. root: default the working directory, so call this in the driver: a
-    training worker has another one. Raises ValueError for a store that is neither a server nor an SQL database.
+    training worker has another one. Raises ValueError for a store that is neither a server nor an SQL database, and for
+    a URI that was written down without its password.
     """
     base = (root or Path.cwd()).absolute()
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{base / 'mlflow.db'}"
     if urlsplit(uri).scheme.partition("+")[0] not in SCHEMES:
         raise ValueError(
-            f"tracking.uri: {uri!r} is neither a server nor an SQL database; give http://host:port or sqlite:///path/mlflow.db"
+            f"tracking.uri: {quoted(uri)} is neither a server nor an SQL database; give http://host:port or "
+            "sqlite:///path/mlflow.db"
+        )
+    uri = revealed(uri, os.environ.get("MLFLOW_TRACKING_URI"))
+    if has_masked(uri):
+        raise ValueError(
+            f"tracking.uri: {uri} lacks its password, which is never written to disk; give the whole URI as "
+            "tracking.uri=..., or as uri=... where a job has that, or in the environment variable MLFLOW_TRACKING_URI"
         )
     if path := database(uri):
         return f"sqlite:///{base / path}"
@@ -54,11 +64,8 @@ def database(uri: str) -> Path | None:
 
 
 def without_password(uri: str) -> str:
-    """The URI as it may be written to disk: a password becomes ***."""
-    parts = urlsplit(uri)
-    if parts.password is None:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")))
+    """The URI as it may be written to disk: passwords and other secrets become ***."""
+    return masked(uri)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ import numpy as np
 import yaml
 
 from ..config import flatten
+from ..folders import write_private
+from ..texts import masked
 from .journal import Journal
 from .sender import Sender, drain
 from .store import tracking_uri, without_password
@@ -71,6 +73,7 @@ class Tracker:
         Raises ValueError for an unusable name, uri or run_id, TrackingError when another process tracks this folder.
         """
         uri = tracking_uri(uri)
+        recipe = masked(recipe)
         params, tags = params_of({k: v for k, v in recipe.items() if k not in aside}), _tags(tags)
         for key in params:
             _check_name("recipe", key)
@@ -184,14 +187,14 @@ class Tracker:
         self._staged({"op": "artifact", "to": to}, path.name, lambda new: copy(path, new))
 
     def text(self, name: str, content: str) -> None:
-        """Records a text file; `name` may have folders. The same name again replaces it."""
+        """Records a text file, its secrets masked; `name` may have folders. The same name again replaces it."""
         if not name or name.startswith("/") or ".." in Path(name).parts:
             raise ValueError(f"text: {name!r} is not a relative path")
         self._text(name, content)
 
     def _text(self, name: str, content: str) -> None:
         folder, _, file = name.rpartition("/")
-        self._staged({"op": "artifact", "to": folder}, file, lambda path: path.write_text(content))
+        self._staged({"op": "artifact", "to": folder}, file, lambda path: write_private(path, masked(content)))
 
     def score(self, score: Mapping[str, Any], step: int = 0) -> None:
         """Records a score: its `value` as the metric `score/<name>` at `step`, and all of it in `scores.json`.
@@ -363,12 +366,10 @@ def send(folder: Path, *, uri: str | None = None, timeout_s: float = 60.0) -> Se
     try:
         before = journal.unsent
         if before:
-            uri = uri or next(journal.entries()).op["uri"]
-            if ":***@" in uri:
-                raise ValueError(f"uri: {uri} needs its password; give it as uri=... with the password in place of ***")
+            uri = tracking_uri(uri or next(journal.entries()).op["uri"])
             deadline = time.monotonic() + timeout_s
             pause = lambda seconds: time.sleep(max(0.0, min(seconds, 5.0, deadline - time.monotonic())))
-            drain(Sender(journal, tracking_uri(uri)), lambda: time.monotonic() > deadline, pause)
+            drain(Sender(journal, uri), lambda: time.monotonic() > deadline, pause)
         return Sent(before - journal.unsent, journal.unsent, journal.refused)
     finally:
         journal.close()
