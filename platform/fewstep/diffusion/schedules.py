@@ -25,7 +25,7 @@ def _level(alpha: Tensor, sigma: Tensor, ndim: int, schedule: Schedule, t: Tenso
 
 
 def _check(name: str, t_min: float, t_max: float, top: float) -> None:
-    if not 0 < t_min < t_max <= top:
+    if not (0 < t_min < t_max <= top and math.isfinite(t_max)):
         raise ValueError(
             f"schedule: {name} has t_min {t_min} and t_max {t_max}; they need 0 < t_min < t_max"
             + ("" if top == math.inf else f" <= {top:g}")
@@ -43,6 +43,8 @@ class EDM:
 
     def __post_init__(self) -> None:
         _check(self.name, self.t_min, self.t_max, math.inf)
+        if not 0.1 <= self.rho <= 100:
+            raise ValueError(f"schedule: edm has rho {self.rho}; it needs a number from 0.1 to 100, such as 7")
 
     def level(self, t: Tensor, ndim: int) -> Level:
         t = t.double()
@@ -71,7 +73,7 @@ class Flow:
 
     def __post_init__(self) -> None:
         _check(self.name, self.t_min, self.t_max, 1.0)
-        if not self.shift > 0:
+        if not 0 < self.shift < math.inf:
             raise ValueError(f"schedule: flow has the shift {self.shift}; it needs a positive number, and 1 for none")
 
     def level(self, t: Tensor, ndim: int) -> Level:
@@ -109,6 +111,7 @@ class Trig:
         return self.t_min + u.double() * (self.t_max - self.t_min)
 
 
+STEPS = 100_000  # most of a DDPM; all published ones have 1,000 or 4,000
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
@@ -149,10 +152,15 @@ class DDPM:
             raise ValueError(
                 f"schedule.beta_schedule: {self.beta_schedule!r} is not one of {', '.join(BETA_SCHEDULES)}"
             )
-        if not 0 < self.beta_start <= self.beta_end < 1 or self.steps < 2:
+        if not 0 < self.beta_start <= self.beta_end < 1 or not 2 <= self.steps <= STEPS:
             raise ValueError(
                 f"schedule: ddpm has beta_start {self.beta_start}, beta_end {self.beta_end} and steps {self.steps}; "
-                "they need 0 < beta_start <= beta_end < 1 and two steps or more"
+                f"they need 0 < beta_start <= beta_end < 1 and 2 to {STEPS:,} steps"
+            )
+        if not (self.angles().diff() > 0).all():
+            raise ValueError(
+                f"schedule: ddpm with beta_start {self.beta_start}, beta_end {self.beta_end} and steps {self.steps} is "
+                "pure noise before its last step; it needs fewer steps or smaller betas"
             )
 
     @property
@@ -204,7 +212,7 @@ def from_config(config: dict[str, Any]) -> Schedule:
     """The inverse of `to_config`. Raises ValueError naming the field that no schedule has, or whose value is wrong."""
     config = dict(config)
     name = config.pop("name", None)
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         raise ValueError(f"schedule.name: {name!r} is not one of {', '.join(SCHEDULES)}")
     defaults = {k: f.default for k, f in SCHEDULES[name].__dataclass_fields__.items() if f.init}
     if config.keys() - defaults:

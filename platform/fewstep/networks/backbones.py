@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..texts import quoted
+
+ELEMENTS = 1 << 28  # most that one sample has; a picture of 4096 x 4096 has 2^25.6
 
 
 class _Leave(Exception):
@@ -36,6 +41,8 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         self.model, self.at, self.shape = model, at, tuple(shape)
+        if math.prod(shape) > ELEMENTS:
+            raise ValueError(f"a sample of shape {self.shape} has more than {ELEMENTS:,} elements")
         self.classes, self.null = classes, null
         try:
             model.get_submodule(at)
@@ -85,11 +92,14 @@ class Backbone(nn.Module):
         return out, features[0]
 
 
-def _size(config: Any) -> tuple[int, int]:
-    size = config.sample_size
-    if size is None:
+def size_of(sample_size: Any) -> tuple[int, int]:
+    """(H, W) of a model's sample_size, a whole number or two. Raises ValueError for anything else."""
+    if sample_size is None:
         raise ValueError("sample_size is missing in the model's config.json; set it to the size it was trained at")
-    return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    size = tuple(sample_size) if isinstance(sample_size, (tuple, list)) else (sample_size, sample_size)
+    if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+        raise ValueError(f"sample_size: {quoted(sample_size)}, expected a whole number above 0, or two")
+    return size
 
 
 class UNet(Backbone):
@@ -112,7 +122,9 @@ class UNet(Backbone):
             raise ValueError(
                 f"classes: {classes}, but num_class_embeds is {embeds}; it counts the null class too, if any"
             )
-        height, width = _size(config)
+        height, width = size_of(config.sample_size)
+        if config.in_channels % patch**2:
+            raise ValueError(f"patch: {patch}, but in_channels {config.in_channels} is no multiple of {patch}^2")
         shape = (config.in_channels // patch**2, height * patch, width * patch)
         super().__init__(model, "mid_block", shape, classes, classes if embeds != classes else None)
         self.patch = patch
@@ -136,7 +148,7 @@ class TextUNet(Backbone):
             raise ValueError(
                 f"in_channels {config.in_channels} and out_channels {config.out_channels} of a text UNet differ"
             )
-        super().__init__(model, "mid_block", (config.in_channels, *_size(config)))
+        super().__init__(model, "mid_block", (config.in_channels, *size_of(config.sample_size)))
 
     def call(self, x: Tensor, time: Tensor, cond: dict[str, Tensor]) -> Tensor:
         added = None
@@ -169,7 +181,7 @@ class Transformer(Backbone):
         classes = config.num_embeds_ada_norm
         for block in model.transformer_blocks:
             block.norm1.emb.class_embedder.dropout_prob = 0.0
-        shape = (config.in_channels, *_size(config))
+        shape = (config.in_channels, *size_of(config.sample_size))
         at = f"transformer_blocks.{len(model.transformer_blocks) // 2}"
         super().__init__(model, at, shape, classes, null=classes)
 

@@ -8,7 +8,6 @@ a recipe's to choose.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,18 +15,28 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ..config import ConfigError, Strict, resolve, validate
+from ..config import ConfigError, Strict, read_json, resolve, validate
 from ..diffusion.level import Level
 from ..diffusion.schedules import from_config, to_config
-from ..texts import one_line
-from .backbones import Backbone, TextUNet, Transformer, UNet
+from ..texts import one_line, quoted
+from .backbones import Backbone, TextUNet, Transformer, UNet, size_of
 from .denoiser import Denoiser
 from .heads import Head
 from .hub import PREFIX, snapshot
 from .schedulers import from_scheduler
+from .weights import (
+    WEIGHTS,
+    arguments_of,
+    check_headers,
+    check_memory,
+    fill,
+    headers,
+    outline,
+    unfilled,
+    weight_files,
+)
 
 BACKBONES = {"UNet2DModel": UNet, "UNet2DConditionModel": TextUNet, "DiTTransformer2DModel": Transformer}
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 DESCRIPTION = "fewstep.json"
 
 
@@ -44,7 +53,7 @@ class Network(Strict):
     """What the network predicts."""
     data_std: Annotated[float, Field(gt=0)] = 0.5
     """EDM's sigma_data."""
-    time_scale: float = 1.0
+    time_scale: Annotated[float, Field(gt=0)] = 1.0
     """Factor on the network's noise conditioning."""
     classes: Annotated[int, Field(ge=1)] | None = None
     """Labels, the null class not counted (it has the index `classes`); null for none."""
@@ -85,15 +94,20 @@ def new_denoiser(network: Network, precision: str = "fp32") -> Denoiser:
 
     Random weights come from torch's global generator. Raises ConfigError for arguments that diffusers does not take.
     """
-    import diffusers
-
     config = dict(network.config)
     if network.classes is not None and network.model == "UNet2DModel":
         config.setdefault("num_class_embeds", network.classes + 1)
     try:
-        model = getattr(diffusers, network.model)(**config)
-    except (TypeError, ValueError) as error:
+        model = outline(network.model, config)
+        check_memory(model)
+        _try(_denoiser(model, network, "fp32"))
+    except ConfigError:
+        raise
+    except ValueError as error:
         raise ConfigError(f"network.config: {network.model}: {error}") from None
+    import diffusers
+
+    model = getattr(diffusers, network.model)(**config)
     last = getattr(model, "conv_out", None) or model.proj_out_2
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
@@ -104,9 +118,7 @@ def new_head(denoiser: Denoiser) -> Head:
     """A GAN head for a denoiser's bottleneck, measured by one pass on one sample of zeros."""
     device = next(denoiser.parameters()).device
     one = torch.ones(1, 1, 1, 1, device=device)
-    cond = denoiser.backbone.zeros(1, device) if isinstance(denoiser.backbone, TextUNet) else None
-    if denoiser.classes is not None:
-        cond = torch.zeros(1, dtype=torch.int64, device=device)
+    cond = _zero_condition(denoiser, device)
     with torch.no_grad():
         x = torch.zeros(1, *denoiser.shape, device=device)
         _, channels, height, width = denoiser(x, Level(one, one), cond, "features").shape
@@ -140,7 +152,7 @@ def save_denoiser(denoiser: Denoiser, folder: Path) -> None:
         raise ValueError(f"{folder}: a {type(denoiser).__name__} is no denoiser; merge an adapter into its base first")
     sub = folder / ("transformer" if isinstance(denoiser.backbone, Transformer) else "unet")
     denoiser.backbone.model.save_pretrained(sub, safe_serialization=True)
-    config = _json(sub / "config.json")
+    config = read_json(sub / "config.json")
     config.pop("_name_or_path", None)  # where the weights once came from is a path on this machine
     (sub / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     network = network_of(denoiser).model_dump(exclude={"config"})
@@ -158,15 +170,13 @@ def open_teacher(ref: str | Path, precision: str = "fp32") -> Denoiser:
     ref: see `locate`. Weights are float32 whatever they were saved as.
     Reads safetensors and JSON only; no code that a folder brings is run. Raises ValueError naming what is missing.
     """
-    import diffusers
-
     folder = locate(ref)
-    if folder.suffix in (".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".bin"):
-        raise ValueError(
-            f"teacher: {str(folder)!r} is a pickle, which runs code when it is opened; convert it once, where you "
-            f"trust it, to a folder with unet/config.json, unet/{WEIGHTS} and {DESCRIPTION}"
-        )
     if not folder.is_dir():
+        if folder.suffix in (".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".bin"):
+            raise ValueError(
+                f"teacher: {str(folder)!r} is a pickle, which runs code when it is opened; convert it once, where you "
+                f"trust it, to a folder with unet/config.json, unet/{WEIGHTS} and {DESCRIPTION}"
+            )
         raise ValueError(
             f"teacher: no folder {str(folder)!r}; make one with: python jobs/teach.py, or download a pipeline there"
         )
@@ -176,80 +186,85 @@ def open_teacher(ref: str | Path, precision: str = "fp32") -> Denoiser:
         raise ValueError(
             f"teacher: {str(folder)!r} holds no config.json, nor does a unet or a transformer folder in it"
         )
-    network = _described(folder, _json(sub / "config.json"), sub / "config.json")
+    path = sub / "config.json"
+    config = read_json(path)
+    name = _class_name(config, path)
+    network = _described(folder, name, config, path)
+    stored, arguments = headers(weight_files(sub, name)), arguments_of(name, config)
     try:
-        model, info = getattr(diffusers, network.model).from_pretrained(
-            sub,
-            variant=_variant(sub, network.model),
-            torch_dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, TypeError) as error:
-        raise ValueError(f"teacher: {sub}: {one_line(error)}") from None
-    wrong = [*info["missing_keys"], *info["unexpected_keys"]]
-    if wrong:
-        raise ValueError(f"teacher: {sub}: weights and config.json differ in {', '.join(wrong[:3])} of {len(wrong)}")
+        # parameters that are replaced while a model is built count twice
+        model = outline(name, arguments, tensors=2 * len(stored) + 64)
+        _try(_denoiser(model, network, "fp32"))
+    except ValueError as error:
+        raise ValueError(f"teacher: {path}: {error}") from None
+    names = check_headers(model, stored, sub)
+    model = unfilled(name, arguments)
+    fill(model, stored, names)
+    return _denoiser(model, network, precision).eval()
+
+
+def _try(denoiser: Denoiser) -> None:
+    """Calls a network on the meta device once. Raises ValueError where its parts do not fit each other."""
+    backbone, shape = denoiser.backbone, (1, *denoiser.shape)
+    cond = _zero_condition(denoiser, torch.device("meta"))
     try:
-        return _denoiser(model, network, precision).eval()
+        with torch.no_grad():
+            x = torch.zeros(shape, device="meta")
+            out, features = backbone(x, torch.zeros(1, device="meta"), cond, "both")
+    except Exception as error:  # of layers that were built for sizes that fit each other
+        raise ValueError(
+            f"a sample of shape {denoiser.shape} does not pass: {type(error).__name__}: {one_line(error)}"
+        ) from None
+    if out.shape != shape or features.ndim != 4:
+        raise ValueError(f"makes {tuple(out.shape[1:])} of a sample of shape {denoiser.shape}")
+
+
+def _zero_condition(denoiser: Denoiser, device: torch.device) -> Any:
+    """What a network is asked for in a trial call on one sample."""
+    if isinstance(denoiser.backbone, TextUNet):
+        return denoiser.backbone.zeros(1, device)
+    return None if denoiser.classes is None else torch.zeros(1, dtype=torch.int64, device=device)
+
+
+def _class_name(config: dict[str, Any], where: Path) -> str:
+    """The class of a model's config.json; the published DiT has the class name of an older version of diffusers."""
+    name = config.get("_class_name")
+    if name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
+        return "DiTTransformer2DModel"
+    if not isinstance(name, str) or name not in BACKBONES:
+        raise ValueError(f"teacher: {where} is of class {quoted(name)}; known: {', '.join(BACKBONES)}")
+    return name
+
+
+def _described(folder: Path, model: str, config: dict[str, Any], where: Path) -> Network:
+    """The folder's own fewstep.json, or what a diffusers scheduler says. config: the model's, read from `where`."""
+    path = folder / DESCRIPTION
+    if path.is_file():
+        fields = {"model": model} | read_json(path)
+    else:
+        names = ("scheduler/scheduler_config.json", "scheduler_config.json")
+        path = next((folder / name for name in names if (folder / name).is_file()), None)
+        if path is None:
+            raise ValueError(f"teacher: {str(folder)!r} holds neither {DESCRIPTION} nor {names[0]}")
+        classes = config.get("num_class_embeds") if model == "UNet2DModel" else None
+        tokens = _tokens(config, where)
+        fields = {"model": model, "classes": classes, **from_scheduler(read_json(path), path, tokens)}
+    try:
+        network = validate(Network, fields)
     except ConfigError as error:
-        raise ValueError(f"teacher: {folder}: {error}") from None
+        raise ValueError(f"{path}: {'; '.join(str(error).splitlines())}") from None
+    if network.model != model:
+        raise ValueError(f"{path}: model is {network.model}, but {where} is of class {model}")
+    return network
 
 
-def _variant(folder: Path, model: str) -> str | None:
-    """The weights' variant, such as fp16; None for plain files. Raises ValueError where there are no safetensors."""
-    names = sorted(path.name for path in folder.iterdir())
-    if WEIGHTS in names or f"{WEIGHTS}.index.json" in names:
-        return None
-    found = {m[1] for name in names if (m := re.fullmatch(r"diffusion_pytorch_model\.(\w+?)(-.*)?\.safetensors", name))}
-    if len(found) == 1:
-        return found.pop()
-    if found:
-        raise ValueError(f"teacher: {folder} has the variants {', '.join(sorted(found))}; keep one")
-    if not any(name.endswith(".bin") for name in names):
-        raise ValueError(f"teacher: no {WEIGHTS} in {str(folder)!r}")
-    raise ValueError(
-        f"teacher: {str(folder)!r} has pickled weights (.bin) only, which can run code when they are opened; convert "
-        f"them once, where you trust them: python -c \"import diffusers; diffusers.{model}.from_pretrained('{folder}', "
-        f"use_safetensors=False).save_pretrained('{folder}')\""
-    )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-
-
-def _described(folder: Path, config: dict[str, Any], where: Path) -> Network:
-    """What the folder's own fewstep.json says, or a diffusers scheduler. config: the model's, read from `where`."""
-    model = config.get("_class_name")
-    if model not in BACKBONES:
-        raise ValueError(f"teacher: {where} is of class {model!r}; known: {', '.join(BACKBONES)}")
-    if (folder / DESCRIPTION).is_file():
-        try:
-            network = validate(Network, {"model": model} | _json(folder / DESCRIPTION))
-        except ConfigError as error:
-            raise ValueError(f"{folder / DESCRIPTION}: {error}") from None
-        if network.model != model:
-            raise ValueError(f"{folder / DESCRIPTION}: model is {network.model}, but {where} is of class {model}")
-        return network
-    names = ("scheduler/scheduler_config.json", "scheduler_config.json")
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
-    if path is None:
-        raise ValueError(f"teacher: {str(folder)!r} holds neither {DESCRIPTION} nor {names[0]}")
-    classes = config.get("num_class_embeds") if model == "UNet2DModel" else None
-    return Network(model=model, classes=classes, **from_scheduler(_json(path), path, _tokens(config)))
-
-
-def _tokens(config: dict[str, Any]) -> int | None:
+def _tokens(config: dict[str, Any], where: Path) -> int | None:
     """Patches of one sample, by the model's config; None where that names no size."""
-    size = config.get("sample_size")
-    if size is None:
+    if config.get("sample_size") is None:
         return None
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    try:
+        height, width = size_of(config["sample_size"])
+    except ValueError as error:
+        raise ValueError(f"teacher: {where}: {error}") from None
     patch = config.get("patch_size", 1)
-    return (height // patch) * (width // patch)
+    return (height // patch) * (width // patch) if isinstance(patch, int) and patch > 0 else None

@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..diffusion.schedules import DDPM, EDM, Flow, to_config
+from ..diffusion.schedules import DDPM, EDM, STEPS, Flow, to_config
+from ..texts import quoted
 
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' name: ours
 
@@ -31,6 +32,11 @@ def _read(config: dict[str, Any], where: Path, tokens: int | None) -> dict[str, 
     name = config.get("_class_name", "")
     predicts = config.get("prediction_type", "epsilon")
     steps = config.get("num_train_timesteps", 1000)
+    for key, value in (("_class_name", name), ("prediction_type", predicts)):
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: {key}: expected text, got {quoted(value)}")
+    if type(steps) is not int or not 2 <= steps <= STEPS:
+        raise ValueError(f"{where}: num_train_timesteps: expected 2 to {STEPS:,}, got {quoted(steps)}")
     if name.startswith("FlowMatch") or predicts == "flow_prediction":
         if config.get("invert_sigmas"):
             raise ValueError(f"{where}: invert_sigmas counts time from noise to image; known: from image to noise")

@@ -1,0 +1,255 @@
+"""Models of diffusers built with bounds: from a config that may say anything, filled from safetensors files.
+
+A model is built on the meta device first, where it takes no memory. Its tensors are compared with the headers of the
+files, it is called once without computing anything, and only then are weights read. No pickle is opened.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from ..config import read_json
+from ..texts import one_line, quoted
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = WEIGHTS + ".index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+SIZE = 1 << 20  # largest whole number in a config: channels, tokens, pixels of a side
+LENGTH = 64  # longest list in a config: blocks of a U-Net
+TENSORS = 5_000  # most parameters of a new model; FLUX.1 has 780 and SDXL's U-Net 1,680
+COMPUTED_BYTES = 1 << 30  # most that a model computes when it is built, such as position embeddings
+
+
+# Building
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raises ValueError naming a value that no model has: a number out of range, a text or list out of proportion."""
+    for key, value in config.items():
+        _check_value(value, key)
+
+
+def _check_value(value: Any, key: str, depth: int = 0) -> None:
+    if value is None or isinstance(value, bool):
+        return
+    if isinstance(value, int):
+        if not 0 <= value <= SIZE:
+            raise ValueError(f"{key}: {value} is not between 0 and {SIZE:,}")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{key}: {value} is not finite")
+    elif isinstance(value, str):
+        if len(value) > 200:
+            raise ValueError(f"{key}: {quoted(value)} has {len(value):,} letters")
+    elif isinstance(value, (list, tuple)):
+        if len(value) > LENGTH or depth == 2:
+            raise ValueError(f"{key}: a list of {len(value)} values at depth {depth}; known: {LENGTH}, at depth 2")
+        for part in value:
+            _check_value(part, key, depth + 1)
+    else:
+        raise ValueError(f"{key}: {quoted(value)} is no number, text or list")
+
+
+def arguments_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments in the config.json of a model of diffusers; other keys are left out, as there."""
+    import diffusers
+
+    return {key: config[key] for key in inspect.signature(getattr(diffusers, name)).parameters if key in config}
+
+
+def outline(name: str, arguments: Mapping[str, Any], tensors: int = TENSORS) -> nn.Module:
+    """A model of diffusers on the meta device. tensors: how many parameters it may have.
+
+    Raises ValueError naming what the model makes of its arguments.
+    """
+    check_config(arguments)
+    with torch.device("meta"), _on_registration(_at_most(tensors)):
+        model = _construct(name, arguments)
+    held = {**dict(model.named_parameters()), **model.state_dict()}
+    computed = sum(buffer.nbytes for key, buffer in model.named_buffers() if key not in held)
+    if computed > COMPUTED_BYTES:
+        raise ValueError(f"computes {computed >> 20:,} MiB when it is built, more than {COMPUTED_BYTES >> 20:,}")
+    return model
+
+
+def unfilled(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """A model whose parameters are on the meta device, to be filled, and whose computed buffers are real."""
+    with _on_registration(lambda param: nn.Parameter(param.to("meta"), param.requires_grad)):
+        return _construct(name, arguments)
+
+
+def check_memory(model: nn.Module) -> None:
+    """Raises ValueError where the float32 parameters of a model are more than this machine's memory."""
+    wanted = 4 * sum(param.numel() for param in model.parameters())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if wanted > memory:
+        raise ValueError(f"{wanted / 2**30:,.0f} GiB of parameters, and this machine has {memory / 2**30:,.0f} GiB")
+
+
+def _construct(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    import diffusers
+
+    try:
+        return getattr(diffusers, name)(**arguments)
+    except Exception as error:  # of a constructor that was written for arguments that fit each other
+        raise ValueError(f"{type(error).__name__}: {one_line(error)}") from None
+
+
+@contextmanager
+def _on_registration(change: Callable[[nn.Parameter], nn.Parameter | None]) -> Iterator[None]:
+    """Calls `change` with each parameter that this thread gives to a module; what it returns takes its place."""
+    thread = threading.get_ident()
+
+    def hook(module: nn.Module, name: str, param: nn.Parameter | None) -> nn.Parameter | None:
+        return change(param) if param is not None and threading.get_ident() == thread else None
+
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _at_most(tensors: int) -> Callable[[nn.Parameter], None]:
+    count = 0
+
+    def change(param: nn.Parameter) -> None:
+        nonlocal count
+        count += 1
+        if count > tensors:
+            raise ValueError(f"more than {tensors:,} parameters")
+
+    return change
+
+
+# Files
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file, by the file's header."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The safetensors files with a model's weights in its folder: a plain file, else shards, else a variant's.
+
+    name: of the model's class, for the advice. Raises ValueError where there is none, or where an index names a file
+    that is no plain safetensors file of the folder.
+    """
+    names = sorted(path.name for path in folder.iterdir())
+    if WEIGHTS in names:
+        return [folder / WEIGHTS]
+    if INDEX in names:
+        return _shards(folder / INDEX)
+    pattern = r"diffusion_pytorch_model\.(\w+?)(-\d+-of-\d+)?\.safetensors"
+    found = {match[1]: match[2] is not None for path in names if (match := re.fullmatch(pattern, path))}
+    if len(found) > 1:
+        raise ValueError(f"teacher: {folder} has the variants {', '.join(sorted(found))}; keep one")
+    for variant, sharded in found.items():
+        if not sharded:
+            return [folder / f"diffusion_pytorch_model.{variant}.safetensors"]
+        indices = (f"{WEIGHTS}.index.{variant}.json", f"{WEIGHTS}.{variant}.index.json")
+        if index := next((index for index in indices if index in names), None):
+            return _shards(folder / index)
+        raise ValueError(f"teacher: no {indices[0]} in {str(folder)!r}, which names the shards of its weights")
+    if not any(path.endswith(".bin") for path in names):
+        raise ValueError(f"teacher: no {WEIGHTS} in {str(folder)!r}")
+    raise ValueError(
+        f"teacher: {str(folder)!r} has pickled weights (.bin) only, which can run code when they are opened; convert "
+        f"them once, where you trust them: python -c \"import diffusers; diffusers.{name}.from_pretrained('{folder}', "
+        f"use_safetensors=False).save_pretrained('{folder}')\""
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map: expected an object {{...}}, got {quoted(weight_map)}")
+    for file in weight_map.values():
+        if not isinstance(file, str) or not re.fullmatch(r"\w[\w.+-]*\.safetensors", file):
+            raise ValueError(f"{index}: {quoted(file)} is no safetensors file of this folder")
+    stored = headers([index.parent / file for file in sorted(set(weight_map.values()))])
+    differ = sorted(weight_map.keys() ^ stored.keys())
+    differ += sorted(key for key in weight_map.keys() & stored.keys() if stored[key].file.name != weight_map[key])
+    if differ:
+        raise ValueError(f"{index}: does not fit its files; {len(differ)} tensors differ, such as {quoted(differ[0])}")
+    return sorted({tensor.file for tensor in stored.values()})
+
+
+def headers(files: list[Path]) -> dict[str, Stored]:
+    """The tensors in safetensors files by their names, read from the files' headers alone.
+
+    Raises ValueError naming a file that is missing or damaged, and a tensor that is twice there or no number.
+    """
+    found: dict[str, Stored] = {}
+    for file in files:
+        with _opened(file) as tensors:
+            for key in tensors.keys():
+                part = tensors.get_slice(key)
+                if key in found:
+                    raise ValueError(f"{file}: {key} is also in {found[key].file.name}")
+                if part.get_dtype() not in FLOATS:
+                    raise ValueError(f"{file}: {key} is of dtype {part.get_dtype()}; known: {', '.join(FLOATS)}")
+                found[key] = Stored(file, part.get_dtype(), tuple(part.get_shape()))
+    return found
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file")
+    try:
+        with safe_open(file, "pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: {one_line(error)}") from None
+
+
+def check_headers(model: nn.Module, stored: Mapping[str, Stored], where: Path) -> dict[str, str]:
+    """Raises ValueError where names or shapes of a model and of the files differ. Returns {name: name in the files}.
+
+    Attention of old repositories is renamed as diffusers does.
+    """
+    names = model._fix_state_dict_keys_on_load({key: key for key in stored})
+    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    differ = sorted(own.keys() ^ names.keys())
+    differ += [key for key in own.keys() & names.keys() if own[key] != stored[names[key]].shape]
+    if differ:
+        key = differ[0]
+        theirs = stored[names[key]].shape if key in names else "missing"
+        raise ValueError(
+            f"teacher: {where}: weights and config.json differ in {len(differ)} of {len(own)} tensors, such as "
+            f"{quoted(key)}: {theirs} in the weights, {own.get(key, 'missing')} by config.json"
+        )
+    return names
+
+
+def fill(model: nn.Module, stored: Mapping[str, Stored], names: Mapping[str, str]) -> None:
+    """Fills a model from safetensors files, in float32. Raises ValueError for numbers that are not finite."""
+    state = {}
+    for file in sorted({tensor.file for tensor in stored.values()}):
+        with _opened(file) as tensors:
+            for key, name in names.items():
+                if stored[name].file == file:
+                    state[key] = tensors.get_tensor(name).to(torch.float32, copy=True)
+                    if not state[key].isfinite().all():
+                        raise ValueError(f"{file}: {name} holds numbers that are not finite")
+    model.load_state_dict(state, assign=True)
