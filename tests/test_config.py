@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.config import ASSETS, ConfigError, nearest, override, read, resolve, words
+from fewstep.config import ASSETS, ConfigError, differences, nearest, override, read, resolve, settings, words
 from fewstep.methods import METHODS
 from fewstep.recipe import Recipe, load_recipe
+from fewstep.sweeps.space import load_space
 
 RECIPES = Path(__file__).parents[1] / "jobs" / "recipes"
 
@@ -237,3 +238,66 @@ def test_the_nearest_name_or_all_of_them():
     assert nearest("stesp", ["steps", "batch"]) == "did you mean 'steps'?"
     assert nearest("zzz", ["steps", "batch"]) == "valid: steps, batch"
     assert nearest("zzz", []) == "nothing can be set here"
+
+
+# Keys of the last release
+
+
+@pytest.fixture
+def renamings(monkeypatch, caplog):
+    """Three renamings in the one table, and the warnings that reading causes."""
+    table = {"train.rhythm": "train.report_every", "optim.*.rate": "optim.*.lr", "teaching": "train"}
+    monkeypatch.setattr(settings, "RENAMED", table)
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_a_renamed_key_keeps_its_old_name_with_a_warning(folder, renamings):
+    plain = load_recipe(["name=a", "train.report_every=25", "optim.fake.lr=0.5"], folder, "distil")
+    assert renamings() == []
+    assert load_recipe(["name=a", "train.rhythm=25", "optim.fake.rate=0.5"], folder, "distil") == plain
+    end = "; the old name works until the next release"
+    assert renamings() == [
+        f"train.rhythm: is now called train.report_every{end}",
+        f"optim.fake.rate: is now called optim.fake.lr{end}",
+    ]
+    old = DISTIL.replace("lr:", "rate:").replace("train: {", "teaching: {report_every: 50, ")
+    (folder / "old.yaml").write_text(old)
+    given = ["name=a", "optim.fake.lr=0.5"]  # a new name beside the old one of the file
+    new = load_recipe(given, folder, "distil")
+    assert load_recipe(given, folder, "old") == new.model_copy(update={"recipe": "old"})
+    data = plain.model_dump(mode="json")
+    data["train"]["rhythm"] = data["train"].pop("report_every")
+    assert Recipe.model_validate(data) == plain  # the recipe.yaml of a run of the last release
+
+
+def test_both_names_of_a_key_are_a_mistake(folder, renamings):
+    assert mistakes(folder, "train.rhythm=25", "train.report_every=25") == [
+        "train.rhythm: is now called train.report_every, which is given too; leave train.rhythm out"
+    ]
+    (folder / "both.yaml").write_text(DISTIL.replace("steps: 1000", "steps: 1000, rhythm: 5, report_every: 5"))
+    assert mistakes(folder, "recipe=both") == [
+        "train.rhythm: is now called train.report_every, which is given too; leave train.rhythm out"
+    ]
+
+
+def test_a_renamed_key_is_no_difference_to_an_old_checkpoint(folder, renamings):
+    new = load_recipe(["name=a"], folder, "distil").numbers
+    old = {
+        **new,
+        "optim": {role: {"rate" if k == "lr" else k: v for k, v in o.items()} for role, o in new["optim"].items()},
+    }
+    assert differences(old, new) == [] and renamings() == []
+    changed = {**old, "optim": {**old["optim"], "fake": {**old["optim"]["fake"], "rate": 0.5}}}
+    assert differences(changed, new) == ["optim.fake.lr: 0.5 -> 0.0004"]
+    assert differences(changed, new, allow=["optim.fake.rate"]) == []
+
+
+def test_a_renamed_key_of_a_space_is_searched_by_its_new_name(tmp_path, renamings):
+    text = "SPACE = {'train.rhythm': choice(1, 2), 'optim.disc.rate': given('train.rhythm', loguniform(1e-4, 1e-3))}"
+    (tmp_path / "mine.py").write_text(f"from fewstep.sweeps.space import *\nMETRIC = 'fd_fashion'\n{text}")
+    domains = load_space(str(tmp_path / "mine.py"), tmp_path).domains
+    assert (
+        list(domains) == ["train.report_every", "optim.disc.lr"]
+        and domains["optim.disc.lr"].key == "train.report_every"
+    )
+    assert len(renamings()) == 2

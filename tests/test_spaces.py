@@ -116,7 +116,7 @@ def test_a_metric_that_no_report_carries_is_refused(recipe):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("SPACE = {}\nMETRIC, MODE = 'fd_fashion', 'min'", "SPACE: empty; give at least one dotted recipe key"),
+        ("SPACE = {}\nMETRIC, MODE = 'fd_fashion', 'min'", "SPACE: empty; give one to 100 dotted recipe keys"),
         ("METRIC, MODE = 'fd_fashion', 'min'", "SPACE: missing"),
         ("SPACE = {'seed': 3}\nMETRIC, MODE = 'fd_fashion', 'least'", "MODE: 'least' is not one of min, max"),
         ("SPACE = {'a.b': [1, 2]}\nMETRIC, MODE = 'x', 'min'", r"SPACE\['a.b'\]: \[1, 2\] is no domain"),
@@ -130,6 +130,39 @@ def test_a_metric_that_no_report_carries_is_refused(recipe):
 )
 def test_a_file_that_is_no_space_says_what_is_missing(text, said, tmp_path):
     (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ConfigError, match=f"mine.py: {said}"):
+        load_space(str(tmp_path / "mine.py"), SPACES)
+
+
+IMPORTS = "from fewstep.sweeps.space import *\nMETRIC = 'fd_fashion'\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("SPACE = {1: choice(1)}", r"SPACE\[1\]: a key is a recipe's, as text"),
+        ("SPACE = [1]", r"SPACE: got \[1\]; give one to 100 dotted recipe keys"),
+        ("SPACE = {'a': choice()}", "choice: no values"),
+        ("SPACE = {'a': choice(1, 2, 1)}", "choice: 1 is given twice"),
+        ("SPACE = {'a': choice({1, 2})}", r"choice: \{1, 2\} is no value; give numbers, texts, or lists"),
+        ("SPACE = {'a': choice(float('nan'))}", "choice: nan is no value; give numbers"),
+        ("SPACE = {'a': choice(*range(2000))}", "choice: 2,000 values; give one to 1,000"),
+        ("SPACE = {'a': uniform(1, 2, points=10**9)}", "uniform: points=1000000000: a grid has at least both ends"),
+        (
+            "SPACE = {'a': uniform(0, 10.0**300)}",
+            r"uniform\(0, 1e\+300\): give two numbers, the lower one first, between",
+        ),
+        ("SPACE = {'a': integers(0, 10**30)}", r"integers\(0, 10+\): give two whole numbers of at most 15 digits"),
+        ("SPACE = {'a': zero_or(3)}", r"zero_or\(3\): give a domain of numbers"),
+        ("SPACE = {'a': given(1, choice(1))}", r"given\(1, Choice.*: give a key of the space and a domain"),
+        ("SPACE = {'a': choice(1)}\nWHY = 3", "WHY: expected {dotted key: reason}, got 3"),
+        ("SPACE = {'a': choice(1)}\nOBJECTIVES = [[1]]", r"OBJECTIVES: expected a list of metrics, got \[\[1\]\]"),
+        ("raise SystemExit('bye')", "cannot be run: SystemExit: bye"),
+        ("import nowhere", "cannot be run: ModuleNotFoundError"),
+    ],
+)
+def test_a_domain_that_cannot_be_searched_is_refused(text, said, tmp_path):
+    (tmp_path / "mine.py").write_text(IMPORTS + text)
     with pytest.raises(ConfigError, match=f"mine.py: {said}"):
         load_space(str(tmp_path / "mine.py"), SPACES)
 

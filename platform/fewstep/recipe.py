@@ -20,9 +20,11 @@ from .config import (
     nearest,
     override_all,
     read,
+    renamed,
     resolve,
     resolve_ref,
     validate,
+    with_new_names,
     words,
 )
 from .engine.guard import Guard
@@ -166,6 +168,11 @@ class Recipe(Strict):
     """Dotted keys that may differ from the checkpoint's recipe, such as train.steps."""
     failure: Failure = Failure()
     """What happens when something goes wrong."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _new_names(cls, data: Any) -> Any:
+        return with_new_names(data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
@@ -345,7 +352,8 @@ def open_recipe(ref: str, folder: Path, given: Mapping[str, Any]) -> Recipe:
     """The recipe that is found as `find_recipe` does, changed by {dotted key: value}. Without a name it gets one of its
     file's name and the time. Raises ConfigError with every mistake."""
     path = find_recipe(ref, folder)
-    recipe = validate(Recipe, override_all({"recipe": path.stem} | read(path), given))
+    data = {"recipe": path.stem} | with_new_names(read(path))
+    recipe = validate(Recipe, override_all(data, renamed(given)))
     if not recipe.name:
         recipe = recipe.model_copy(update={"name": dated_name(recipe.recipe)})
     recipe = with_secrets(recipe)

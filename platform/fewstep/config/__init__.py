@@ -14,11 +14,14 @@ from .settings import (
     fingerprint,
     flatten,
     nearest,
+    new_name,
     override,
     override_all,
+    renamed,
     resolve,
     resolve_ref,
     validate,
+    with_new_names,
 )
 
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "fingerprint",
     "flatten",
     "nearest",
+    "new_name",
     "override",
     "override_all",
     "page",
@@ -42,8 +46,10 @@ __all__ = [
     "read",
     "read_json",
     "read_json_lines",
+    "renamed",
     "resolve",
     "resolve_ref",
     "validate",
+    "with_new_names",
     "words",
 ]

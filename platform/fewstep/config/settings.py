@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,11 @@ ASSETS = Path(__file__).parents[1] / "assets"
 MISTAKES = 20  # that one error lists; more are counted
 INT_MIN, INT_MAX = -(2**63), 2**63 - 1
 M = TypeVar("M", bound=BaseModel)
+log = logging.getLogger("fewstep")
+
+# Recipe keys of the last release that have another name now: dotted old name -> dotted new name, where * stands for any
+# name, as in "optim.*.rate": "optim.*.lr". An entry is removed one release after the renaming.
+RENAMED: dict[str, str] = {}
 
 
 def _plain_numbers(schema: Any, model: type[BaseModel]) -> Any:
@@ -95,11 +101,46 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], allow: Iterable[
 
     allow: dotted keys that may differ, with all below them.
     """
-    a, b = ({key: json.dumps(value) for key, value in flatten(recipe).items()} for recipe in (old, new))
-    allow = tuple(allow)
+    old = {new_name(key): value for key, value in flatten(old).items()}
+    a, b = ({key: json.dumps(value) for key, value in recipe.items()} for recipe in (old, flatten(new)))
+    allow = tuple(map(new_name, allow))
     changed = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
     changed = [key for key in changed if not any(key == name or key.startswith(f"{name}.") for name in allow)]
     return [f"{key}: {a.get(key, 'not there')} -> {b.get(key, 'not there')}" for key in changed]
+
+
+def new_name(key: str) -> str:
+    """The name that a dotted recipe key has now; RENAMED says which keys had another one in the last release."""
+    parts = key.split(".")
+    for old, new in RENAMED.items():
+        pattern = old.split(".")
+        if len(parts) >= len(pattern) and all(p in (part, "*") for p, part in zip(pattern, parts, strict=False)):
+            names = iter([part for p, part in zip(pattern, parts, strict=False) if p == "*"])
+            start = [next(names) if p == "*" else p for p in new.split(".")]
+            return ".".join([*start, *parts[len(pattern) :]])
+    return key
+
+
+def renamed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted recipe keys with the names that they have now; each one that was renamed is logged as a warning.
+
+    Raises ConfigError for a key that is given by both names.
+    """
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        new = new_name(key)
+        if new != key:
+            if new in data:
+                raise ConfigError(f"{key}: is now called {new}, which is given too; leave {key} out")
+            log.warning("%s: is now called %s; the old name works until the next release", key, new)
+        out[new] = value
+    return out
+
+
+def with_new_names(data: dict[str, Any]) -> dict[str, Any]:
+    """Nested recipe data with the names that its keys have now, see `renamed`."""
+    flat = flatten(data)
+    return data if all(new_name(key) == key for key in flat) else override_all({}, renamed(flat))
 
 
 def override(data: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:

@@ -16,10 +16,11 @@ scores are sought; MODE = "min" or "max", and OBJECTIVES = {"fd_fashion": "min",
 
 from __future__ import annotations
 
+import json
 import math
 import runpy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import product
 from pathlib import Path
@@ -27,15 +28,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..config import ConfigError, nearest, override, validate
+from ..config import ConfigError, nearest, new_name, override_all, renamed, validate
 from ..metrics.base import MODES, better
 from ..recipe import ASIDE, REPORTING, Recipe
-from ..texts import shown
+from ..texts import quoted, shown
 
 HOURS = "hours"
 CHECKED_DRAWS = 64
 DIGITS = 4  # of a drawn number: people read and retype them
 GRID_LIMIT = 10_000
+KEYS, CHOICES = 100, 1000  # of a space, and of a choice, each of which is tried before anything runs
+LARGEST, WHOLE = 1e100, 10**15  # bounds of a range; of whole numbers, which a float64 holds exactly
 ZERO_GAP = 0.18  # of an axis, between zero and the least other value
 
 
@@ -93,6 +96,10 @@ class Domain(Protocol):
 
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -196,6 +203,8 @@ class Integers:
         return [self.low, self.high]
 
     def points(self) -> list[int]:
+        if (size := self.high - self.low + 1) > GRID_LIMIT:
+            raise ConfigError(f"SPACE: integers({self.low}, {self.high}): {size:,} points of a grid; use choice(...)")
         return list(range(self.low, self.high + 1))
 
     def at(self, value: int) -> float:
@@ -255,9 +264,19 @@ class Given:
 
 def choice(*values: Any) -> Choice:
     """One of the values."""
-    if not values:
-        raise ConfigError("choice: no values; give some, such as choice(1, 2, 5)")
-    return Choice(tuple(list(v) if isinstance(v, tuple) else v for v in values))
+    if not 0 < len(values) <= CHOICES:
+        what = f"{len(values):,}" if values else "no"
+        raise ConfigError(f"choice: {what} values; give one to {CHOICES:,}, such as choice(1, 2, 5)")
+    values = tuple(list(v) if isinstance(v, tuple) else v for v in values)
+    for value in values:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            text = "give numbers, texts, or lists and mappings of them"
+            raise ConfigError(f"choice: {quoted(value)} is no value; {text}") from None
+    if twice := [v for i, v in enumerate(values) if v in values[:i]]:
+        raise ConfigError(f"choice: {quoted(twice[0])} is given twice")
+    return Choice(values)
 
 
 def uniform(low: float, high: float, points: int | None = None) -> Range:
@@ -271,29 +290,35 @@ def loguniform(low: float, high: float, points: int | None = None) -> Range:
 
 
 def _range(name: str, low: float, high: float, log: bool, points: int | None) -> Range:
-    if not (_number(low) and _number(high) and math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ConfigError(f"{name}({low!r}, {high!r}): give two numbers, the lower one first")
+    if not (_number(low) and _number(high) and -LARGEST <= low < high <= LARGEST):
+        text = f"give two numbers, the lower one first, between -{LARGEST:g} and {LARGEST:g}"
+        raise ConfigError(f"{name}({quoted(low)}, {quoted(high)}): {text}")
     if log and low <= 0:
         raise ConfigError(f"{name}({low!r}, {high!r}): logarithms need a lower bound above 0; zero_or(...) adds zero")
-    if points is not None and points < 2:
-        raise ConfigError(f"{name}: points={points}: a grid has at least both ends")
+    if points is not None and not (_whole(points) and 2 <= points <= GRID_LIMIT):
+        raise ConfigError(f"{name}: points={quoted(points)}: a grid has at least both ends, and {GRID_LIMIT} at most")
     return Range(float(low), float(high), log, points)
 
 
 def integers(low: int, high: int) -> Integers:
     """Whole numbers from low to high, both included."""
-    if not (isinstance(low, int) and isinstance(high, int) and low < high):
-        raise ConfigError(f"integers({low!r}, {high!r}): give two whole numbers, the lower one first")
+    if not (_whole(low) and _whole(high) and -WHOLE <= low < high <= WHOLE):
+        text = "give two whole numbers of at most 15 digits, the lower one first"
+        raise ConfigError(f"integers({quoted(low)}, {quoted(high)}): {text}")
     return Integers(low, high)
 
 
 def zero_or(domain: Range | Integers) -> ZeroOr:
     """Zero as well as the domain's values, such as no GAN as well as a weight."""
+    if not isinstance(domain, (Range, Integers)):
+        raise ConfigError(f"zero_or({quoted(domain)}): give a domain of numbers, such as loguniform(1e-3, 1e-2)")
     return ZeroOr(domain)
 
 
 def given(key: str, domain: Domain) -> Given:
     """The domain where the value of `key` is not zero, and else nothing: the recipe's own value stays."""
+    if not isinstance(key, str) or not isinstance(domain, (Choice, Range, Integers, ZeroOr)):
+        raise ConfigError(f"given({quoted(key)}, {quoted(domain)}): give a key of the space and a domain")
     return Given(key, domain)
 
 
@@ -383,40 +408,54 @@ def load_space(ref: str, folder: Path) -> Space:
         found = runpy.run_path(str(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{path}: cannot be run: {type(error).__name__}: {error}") from error
-    wrong = []
-    domains, metric, mode = found.get("SPACE"), found.get("METRIC"), found.get("MODE")
-    kinds = (Choice, Range, Integers, ZeroOr, Given)
-    if not isinstance(domains, dict) or not domains:
-        wrong.append(f"{path}: SPACE: {'empty' if domains == {} else 'missing'}; give at least one dotted recipe key")
-        domains = {}
-    for key, domain in domains.items():
-        if not isinstance(domain, kinds):
-            wrong.append(
-                f"{path}: SPACE[{key!r}]: {domain!r} is no domain; use choice, uniform, loguniform or integers"
-            )
-        elif isinstance(domain, Given) and domain.key not in list(domains)[: list(domains).index(key)]:
-            wrong.append(f"{path}: SPACE[{key!r}]: given {domain.key!r}, which does not stand above it in SPACE")
+    wrong: list[str] = []
+    domains = _domains(found.get("SPACE"), wrong)
+    metric, mode = found.get("METRIC"), found.get("MODE")
     if not isinstance(metric, str):
-        wrong.append(f"{path}: METRIC: missing; name the score that decides, such as fd_fashion")
+        wrong.append("METRIC: missing; name the score that decides, such as fd_fashion")
     else:
-        mode = _mode(metric, mode, f"{path}: MODE", wrong)
+        mode = _mode(metric, mode, "MODE", wrong)
     objectives = found.get("OBJECTIVES", {str(metric): mode})
-    if isinstance(objectives, list):
+    if isinstance(objectives, list) and all(isinstance(name, str) for name in objectives):
         objectives = dict.fromkeys(objectives)
     if not isinstance(objectives, dict) or not objectives or not all(isinstance(name, str) for name in objectives):
-        wrong.append(f"{path}: OBJECTIVES: expected a list of metrics, got {objectives!r}")
+        wrong.append(f"OBJECTIVES: expected a list of metrics, got {quoted(objectives)}")
     elif "OBJECTIVES" in found:
-        objectives = {
-            name: _mode(name, given, f"{path}: OBJECTIVES[{name!r}]", wrong) for name, given in objectives.items()
-        }
+        objectives = {name: _mode(name, given, f"OBJECTIVES[{name!r}]", wrong) for name, given in objectives.items()}
     why = found.get("WHY", {})
-    wrong += [f"{path}: WHY[{key!r}]: not in SPACE; {nearest(key, list(domains))}" for key in why if key not in domains]
+    if not isinstance(why, dict) or not all(isinstance(text, str) for text in (*why, *why.values())):
+        wrong.append(f"WHY: expected {{dotted key: reason}}, got {quoted(why)}")
+    else:
+        why = {new_name(key): text for key, text in why.items()}
+        wrong += [f"WHY[{key!r}]: not in SPACE; {nearest(key, list(domains))}" for key in why if key not in domains]
     if wrong:
-        raise ConfigError("\n".join(wrong))
-    question = " ".join((found.get("__doc__") or path.stem).split())
+        raise ConfigError("\n".join(f"{path}: {line}" for line in wrong))
+    question = " ".join(str(found.get("__doc__") or path.stem).split())
     return Space(path.stem, question, domains, metric, mode, objectives, why)
+
+
+def _domains(given: Any, wrong: list[str]) -> dict[str, Any]:
+    """The domains of a file's SPACE, by the names that their keys have now. Mistakes are added to `wrong`."""
+    if not isinstance(given, dict) or not 0 < len(given) <= KEYS:
+        what = "missing" if given is None else "empty" if given == {} else f"got {quoted(given)}"
+        wrong.append(f"SPACE: {what}; give one to {KEYS} dotted recipe keys with a domain each")
+        return {}
+    if odd := [key for key in given if not isinstance(key, str)]:
+        wrong.append(f"SPACE[{quoted(odd[0])}]: a key is a recipe's, as text, such as 'train.batch'")
+        return {}
+    domains: dict[str, Any] = {}
+    for key, domain in renamed(given).items():
+        if not isinstance(domain, (Choice, Range, Integers, ZeroOr, Given)):
+            text = f"{quoted(domain)} is no domain; use choice, uniform, loguniform or integers"
+            wrong.append(f"SPACE[{key!r}]: {text}")
+        elif isinstance(domain, Given):
+            domain = replace(domain, key=new_name(domain.key))
+            if domain.key not in domains:
+                wrong.append(f"SPACE[{key!r}]: given {domain.key!r}, which does not stand above it in SPACE")
+        domains[key] = domain
+    return domains
 
 
 def _mode(metric: str, given: Any, where: str, wrong: list[str]) -> Any:
@@ -433,10 +472,7 @@ def _mode(metric: str, given: Any, where: str, wrong: list[str]) -> Any:
 
 def apply(recipe: Recipe, values: Mapping[str, Any], **more: Any) -> Recipe:
     """The recipe with the dotted values set, and then `more` of its top-level fields. Raises ConfigError."""
-    data = recipe.model_dump(mode="json")
-    for key, value in values.items():
-        data = override(data, key, value)
-    return validate(Recipe, data | more)
+    return validate(Recipe, override_all(recipe.model_dump(mode="json"), values) | more)
 
 
 def values_of(recipe: Recipe, keys: Iterable[str]) -> dict[str, Any]:
