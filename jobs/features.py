@@ -65,10 +65,11 @@ def describe(feed: Feed, images: int) -> str:
 
 
 def read(feed: Feed, images: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first images of the feed's order as uint8 (N, C, H, W), and their labels."""
-    parts = islice(feed.batches(0, BATCH), -(-images // BATCH))
-    pixels, labels = zip(*((to_uint8(x), y) for x, y in parts), strict=True)
-    return torch.cat(pixels)[:images], torch.cat(labels)[:images]
+    """The first images of the feed's order as uint8 (N, C, H, W), and their labels, zeros where there are none."""
+    parts = list(islice(feed.batches(0, BATCH), -(-images // BATCH)))
+    pixels = torch.cat([to_uint8(rows["real"]) for rows in parts])
+    labels = torch.cat([rows.get("label", torch.zeros(len(rows["real"]), dtype=torch.int64)) for rows in parts])
+    return pixels[:images], labels[:images]
 
 
 def train(job: Features, feed: Feed, test: tuple[torch.Tensor, torch.Tensor] | None, path: Path) -> SmallNetwork:
@@ -76,7 +77,7 @@ def train(job: Features, feed: Feed, test: tuple[torch.Tensor, torch.Tensor] | N
     channels, size, _ = feed.shape
     info = Info(job.name, feed.classes, channels, size, trained_on=describe(feed, feed.rows))
     steps = job.epochs * feed.rows // BATCH
-    batches = feed.batches(0, BATCH)
+    batches = ((rows["real"], rows["label"]) for rows in feed.batches(0, BATCH))
     net = train_features(batches, steps, classes=feed.classes, channels=channels, seed=job.seed, device=job.device)
     if test:
         outputs = SmallNetwork(net, info, hash="", device=job.device)(test[0])

@@ -51,13 +51,12 @@ class Sample(Strict):
 
 
 def of_classes(sampler: Sampler, labels: list[int]) -> Sampler:
-    """The sampler with labels 0, 1, ... standing for `labels` in turn. Raises ValueError for one that it has not."""
-    wrong = [label for label in labels if not 0 <= label < (sampler.classes or 0)]
+    """The sampler for `labels` in turn. Raises ValueError for one that it has not."""
+    classes = sampler.conditions.classes
+    wrong = [label for label in labels if not 0 <= label < (classes or 0)]
     if wrong or not labels:
-        raise ValueError(f"labels: {labels}, but the model has {sampler.classes or 'no'} classes, counted from 0")
-    table = torch.tensor(labels)
-    sample = lambda z, cond, draws: sampler.sample(z, table.to(cond.device)[cond], draws)
-    return replace(sampler, sample=sample, classes=len(labels))
+        raise ValueError(f"labels: {labels}, but the model has {classes or 'no'} classes, counted from 0")
+    return replace(sampler, conditions=replace(sampler.conditions, listing=tuple(labels)))
 
 
 def write(picture: torch.Tensor, path: Path) -> None:

@@ -42,7 +42,7 @@ def sampling() -> dict[str, float]:
     """Images/s of the one-step student over the teacher's 18 Heun steps; both networks have the teacher's shape."""
     r = load_recipe([], ROOT / "jobs" / "recipes", "fashion_mnist")
     net = make_teacher(r)
-    student, teacher = student_sampler(r.method, net), heun_sampler(net, 18)
+    student, teacher = student_sampler(r.method, {"student": net}), heun_sampler(net, 18)
     ratios = []
     for seed in range(ROUNDS):
         slow = make_samples(teacher, 500, seed, 250).seconds

@@ -51,11 +51,12 @@ def write(out, rows=200, size=(1, 12, 12), classes=10, bad=(), monkeypatch=None,
 
 
 def take(feed, batches, position=0, batch=24, rank=0, world=1):
-    return list(itertools.islice(feed.batches(position, batch, rank, world), batches))
+    """Batches as the tuples of their columns."""
+    return [tuple(rows.values()) for rows in itertools.islice(feed.batches(position, batch, rank, world), batches)]
 
 
 def same(a, b):
-    return all(torch.equal(x[0], y[0]) and torch.equal(x[1], y[1]) for x, y in zip(a, b, strict=True))
+    return all(all(map(torch.equal, x, y)) for x, y in zip(a, b, strict=True))
 
 
 # the order
@@ -667,9 +668,9 @@ def test_captions_follow_their_images_and_labels_may_be_missing(tmp_path):
     shards = open_shards(tmp_path / "set")
     assert shards.classes == 0
     for feed in (MemoryFeed(shards, captions=True), StreamFeed(shards, captions=True)):
-        images, labels, captions = take(feed, 1, batch=30)[0]
+        images, captions = take(feed, 1, batch=30)[0]  # without a column of labels
         numbers = ((images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
-        assert captions == [f"number {i}" for i in numbers] and int(labels.abs().sum()) == 0
+        assert captions == [f"number {i}" for i in numbers]
 
 
 def test_open_feed_streams_what_does_not_fit(tmp_path):
@@ -741,7 +742,7 @@ def test_rows_of_a_lost_shard_are_replaced_alike_for_every_world(tmp_path, caplo
     pixels = np.concatenate([[decode(data, shards.size)[0, 0, 0] for data in shards.read(u).column("image").to_pylist()]
                              for u in range(len(shards.units))])  # fmt: skip
     feed = StreamFeed(shards, seed=3, flip=True, max_corrupt=0.9, ahead_bytes=1)
-    batches = feed.batches(0, 24)
+    batches = (tuple(rows.values()) for rows in feed.batches(0, 24))
     whole = [next(batches)]
     LOSSES[damage](tmp_path / "set" / "shard-00001.parquet")
     whole += itertools.islice(batches, 30)  # three epochs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from fewstep.diffusion.draws import Draws, fold, index_level, lognormal_level
 from fewstep.diffusion.level import PREDICTIONS, TARGETS, Level
 from fewstep.diffusion.losses import finite, gan_discriminator, gan_generator, matching_gradient, surrogate
-from fewstep.diffusion.samplers import ddim, few_step, heun, to_uint8
+from fewstep.diffusion.samplers import Call, calls_at, ddim, enter_call, heun, run_calls, to_uint8
 from fewstep.diffusion.schedules import DDPM, EDM, Flow, Trig, from_config, to_config
 from fewstep.networks.denoiser import Denoiser
 
@@ -221,7 +222,7 @@ class Exact(nn.Module):
         super().__init__()
         self.schedule, self.prediction, self.mixture = schedule, prediction, mixture
 
-    def forward(self, x, time, cond, mode):
+    def forward(self, x, time, cond, mode, *taps):
         t = (time.double() * 4).exp() if self.prediction == "edm" else time.double()
         level = self.schedule.level(t, x.ndim)
         if self.prediction == "edm":
@@ -299,21 +300,54 @@ def test_network_calls_are_as_stated(steps):
         sampler(counting, z, None, steps)
         assert len(counting.sigmas) == calls
         assert counting.sigmas[0] == 80.0
-    levels = [level_of(1.0, float(s), 2) for s in range(steps, 0, -1)]
+    calls = [Call(1.0, float(s)) for s in range(steps, 0, -1)]
     counting = Counting()
-    few_step(counting, z, None, levels, [z] * (steps - 1))
+    run_calls({"student": counting}, calls, z, None, toy.Given([z] * (steps - 1)))
     assert counting.sigmas == list(range(steps, 0, -1))
 
 
-def test_few_step_denoises_and_noises_in_turn():
+def test_calls_denoise_and_noise_in_turn():
     z, noise = normal(3, 1, 2, 2), [normal(3, 1, 2, 2, seed=s) for s in (1, 2)]
-    levels = [level_of(a, s, 3) for a, s in ((0.6, 0.8), (0.8, 0.6), (1.0, 0.5))]
+    calls = [Call(a, s) for a, s in ((0.6, 0.8), (0.8, 0.6), (1.0, 0.5))]
+    half = {"student": lambda x, level, cond: x / 2}
     first = z / 2  # on a variance-preserving level the entry is z itself
     second = (0.8 * first + 0.6 * noise[0]) / 2
     third = (second + 0.5 * noise[1]) / 2
-    torch.testing.assert_close(few_step(lambda x, level, cond: x / 2, z, None, levels, noise), third)
-    one = few_step(lambda x, level, cond: x, z, None, [level_of(1.0, 80.0, 3)])
+    torch.testing.assert_close(run_calls(half, calls, z, None, toy.Given(noise)), third)
+    x_t, level = enter_call(half, calls, z, None, toy.Given(noise), 1)
+    torch.testing.assert_close(x_t, 0.8 * first + 0.6 * noise[0])
+    torch.testing.assert_close(level.sigma, torch.full((3, 1, 1, 1), 0.6))
+    one = run_calls({"student": lambda x, level, cond: x}, [Call(1.0, 80.0)], z, None, toy.Given())
     torch.testing.assert_close(one, z * math.hypot(1, 80))
+
+
+def test_a_call_may_step_without_noise_take_the_first_noise_and_be_of_another_network():
+    z = normal(3, 1, 2, 2)
+    nets = {"student": lambda x, level, cond: x / 2, "late": lambda x, level, cond: x + 1}
+    step = [Call(0.6, 0.8, then="step"), Call(0.8, 0.6, role="late")]
+    eps = (z - 0.6 * z / 2) / 0.8
+    torch.testing.assert_close(run_calls(nets, step, z, None, toy.Given()), 0.8 * z / 2 + 0.6 * eps + 1)
+    again = [Call(0.6, 0.8), Call(1.0, 0.75, takes="noise")]
+    torch.testing.assert_close(run_calls(nets, again, z, None, toy.Given()), 1.25 * z / 2)
+
+
+def test_a_call_hands_its_extra_scalars_to_the_network():
+    seen = {}
+
+    def net(x, level, cond, extra=None):
+        seen.update(extra)
+        return x
+
+    run_calls({"student": net}, [Call(0.0, 1.0, extra={"w": 4.5})], normal(3, 1, 2, 2), None, toy.Given())
+    assert torch.equal(seen["w"], torch.full((3,), 4.5))
+
+
+def test_calls_with_all_levels_stepped_through_are_ddim():
+    mixture, z, schedule = toy.Mixture(std=0.3), normal(8, 2, 1, 1), EDM(t_min=0.01)
+    calls = [replace(c, then="step") for c in calls_at(schedule, tuple(torch.linspace(1, 0, 9).tolist()), on_ramp=True)]
+    with torch.no_grad():
+        expected = ddim(mixture, z, None, 9, schedule)
+        torch.testing.assert_close(run_calls({"student": mixture}, calls, z, None, toy.Given()), expected)
 
 
 def test_to_uint8_clamps_and_rounds_to_nearest():

@@ -13,6 +13,7 @@ import toy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.samplers import run_calls
 from fewstep.engine.checkpoint import read_weights, tensors_of
 from fewstep.engine.folder import checkpoints, newest, step_of
 from fewstep.engine.guard import Alarm, Guard
@@ -116,11 +117,12 @@ class Poisoned(toy.Feed):
         self.step, self.rank = step, rank
 
     def batches(self, position, batch, rank=0, world=1):
-        for images, labels in super().batches(position, batch, rank, world):
+        for rows in super().batches(position, batch, rank, world):
             if position == self.step * batch and rank == self.rank:
-                images = images.clone()
+                images = rows["real"].clone()
                 images[0] = math.nan
-            yield images, labels
+                rows["real"] = images
+            yield rows
             position += batch
 
 
@@ -139,7 +141,7 @@ def one_of_two(rank: int, folder: str) -> None:
         further.resume(out / "step-00000008")
         for net in (further.student, further.nets["student"]):
             with torch.no_grad():  # as an evaluation does between two steps
-                GAN.sample(net, torch.zeros(1, 2, 1, 1), None, Draws(0, 0))
+                run_calls({"student": net}, GAN.calls(net), torch.zeros(1, 2, 1, 1), None, Draws(0, 0))
         toy.finish(further)
     bad = toy.make_engine(GAN, world=World.current(), **train)
     bad.feed = Poisoned(toy.Mixture(), step=3, rank=1)
@@ -172,10 +174,10 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 
 
 def test_roles_without_a_place_are_refused():
-    nets = GAN.nets(toy.denoiser(), toy.head) | {"teacher": toy.Mixture()}
+    nets = GAN.nets(toy.Make())
     optims, feed, train = {role: Optim(lr=1e-3) for role in GAN.roles}, toy.Feed(toy.Mixture()), Train(steps=1, batch=2)
-    with pytest.raises(ValueError, match="critic: no such role; dmd2 trains disc, fake, student"):
-        Engine(GAN, nets | {"critic": toy.denoiser()}, optims, feed, train)
+    with pytest.raises(ValueError, match="disc: no such network; dmd2 has teacher, student, fake"):
+        Engine(GAN, {role: net for role, net in nets.items() if role != "disc"}, optims, feed, train)
     del optims["fake"]
     with pytest.raises(ValueError, match="optim.fake: missing; dmd2 trains disc, fake, student"):
         Engine(GAN, nets, optims, feed, train)
@@ -198,7 +200,8 @@ class Watch:
         self.after[key] = self.look()
 
     def look(self):
-        return {role: toy.weights(net) for role, net in self.engine.nets.items()}
+        nets = self.engine.nets.items()  # the average moves at the end of a step
+        return {role: toy.weights(net) for role, net in nets if role != "average"}
 
 
 def test_a_phase_moves_what_it_trains_and_nothing_else():
@@ -335,7 +338,7 @@ def test_the_exponential_average_follows_its_closed_form():
     for i, row in enumerate(rows):
         expected += (1 - decay[i]) * math.prod(decay[i + 1 :]) * row
     torch.testing.assert_close(flat(engine.student), expected, rtol=1e-5, atol=1e-6)
-    assert engine.student is engine.average and engine.student is not engine.nets["student"]
+    assert engine.student is engine.nets["average"] and engine.student is not engine.nets["student"]
 
 
 def test_without_an_average_the_student_itself_is_scored(tmp_path):
@@ -363,7 +366,7 @@ def test_reports_come_when_they_should_and_say_what_happened(tmp_path):
 def test_metrics_are_means_over_the_steps_since_the_last_report():
     each = toy.finish(toy.make_engine(GAN, steps=6, report_every=1, save_every=6))
     third = toy.finish(toy.make_engine(GAN, steps=6, report_every=3, save_every=6))
-    names = ["critic/denoise", "critic/gan", "critic/grad_norm", "critic/d_real"]
+    names = ["critic/denoise", "critic/gan", "critic/grad_norm", "health/d_real"]
     for i, report in enumerate(third):
         for name in names:
             assert report[name] == pytest.approx(sum(m[name] for m in each[3 * i : 3 * i + 3]) / 3, rel=1e-9)
@@ -393,12 +396,13 @@ class Waits(TorchDispatchMode):
 )
 def test_no_step_reads_a_value_from_the_device(method, monkeypatch):
     engine = toy.make_engine(method, teacher=toy.denoiser(1), data=toy.Mixture(), accumulate=2)
-    real, labels = next(engine.feed.batches(0, 16))
+    rows = next(engine.feed.batches(0, 16))
+    engine.update(rows)  # the levels of the student's calls are made once
     for name in ("tolist", "numpy", "cpu", "item", "__bool__", "__float__", "__int__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, lambda *a, name=name, **k: pytest.fail(f"a step calls Tensor.{name}"))
     with Waits():
         for _ in range(3):
-            engine.update(real, labels)
+            engine.update(rows)
 
 
 def test_the_watch_for_waits_sees_them():

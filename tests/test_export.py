@@ -6,20 +6,23 @@ import json
 import re
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+import toy
 import yaml
 from diffusers.utils import dynamic_modules_utils
 from PIL import Image
-from test_networks import TEXT, level, unet
+from test_networks import TEXT, unet
+from torch import nn
 
 from fewstep.build import make_samples
 from fewstep.config import validate
-from fewstep.diffusion.samplers import few_step, to_uint8
+from fewstep.diffusion.samplers import Call, calls_at, run_calls, to_uint8
 from fewstep.diffusion.schedules import DDPM, EDM, Flow, Trig
 from fewstep.engine.saver import Saver
 from fewstep.folders import FolderError
@@ -28,11 +31,11 @@ from fewstep.networks import export as exporting
 from fewstep.networks.backbones import TextUNet, UNet
 from fewstep.networks.card import Card
 from fewstep.networks.denoiser import Denoiser
-from fewstep.networks.export import ExportError, calls, export
+from fewstep.networks.export import ExportError, entries, export
 from fewstep.networks.pipeline import FewStepPipeline
 from fewstep.networks.pretrained import open_teacher, save_denoiser
 from fewstep.recipe import Recipe
-from fewstep.students import call_levels, export_run, open_sampler, open_student
+from fewstep.students import export_run, few_step_calls, open_sampler, open_student
 
 JOBS = Path(__file__).parents[1] / "jobs"
 ROWS = [
@@ -106,7 +109,7 @@ def test_the_cards_snippet_gives_the_students_images(exported, run, modules):
     z, eps = (torch.randn(8, 1, 16, 16, generator=generator) for _ in range(2))
     cond = torch.zeros(8, dtype=torch.int64)
     with torch.no_grad():
-        x0 = few_step(student(2), z, cond, [level(EDM(), *[s] * 8) for s in sigmas()], [eps])
+        x0 = run_calls({"student": student(2)}, [Call(1.0, s) for s in sigmas()], z, cond, toy.Given([eps]))
         theirs = pipe.sample([0] * 8, torch.Generator().manual_seed(0))
     difference = (theirs - x0).abs().max().item()
     print(f"largest difference of the pipeline's images: {difference:.2g}")
@@ -165,7 +168,8 @@ def test_the_card_says_what_it_is_and_names_no_place(exported, run):
 
 def test_the_export_is_read_here_too_and_sampled_alike(exported, run):
     ours, theirs = open_sampler(str(run)), open_sampler(str(exported))
-    assert (ours.name, ours.calls, ours.classes) == (theirs.name, theirs.calls, theirs.classes) == ("few-step-2", 2, 10)
+    of = lambda sampler: (sampler.name, sampler.calls, sampler.conditions.classes)
+    assert of(ours) == of(theirs) == ("few-step-2", 2, 10)
     a, b = make_samples(ours, 12, seed=5, batch=6), make_samples(theirs, 12, seed=5, batch=6)
     assert torch.equal(a.images, b.images)
     assert open_teacher(exported).classes == 10
@@ -189,33 +193,49 @@ def test_the_export_is_read_here_too_and_sampled_alike(exported, run):
 def test_the_pipelines_numbers_are_the_denoisers_arithmetic(schedule, prediction, times):
     """Unconditional; the levels of EDM's own ramp on networks of every schedule and prediction."""
     net = Denoiser(UNet(unet(in_channels=3, out_channels=3)), schedule, prediction, time_scale=3.0)
-    levels = [level(schedule, t) for t in times]
-    sampling = {"calls": calls(net, levels), "classes": None, "class_names": None, "patch": 1}
+    calls = calls_at(schedule, times)
+    sampling = {"calls": entries(net, calls), "classes": None, "class_names": None, "patch": 1}
     pipe = FewStepPipeline(net.backbone.model, sampling)
     x0 = pipe.sample([None] * 3, torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(1)
     z, *noise = (torch.randn(3, 3, 8, 8, generator=generator) for _ in times)
     with torch.no_grad():
-        expected = few_step(net, z, None, [level(schedule, *[t] * 3) for t in times], noise)
+        expected = run_calls({"student": net}, calls, z, None, toy.Given(noise))
     assert expected.abs().max() > 0.1 and (x0 - expected).abs().max() <= 1e-5
     assert pipe(num_images=2).images[0].mode == "RGB"
     with pytest.raises(ValueError, match="no classes"):
         pipe(3)
 
 
-def test_levels_are_those_at_which_the_method_calls_its_student():
+@pytest.mark.parametrize("fields", [{"then": "step"}, {"takes": "noise"}, {"extra": {"w": 2.5}}], ids=str)
+def test_the_pipeline_follows_every_kind_of_call(fields):
+    net = Denoiser(UNet(unet(in_channels=3, out_channels=3)), DDPM(), "v")
+    net.add_extra("w")
+    nn.init.normal_(net.extras["w"].out.weight)
+    calls = tuple(replace(call, **fields) for call in calls_at(DDPM(), (900, 500, 100)))
+    sampling = {"calls": entries(net, calls), "classes": None, "class_names": None, "patch": 1}
+    x0 = FewStepPipeline(net.backbone.model, sampling).sample([None] * 3, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    z, *noise = (torch.randn(3, 3, 8, 8, generator=generator) for _ in calls)
+    with torch.no_grad():
+        expected = run_calls({"student": net}, calls, z, None, toy.Given(noise))
+        plain = run_calls({"student": net}, calls_at(DDPM(), (900, 500, 100)), z, None, toy.Given(noise))
+    assert (x0 - expected).abs().max() <= 1e-5 and not torch.allclose(x0, plain, atol=1e-3)
+
+
+def test_calls_are_at_the_methods_levels():
     net = Denoiser(UNet(unet()), DDPM(), "eps")
-    found = call_levels(METHODS["dmd2"](student_steps=4), net)
-    times = [net.own(at, 4)[1].item() for at in found]
+    found = few_step_calls(METHODS["dmd2"](student_steps=4), net)
+    times = [net.own(call.level(torch.empty(1, 1, 1, 1)), 4)[1].item() for call in found]
     assert times == pytest.approx([999, 749, 499, 249], abs=2e-3)
-    assert len(call_levels(METHODS["regression"](), net)) == 1
+    assert len(few_step_calls(METHODS["regression"](), net)) == 1
     with pytest.raises(ValueError, match="denoising samples by heun-18, which is no few-step generator"):
-        call_levels(METHODS["denoising"](), net)
+        few_step_calls(METHODS["denoising"](), net)
 
 
 def test_an_export_that_gives_other_images_is_not_kept(tmp_path, monkeypatch, exported):
     net = student()
-    settings = {"levels": [level(EDM(), 80.0)], "card": Card(name="x")}
+    settings = {"calls": [Call(1.0, 80.0)], "card": Card(name="x")}
     right = {}
 
     def wrong(folder: Path) -> torch.Tensor:
@@ -243,10 +263,10 @@ def test_an_export_that_gives_other_images_is_not_kept(tmp_path, monkeypatch, ex
 
 
 def test_an_earlier_export_is_replaced_whole(tmp_path, monkeypatch):
-    net, settings = student(), {"levels": [level(EDM(), 80.0)], "card": Card(name="x")}
+    net, settings = student(), {"calls": [Call(1.0, 80.0)], "card": Card(name="x")}
     z = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        x0 = few_step(net, z, torch.arange(4), [level(EDM(), *[80.0] * 4)])
+        x0 = run_calls({"student": net}, [Call(1.0, 80.0)], z, torch.arange(4), toy.Given())
     monkeypatch.setattr(exporting, "_in_fresh_process", lambda folder: x0 + 5e-6)
     assert export(net, tmp_path / "model", **settings) == pytest.approx(5e-6, rel=0.1)
     stale = tmp_path / "model/unet/diffusion_pytorch_model.fp16.safetensors"
@@ -262,14 +282,14 @@ def test_an_earlier_export_is_replaced_whole(tmp_path, monkeypatch):
 def test_an_export_that_does_not_load_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "CHECK", "raise SystemExit('broken on purpose')")
     with pytest.raises(ExportError, match="does not load it.*broken on purpose"):
-        export(student(), tmp_path / "model", levels=[level(EDM(), 80.0)], card=Card(name="x"))
+        export(student(), tmp_path / "model", calls=[Call(1.0, 80.0)], card=Card(name="x"))
     assert not (tmp_path / "model").exists()
 
 
 def test_text_models_are_refused(tmp_path):
     net = Denoiser(TextUNet(diffusers.UNet2DConditionModel(**TEXT)), DDPM(), "eps")
     with pytest.raises(ExportError, match="UNet2DConditionModel makes latents"):
-        export(net, tmp_path / "model", levels=[level(DDPM(), 999)], card=Card(name="x"))
+        export(net, tmp_path / "model", calls=calls_at(DDPM(), (999,)), card=Card(name="x"))
 
 
 def test_what_is_no_run_is_named(tmp_path, run, exported):

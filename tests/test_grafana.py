@@ -164,7 +164,7 @@ def test_what_is_exported_is_what_the_reports_say(exported):
         [norm] = values(samples, "gradient_norm", phase=phase)
         assert norm in [metrics.get(f"{phase}/grad_norm") for metrics in by_step.values()]
     [accuracy] = values(samples, "health", signal="accuracy")
-    assert accuracy in [metrics["critic/d_accuracy"] for metrics in by_step.values()]
+    assert accuracy in [metrics["health/d_accuracy"] for metrics in by_step.values()]
     [last] = values(samples, "last_report_timestamp_seconds")
     assert 0 <= time.time() - last < 600
 

@@ -20,28 +20,28 @@ from fewstep.recipe import load_recipe
 RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
 RECORDED = Path(__file__).with_suffix(".json")
 SIGNALS = (
-    "student/student_mean",
-    "student/real_mean",
-    "student/real_std",
-    "student/student_spread",
-    "student/real_spread",
-    "student/saturated",
-    "student/real_saturated",
-    "critic/d_accuracy",
+    "health/student_mean",
+    "health/real_mean",
+    "health/real_std",
+    "health/student_spread",
+    "health/real_spread",
+    "health/student_saturated",
+    "health/real_saturated",
+    "health/d_accuracy",
 )
 
 
 def health(brightness=0.0, saturation=0.0, diversity=0.9, accuracy=0.6, real_std=0.7, real_saturated=0.0):
     """Metrics of a look with these signals."""
     return {
-        "student/student_mean": -0.4 + brightness * real_std,
-        "student/real_mean": -0.4,
-        "student/real_std": real_std,
-        "student/saturated": real_saturated + saturation,
-        "student/real_saturated": real_saturated,
-        "student/student_spread": 0.5 * diversity,
-        "student/real_spread": 0.5,
-        "critic/d_accuracy": accuracy,
+        "health/student_mean": -0.4 + brightness * real_std,
+        "health/real_mean": -0.4,
+        "health/real_std": real_std,
+        "health/student_saturated": real_saturated + saturation,
+        "health/real_saturated": real_saturated,
+        "health/student_spread": 0.5 * diversity,
+        "health/real_spread": 0.5,
+        "health/d_accuracy": accuracy,
     }
 
 
@@ -116,7 +116,7 @@ def test_what_is_absent_or_not_finite_is_not_judged():
     assert alarms([{"denoise/mse": 0.3}] * 20) == []
     bad = health(brightness=9, saturation=0.9, diversity=0.0, accuracy=1.0)
     assert alarms([{k: float("nan") for k in bad}] * 20) == []
-    for missing in ("student/student_mean", "student/real_mean", "student/real_std"):
+    for missing in ("health/student_mean", "health/real_mean", "health/real_std"):
         assert "brightness" not in alarms([{k: v for k, v in bad.items() if k != missing}])[0].reason
     assert alarms([{k: v for k, v in bad.items() if k.startswith("critic/")}] * (Guard().window - 1)) == []
 
@@ -176,12 +176,12 @@ def test_the_students_signals_are_statistics_of_its_images():
     method = DMD2(matching_weight=0, gan_weight=0)
     real = torch.tensor([[-1.0, 1.0], [0.0, 1.0], [0.0, 1.0]]).view(3, 2, 1, 1)
     x = torch.tensor([[-1.01, 1.0], [1.5, 0.0], [-0.2, -1.0]]).view(3, 2, 1, 1)
-    batch = Batch(real, None, real, None, Draws(0, 0, 0, 1, torch.device("cpu")), x=x)
+    batch = Batch(real, None, real, None, Draws(0, 0), made={"x": x})
     _, signals = method.student_loss({"teacher": toy.Mixture()}, batch)
-    assert signals["saturated"] == pytest.approx(2 / 6) and signals["real_saturated"] == 0
+    assert signals["student_saturated"] == pytest.approx(2 / 6) and signals["real_saturated"] == 0
     assert signals["real_spread"] == pytest.approx((1 / 3) ** 0.5 / 2)  # the second pixel is the same in all
     assert signals["student_spread"] == pytest.approx((x[:, 0].std() + x[:, 1].std()).item() / 2)
-    one = Batch(real[:1], None, real[:1], None, batch.draws, x=x[:1])
+    one = Batch(real[:1], None, real[:1], None, batch.draws, made={"x": x[:1]})
     _, signals = method.student_loss({"teacher": toy.Mixture()}, one)
     assert not any("spread" in name for name in signals)  # one image has no diversity
     assert all(value.isfinite() and not value.requires_grad for value in signals.values())
@@ -262,7 +262,7 @@ def test_the_real_collapse_is_rolled_back_and_finishes_usable(tmp_path):
     assert [event.kind for event in events] == ["collapse", "roll_back"]
     assert events[1].step < events[0].step <= 40
     [fd_fashion] = make_metrics(recipe)
-    score = fd_fashion(make_samples(student_sampler(recipe.method, engine.student), images=1000))
+    score = fd_fashion(make_samples(student_sampler(recipe.method, engine.sampling), images=1000))
     assert score.value < 8, score  # above 14 after fifty steps without the guard: test_instability.py
 
 

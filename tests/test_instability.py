@@ -33,5 +33,5 @@ def test_one_critic_update_a_student_update_at_equal_rates_collapses_and_five_do
     alarms = [event.step for report in reports for event in report.events if event.kind == "collapse"]
     assert (len(alarms) == 1 and alarms[0] <= 40) if collapses else not alarms
     [fd_fashion] = make_metrics(recipe)
-    score = fd_fashion(make_samples(student_sampler(recipe.method, engine.student), images=1000))
+    score = fd_fashion(make_samples(student_sampler(recipe.method, engine.sampling), images=1000))
     assert score.value > 14 if collapses else score.value < 8, score

@@ -363,8 +363,8 @@ def test_the_world_places_a_base_once_whichever_role_comes_first():
     world = World(layout=Layout(checkpoint_activations=True))
     student, fake = Lora(base, 4, seed=1), Lora(base, 4, seed=2)
     expected = answer(base, "unet")
-    for role, net in {"student": student, "teacher": base, "fake": fake, "average": deepcopy(student)}.items():
-        assert world.place(role, net) is net
+    for net, kind in ((student, "trained"), (base, "frozen"), (fake, "trained"), (deepcopy(student), "averaged")):
+        assert world.place(net, kind) is net
     stored = {p.dtype for block in blocks(base) for p in block.parameters()}
     assert stored == {torch.bfloat16} and all(p.dtype == torch.float32 for p in student.parameters())
     assert [block.forward.args for block in blocks(base) if block.forward.func.__name__ == "_recompute"] != []
@@ -414,7 +414,7 @@ def test_a_merged_network_gives_what_the_adapter_gives_and_is_plain(name):
 
 
 def test_a_merged_network_of_a_base_in_bfloat16_is_float32_and_near():
-    base = World().place("teacher", backbone("unet", "bf16"))
+    base = World().place(backbone("unet", "bf16"), "frozen")
     adapter = moved(Lora(base, 4, targets="all"), std=0.05)
     net = merge(adapter, *inputs("unet"))
     assert net.precision == "fp32" and all(p.dtype == torch.float32 for p in net.parameters())
@@ -460,7 +460,7 @@ def test_what_is_saved_is_what_is_opened(tmp_path):
     assert (found.rank, found.alpha, found.targets) == (3, 5.0, ("attention", "conv_in"))
     assert toy.same(toy.weights(found), toy.weights(adapter))
     assert torch.equal(answer(found, "unet"), answer(adapter, "unet"))
-    stored = World().place("teacher", backbone("unet", "bf16"))
+    stored = World().place(backbone("unet", "bf16"), "frozen")
     assert fingerprint(stored) == fingerprint(base)
     assert toy.same(toy.weights(open_adapter(stored, path)), toy.weights(adapter))
 
@@ -497,7 +497,8 @@ def test_weights_and_optimisers_of_the_demo_with_adapters_are_at_most_three_tent
     """Counted: teacher, student, critic, average and head with AdamW's two moments of what trains."""
     teacher = open_teacher("shipped:fashion_mnist/teacher")
     head = new_head(teacher)
-    whole = METHODS["dmd2"]().nets(teacher, lambda: head)
+    whole = METHODS["dmd2"]().nets(toy.Make(teacher, teacher)) | {"disc": head}
+    del whole["teacher"]
     lora = {role: net if role == "disc" else Lora(teacher, 4, targets="all") for role, net in whole.items()}
 
     def count(nets: dict[str, nn.Module]) -> int:

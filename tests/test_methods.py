@@ -11,12 +11,12 @@ import toy
 
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.level import Level
-from fewstep.diffusion.samplers import heun
+from fewstep.diffusion.samplers import heun, run_calls
 from fewstep.diffusion.schedules import DDPM, EDM, Flow, Trig
 from fewstep.engine.train import Engine
 from fewstep.methods import METHODS, Batch
 from fewstep.methods.f_distill import H
-from fewstep.networks.denoiser import Guided
+from fewstep.networks.conditions import Labels
 
 DMD2, FDistill, Denoising, Regression = (METHODS[n] for n in ("dmd2", "f_distill", "denoising", "regression"))
 SD = DDPM("scaled_linear", 0.00085, 0.012)
@@ -30,7 +30,7 @@ def a_batch(count: int = 8, step: int = 0, seed: int = 0, part: int = 0, parts: 
 
 def a_team(method, seed: int = 0, **nets) -> dict:
     """The roles of a method with networks that all differ."""
-    team = method.nets(toy.denoiser(seed), toy.head) | {"teacher": toy.Mixture()}
+    team = method.nets(toy.Make(toy.denoiser(seed)))
     if "fake" in team:
         team["fake"] = toy.denoiser(seed + 1)
     return team | nets
@@ -52,7 +52,9 @@ class Calls:
 
     def _note(self, role, net, args, kwargs, out):
         mode = args[3] if len(args) > 3 else kwargs.get("mode", "x0")
-        first = out[0] if isinstance(out, tuple) else out
+        first = out
+        while isinstance(first, tuple):
+            first = first[0]
         self.count[role, "head" if role == "disc" else mode, first.requires_grad] += 1
         self.seen.append(SimpleNamespace(role=role, mode=mode, args=args, out=first))
 
@@ -146,7 +148,7 @@ def test_the_student_is_called_at_the_published_levels(settings, expected):
     method = DMD2(**settings)
     assert method.indices() == expected
     student = toy.denoiser(schedule=SD, prediction="eps")
-    levels = method.levels(student, torch.zeros(3, 2, 1, 1))
+    levels = [call.level(torch.zeros(3, 2, 1, 1)) for call in method.calls(student)]
     times = [SD.time(level.angle).flatten() for level in levels]
     wanted = torch.tensor(expected).double()[:, None].expand(-1, 3)
     torch.testing.assert_close(torch.stack(times), wanted, rtol=0, atol=1e-3)
@@ -199,7 +201,7 @@ def test_backward_simulation_is_the_sampler_up_to_its_step_and_gradient_flows_th
         # sample() of a full run uses the same levels and the same noise, so its calls are the same
         calls.seen.clear()
         with torch.no_grad():
-            method.sample(student, batch.z, None, batch.draws)
+            run_calls({"student": student}, method.calls(student), batch.z, None, batch.draws)
         for ours, its in zip(made, calls.of("student"), strict=False):
             assert torch.equal(ours.args[0], its.args[0]) and torch.equal(ours.args[1].sigma, its.args[1].sigma)
         assert torch.equal(x, calls.of("student")[len(made) - 1].out)
@@ -315,7 +317,7 @@ def test_the_adversarial_terms_are_the_papers_formula():
     right = torch.cat([d_real > 0, d_fake < 0]).float().mean()
     torch.testing.assert_close(health["d_accuracy"], right)
     fake_pass, real_pass = calls.of("fake", "features")
-    own = torch.cat([nets["disc"](real_pass.out), nets["disc"](fake_pass.out)])  # one batch of both equals two
+    own = torch.cat([nets["disc"]((real_pass.out,)), nets["disc"]((fake_pass.out,))])  # one batch of both equals two
     torch.testing.assert_close(torch.cat([d_real, d_fake]), own)
     assert not torch.equal(fake_pass.args[1].sigma, real_pass.args[1].sigma)
 
@@ -330,7 +332,7 @@ def test_sharing_draws_keeps_the_mean_gradient():
         rows = []
         for step in range(count):  # many draws for one image: what differs between the two is the draw alone
             real, x = (v.expand(each, -1, -1, -1) for v in (batch.real, batch.x))
-            many = Batch(real, None, batch.z, None, Draws(1, step), x)
+            many = Batch(real, None, batch.z, None, Draws(1, step), made={"x": x})
             terms, _ = method.critic_loss(nets, many)
             rows.append(gradient(sum(terms.values()), nets["fake"]))
         return torch.stack(rows)
@@ -352,7 +354,7 @@ def passes(method, teacher=None) -> tuple[Counter, Counter]:
     stream = engine.feed.batches(0, 4)
     for _ in range(2):
         calls.count.clear()
-        engine.update(*next(stream))
+        engine.update(next(stream))
         out.append(Counter(calls.count))
     return out[0], out[1]
 
@@ -388,7 +390,7 @@ def test_shared_draws_save_one_encoder_pass_a_step():
 
 def test_without_a_gan_there_is_no_head_and_no_classification():
     method = DMD2(gan_weight=0)
-    assert method.roles == ("fake", "student") and "disc" not in method.nets(toy.denoiser(), toy.head)
+    assert method.roles == ("fake", "student") and "disc" not in method.nets(toy.Make())
     turn, critic = passes(method)
     assert critic == {("student", "x0", False): 1, ("fake", "raw", True): 1}
     assert turn == {
@@ -408,7 +410,7 @@ def test_a_weight_needs_no_pass_of_its_own():
 
 def test_guidance_is_one_pass_of_twice_the_batch_and_the_teachers_alone():
     teacher = toy.denoiser(1, classes=4)
-    nets = {"teacher": Guided(teacher, 2.0), "start": toy.denoiser(2, classes=4), "data": toy.Mixture(labelled=True)}
+    nets = {"teacher": teacher, "start": toy.denoiser(2, classes=4), "data": toy.Mixture(labelled=True)}
     engine = toy.make_engine(DMD2(gan_weight=0, guidance=2.0), **nets, steps=1, batch=4)
     calls = Calls({"inside": teacher, "fake": engine.nets["fake"]})
     toy.finish(engine)
@@ -501,7 +503,7 @@ def test_denoising_drops_the_asked_share_of_labels():
     for share in (0.0, 0.25, 1.0):
         method, net = Denoising(drop_labels=share), toy.denoiser(classes=4)
         batch = a_batch(4000)
-        batch = Batch(batch.real, torch.full((4000,), 2), batch.z, None, batch.draws)
+        batch = Batch(batch.real, torch.full((4000,), 2), batch.z, None, batch.draws, Labels(4, 4))
         calls = Calls({"net": net})
         method.loss({"student": net}, batch)
         cond = calls.of("net")[0].args[2]
@@ -509,15 +511,14 @@ def test_denoising_drops_the_asked_share_of_labels():
         assert abs((cond == 4).float().mean() - share) < 0.025
 
 
-def test_samplers_are_described_by_the_calls_they_make():
-    for method in (DMD2(), DMD2(student_steps=4), Regression(), Denoising(steps=6)):
-        student = toy.denoiser()
+def test_a_generator_is_the_list_of_its_calls():
+    student = toy.denoiser()
+    for method, count in ((DMD2(), 1), (DMD2(student_steps=4), 4), (Regression(), 1)):
         calls = Calls({"student": student})
         with torch.no_grad():
-            x = method.sample(student, a_batch().z, None, Draws(0, 0))
-        name, count = method.describe_sampler()
-        assert count == len(calls.seen) and x.shape == (8, 2, 1, 1)
-    assert (name, count) == ("heun-6", 11) and DMD2(student_steps=4).describe_sampler() == ("few-step-4", 4)
+            x = run_calls({"student": student}, method.calls(student), a_batch().z, None, Draws(0, 0))
+        assert len(method.calls(student)) == len(calls.seen) == count and x.shape == (8, 2, 1, 1)
+    assert Denoising(steps=6).calls(student) == () and Denoising(steps=6).heun_steps == 6
 
 
 # Truth: what training arrives at
@@ -562,14 +563,14 @@ def test_regression_arrives_at_the_teachers_own_map():
     exact = mean + 0.4 * (80.006 * z - mean) / (0.4**2 + 80**2) ** 0.5
     with torch.no_grad():
         assert (heun(gaussian, z, None, steps) - exact).abs().max() < 0.02
-        student = method.sample(engine.student, z, None, Draws(0, 0))
+        student = run_calls({"student": engine.student}, method.calls(engine.student), z, None, Draws(0, 0))
     assert ((student - exact) ** 2).mean() < 0.02 * exact.var()
 
 
 def energies(method, student) -> float:
     """Energy distance of a student's samples to the mixture; 0.0008 for the mixture's own samples."""
     with torch.no_grad():
-        x = method.sample(student, a_batch(2000, seed=4).z, None, Draws(0, 0))
+        x = run_calls({"student": student}, method.calls(student), a_batch(2000, seed=4).z, None, Draws(0, 0))
     return toy.energy(x, MIXTURE.sample(2000, seed=77)[0])
 
 

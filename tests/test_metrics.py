@@ -96,7 +96,7 @@ class Pixels:
 def real() -> tuple[torch.Tensor, torch.Tensor]:
     """5000 of the shipped Fashion-MNIST images and their labels."""
     with open_feed(resolve("shipped:fashion_mnist/shards"), seed=3) as feed:
-        images, labels = next(feed.batches(0, 5000))
+        images, labels = next(feed.batches(0, 5000)).values()
     return to_uint8(images), labels
 
 
@@ -703,9 +703,7 @@ def test_every_table_says_which_scores_a_loss_saw():
 
 def test_real_images_score_as_real_and_the_score_says_by_what(real):
     images, labels = real
-    metrics = build(
-        [n for n in ALL if n in ("fd_fashion", "class_consistency", "diversity")], FEATURES, STATISTICS
-    )
+    metrics = build([n for n in ALL if n in ("fd_fashion", "class_consistency", "diversity")], FEATURES, STATISTICS)
     scores = {s.name: s for s in evaluate(metrics, samples_of(images, labels))}
     assert scores["fd_fashion"].value < 0.05
     assert scores["class_consistency"].value > 0.9
@@ -788,7 +786,7 @@ def test_the_job_trains_describes_and_describes_again(tmp_path, monkeypatch, cap
     extractor = open_features(tmp_path / "out" / "features.safetensors")
     assert (report["extractor"], report["reference"]) == (extractor.hash, reference.hash)
     with open_feed(test) as feed:
-        mean, covariance = moments(extractor(to_uint8(next(feed.batches(0, 200))[0])).features)
+        mean, covariance = moments(extractor(to_uint8(next(feed.batches(0, 200))["real"])).features)
     floor = frechet_distance(mean, covariance, reference.mean, reference.covariance)
     assert report["floor"] == pytest.approx(floor, rel=1e-5)
     again = run_job(

@@ -17,13 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.config import ConfigError
 from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.guidance import guided
 from fewstep.diffusion.level import PREDICTIONS, Level
-from fewstep.diffusion.samplers import heun
+from fewstep.diffusion.samplers import heun, run_calls
 from fewstep.diffusion.schedules import DDPM, EDM, Flow, Trig, from_config, to_config
 from fewstep.methods.dmd2 import DMD2
 from fewstep.networks.average import Exponential, Power, average
 from fewstep.networks.backbones import Backbone, TextUNet, Transformer, UNet
-from fewstep.networks.denoiser import Denoiser, Guided
+from fewstep.networks.conditions import Labels
+from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.heads import Head
 from fewstep.networks.pretrained import Network, new_denoiser, new_head, open_teacher, save_denoiser
 from fewstep.networks.schedulers import from_scheduler
@@ -99,7 +101,7 @@ class Known(Backbone):
         nn.Module.__init__(self)
         self.shape, self.classes, self.seen, self.target = (2, 8, 8), None, None, None
 
-    def forward(self, x, time, cond, mode):
+    def forward(self, x, time, cond, mode, *taps):
         self.seen = (x, time)
         return self.target
 
@@ -239,7 +241,7 @@ def test_no_condition_is_the_null_class_and_a_network_without_one_says_so():
     with pytest.raises(ValueError, match="5 classes and no null class"):
         bare(x, at)
     with pytest.raises(ValueError, match="guidance: 2, but this network has no null class"):
-        Guided(bare, 2.0)
+        guided(bare, x, at, torch.tensor([0, 1]), 2.0, bare.conditions.null(torch.tensor([0, 1])))
     with pytest.raises(ValueError, match="classes: 3, but num_class_embeds is 5"):
         UNet(unet(num_class_embeds=5), 3)
 
@@ -256,7 +258,7 @@ def test_a_transformer_predicts_without_its_variance_and_drops_no_label_by_itsel
         expected = model(x, timestep=torch.tensor([3, 500, 999]), class_labels=cond).sample[:, :2]
         assert torch.equal(found, expected)
         assert torch.equal(net(x, at), net(x, at, torch.full((3,), 5)))
-        features = net(x, at, cond, "features")
+        (features,) = net(x, at, cond, "features")
     assert features.shape == (3, 8, 4, 4)
     tokens = []
     handle = model.transformer_blocks[1].register_forward_hook(lambda m, a, out: tokens.append(out))
@@ -279,11 +281,11 @@ def test_a_text_unet_takes_its_embeddings_by_name(config):
         t = net.own(at, 4)[1].float()
         eps = net.backbone.model(x, t, cond["text"], added_cond_kwargs=added).sample
         assert torch.equal(net(x, at, cond), (1 / at.alpha) * x + (-at.sigma / at.alpha) * eps)
-        null = net.backbone.zeros(2, x.device)
+        null = net.conditions.zeros(2)
         null = {k: v.expand(-1, 7, -1) if k == "text" else v for k, v in null.items()}
         both = net(x, at, cond), net(x, at, null)
-        guided = Guided(net, 4.0, null)(x, at, cond)
-    assert torch.allclose(guided, both[1] + 4 * (both[0] - both[1]), atol=1e-3)
+        found = guided(net, x, at, cond, 4.0, null)
+    assert torch.allclose(found, both[1] + 4 * (both[0] - both[1]), atol=1e-3)
     assert new_head(net)(net(x, at, cond, "features")).shape == (2,)
 
 
@@ -298,10 +300,10 @@ def test_features_leave_before_the_decoder_and_equal_those_of_the_whole_pass():
         part = net.backbone.model.get_submodule(name)
         for module in part if isinstance(part, nn.ModuleList) else [part]:
             module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
-    features = net(x, at, cond, "features")
+    (features,) = net(x, at, cond, "features")
     assert calls == {"down_blocks": 2, "up_blocks": 0, "conv_out": 0}
-    x0, together = net(x, at, cond, "both")
-    raw, again = net(x, at, cond, "raw+features")
+    x0, (together,) = net(x, at, cond, "both")
+    raw, (again,) = net(x, at, cond, "raw+features")
     assert calls == {"down_blocks": 6, "up_blocks": 4, "conv_out": 2}
     assert torch.equal(features, together) and torch.equal(features, again)
     assert torch.equal(raw, net(x, at, cond, "raw"))
@@ -311,7 +313,7 @@ def test_features_leave_before_the_decoder_and_equal_those_of_the_whole_pass():
 
 def test_gradients_reach_the_input_through_frozen_weights():
     net = labelled().requires_grad_(False)
-    head = Head(16, 4)
+    head = Head((16, 4, 4))
     x, at, cond = draw(1, 2, 2, 8, 8).requires_grad_(), level(EDM(), 0.5, 2.0), torch.tensor([0, 1])
     (gradient,) = torch.autograd.grad(head(net(x, at, cond, "features")).sum(), x)
     (same,) = torch.autograd.grad(head(net(x, at, cond, "both")[1]).sum(), x)
@@ -327,15 +329,15 @@ def test_a_copy_taps_its_own_bottleneck():
             p.mul_(1.5)
     x, at, cond = draw(1, 2, 2, 8, 8), level(EDM(), 0.5, 2.0), torch.tensor([0, 1])
     with torch.no_grad():
-        before = net(x, at, cond, "features")
-        other = copy(x, at, cond, "features")
-        assert torch.equal(other, copy(x, at, cond, "both")[1])
+        (before,) = net(x, at, cond, "features")
+        (other,) = copy(x, at, cond, "features")
+        assert torch.equal(other, copy(x, at, cond, "both")[1][0])
         assert not torch.equal(other, before)
-        assert torch.equal(net(x, at, cond, "features"), before)
+        assert torch.equal(net(x, at, cond, "features")[0], before)
 
 
 def test_logits_of_real_and_fake_together_equal_those_apart():
-    net, head = labelled(), Head(16, 4)
+    net, head = labelled(), Head((16, 4, 4))
     a, b, cond = draw(1, 3, 2, 8, 8), draw(2, 3, 2, 8, 8), torch.tensor([0, 1, 2])
     at = level(EDM(), 0.1, 1.0, 10.0)
     both = Level(torch.cat([at.alpha] * 2), torch.cat([at.sigma] * 2))
@@ -351,7 +353,7 @@ def test_logits_of_real_and_fake_together_equal_those_apart():
 def test_bf16_leaves_x0_and_features_in_float32_and_near_fp32():
     x, at, cond = draw(1, 2, 2, 8, 8), level(EDM(), 0.5, 2.0), torch.tensor([0, 1])
     with torch.no_grad():
-        x0, features = labelled("bf16")(x, at, cond, "both")
+        x0, (features,) = labelled("bf16")(x, at, cond, "both")
         exact = labelled("fp32")(x, at, cond)
     assert x0.dtype == features.dtype == torch.float32
     assert 0 < (x0 - exact).abs().max() < 0.05
@@ -390,13 +392,14 @@ def test_guidance_is_linear_in_one_call_of_twice_the_batch():
     with torch.no_grad():
         one, null = net(x, at, cond), net(x, at, torch.full((3,), 5))
         net.batches.clear()
-        guided = Guided(net, 3.0)(x, at, cond)
+        found = guided(net, x, at, cond, 3.0, Labels(5, 5).null(cond))
         assert net.batches == [6]
         eps = at.eps(x, null) + 3 * (at.eps(x, one) - at.eps(x, null))
-        assert torch.allclose(guided, (x - at.sigma * eps) / at.alpha, atol=1e-4)
+        assert torch.allclose(found, (x - at.sigma * eps) / at.alpha, atol=1e-4)
         net.batches.clear()
-        assert torch.equal(Guided(net, 1.0)(x, at, cond), one) and net.batches == [3]
-    assert Guided(net, 3.0).schedule is SD
+        assert torch.equal(guided(net, x, at, cond, 1.0), one) and net.batches == [3]
+        each = guided(net, x, at, cond, torch.tensor([1.0, 3.0, 2.0]), Labels(5, 5).null(cond))
+        assert torch.allclose(each[1], found[1], atol=1e-4) and torch.allclose(each[0], one[0], atol=1e-4)
 
 
 # Averages
@@ -456,24 +459,24 @@ def test_averages_carry_buffers_of_statistics_too():
 
 
 def test_head_on_edms_bottleneck_has_18_9_million_parameters():
-    assert sum(p.numel() for p in Head(768, 8).parameters()) == 18_879_745
+    assert sum(p.numel() for p in Head((768, 8, 8)).parameters()) == 18_879_745
 
 
 @pytest.mark.parametrize(("size", "convs"), [(3, 0), (4, 0), (7, 1), (8, 1), (9, 1), (16, 2), (32, 3)])
 def test_head_gives_one_logit_a_sample_at_any_size(size, convs):
-    head = Head(8, size)
+    head = Head((8, size, size))
     assert (
         sum(isinstance(m, nn.Conv2d) and m.stride == (2, 2) and m.kernel_size == (4, 4) for m in head.layers) == convs
     )
-    assert head(torch.randn(5, 8, size, size)).shape == (5,)
+    assert head((torch.randn(5, 8, size, size),)).shape == (5,)
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(768, 32), (1280, 32), (64, 4), (16, 1), (12, 1)])
 def test_head_keeps_the_published_groups_and_a_gradient_in_narrow_networks(channels, groups):
-    head = Head(channels, 2)
+    head = Head((channels, 2, 2))
     assert {m.num_groups for m in head.layers if isinstance(m, nn.GroupNorm)} == {groups}
     features = draw(1, 2, channels, 2, 2).requires_grad_()
-    (gradient,) = torch.autograd.grad(head(features).sum(), features)
+    (gradient,) = torch.autograd.grad(head((features,)).sum(), features)
     assert gradient.norm() > 1e-2
 
 
@@ -553,8 +556,7 @@ def test_a_dynamic_shift_follows_the_images_size_as_in_diffusers(kind, tokens, m
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=mu)
     schedule = from_config(from_scheduler(said(scheduler), Path("x"), tokens)["schedule"])
-    levels = DMD2(student_steps=4).levels(SimpleNamespace(schedule=schedule), torch.zeros(1, 1, 1, 1))
-    sigmas = torch.tensor([level.sigma.item() for level in levels])
+    sigmas = torch.tensor([call.sigma for call in DMD2(student_steps=4).calls(SimpleNamespace(schedule=schedule))])
     torch.testing.assert_close(sigmas, scheduler.sigmas[:4], rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match="use_dynamic_shifting needs the image's size"):
         from_scheduler(said(scheduler), Path("x"))
@@ -614,7 +616,7 @@ def test_one_step_at_399_starts_from_ab_399():
     model = unet()
     net, n = Denoiser(UNet(model), SD, "eps"), draw(1, 2, 2, 8, 8)
     with torch.no_grad():
-        found = DMD2(conditioning=399).sample(net, n, None, Draws(0, 0))
+        found = run_calls({"student": net}, DMD2(conditioning=399).calls(net), n, None, Draws(0, 0))
         eps = model(n, torch.tensor([399, 399])).sample
     ab = 0.4260864
     assert math.isclose(math.sqrt(1 - ab), 0.7576, abs_tol=5e-5) and math.isclose(math.sqrt(ab), 0.6528, abs_tol=5e-5)

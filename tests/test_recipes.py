@@ -121,7 +121,7 @@ def test_the_cifar10_student_trains_ten_steps_from_that_teacher_and_is_scored(te
     engine, reports, dtypes = trained(recipe)
     assert dtypes == {torch.bfloat16}
     assert reports[-1].metrics["updates/student"] == 2 and reports[-1].metrics["updates/critic"] == 10
-    gradients = [reports[step].metrics["student/match_gradient"] for step in (0, 5)]
+    gradients = [reports[step].metrics["health/match_gradient"] for step in (0, 5)]
     # a critic that starts as the teacher pulls nowhere, up to bfloat16's rounding of a mean distance of 1 a value
     assert gradients[0] < 2**-8 * 3072**0.5 and gradients[0] < gradients[1]
     before = weights(teacher[0].student)
@@ -130,7 +130,7 @@ def test_the_cifar10_student_trains_ten_steps_from_that_teacher_and_is_scored(te
     assert same(frozen, {key: value.to(frozen[key].dtype) for key, value in before.items()})
     assert not same(weights(engine.nets["student"]), before) and not same(weights(engine.nets["fake"]), before)
 
-    samples = build.make_samples(build.student_sampler(recipe.method, engine.student), 20, batch=10)
+    samples = build.make_samples(build.student_sampler(recipe.method, engine.sampling), 20, batch=10)
     scores = {score.name: score.value for score in evaluate(build.make_metrics(recipe), samples)}
     assert samples.calls == 1 and list(scores) == ["fd_cifar10", "class_consistency", "diversity"]
     assert np.isfinite(list(scores.values())).all()

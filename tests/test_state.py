@@ -43,7 +43,7 @@ class Run:
     def __init__(self, seed: int = 0, world: World | None = None, steps: int = 2):
         self.world = world or World()
         self.nets = {"student": toy.denoiser(seed), "disc": toy.head(seed)}
-        self.nets = {role: self.world.place(role, net) for role, net in self.nets.items()}
+        self.nets = {role: self.world.place(net) for role, net in self.nets.items()}
         self.optims = {r: torch.optim.AdamW(net.parameters(), lr=1e-2, fused=True) for r, net in self.nets.items()}
         for _ in range(steps):
             self.step()
@@ -213,9 +213,7 @@ def test_a_manifest_vouches_for_itself_and_an_older_one_is_mentioned_once(saved,
     change(saved, signed=False)
     for _ in range(2):
         Run(seed=1).load(saved)
-    assert said() == [
-        f"{file}: written by an older version, without a hash of itself; only its fields were checked"
-    ]
+    assert said() == [f"{file}: written by an older version, without a hash of itself; only its fields were checked"]
 
 
 def test_a_manifest_without_a_step_or_of_another_format_is_refused(saved):

@@ -348,8 +348,6 @@ def check_population(folder: Path) -> None:
         assert engine.optims["student"].param_groups[0]["lr"] == recipe.optim["student"].at(
             step_of(donor), recipe.train.steps
         )
-        theirs = read_weights(
-            folder / path.parent.name / "checkpoints" / f"step-{engine.step:08d}", "net.student"
-        )
+        theirs = read_weights(folder / path.parent.name / "checkpoints" / f"step-{engine.step:08d}", "net.student")
         mine = dict(engine.nets["student"].named_parameters())
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)

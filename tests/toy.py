@@ -20,6 +20,7 @@ from fewstep.engine.optim import Optim
 from fewstep.engine.train import Engine, Train
 from fewstep.engine.world import World
 from fewstep.methods import METHODS, Method
+from fewstep.networks.conditions import Labels, Nothing
 from fewstep.networks.denoiser import Denoiser
 
 CORNERS = [[0.6, 0.6], [-0.6, 0.6], [0.6, -0.6], [-0.6, -0.6]]
@@ -57,10 +58,14 @@ class Mixture(nn.Module):
         """log of the noised density at x_t, (B,) float64."""
         return self.log_likelihoods(x_t, level).logsumexp(1) - math.log(len(self.means))
 
-    def forward(self, x_t: Tensor, level: Level, cond: Tensor | None = None, mode: str = "x0"):
+    @property
+    def conditions(self):
+        return Nothing() if self.classes is None else Labels(self.classes, self.classes)
+
+    def forward(self, x_t: Tensor, level: Level, cond: Tensor | None = None, mode: str = "x0", *, at=("middle",)):
         logs = self.log_likelihoods(x_t, level)
         if mode == "features":
-            return logs.float()[..., None, None]
+            return (logs.float()[..., None, None],)
         if self.classes is not None and cond is not None:
             alone = nn.functional.one_hot(cond, self.classes + 1)[:, :-1].bool()
             logs = torch.where(alone | (cond == self.classes)[:, None], logs, -torch.inf)
@@ -68,11 +73,13 @@ class Mixture(nn.Module):
         shrink = a * self.std**2 / ((a * self.std) ** 2 + s**2)
         each = self.means + shrink * (x_t.double().flatten(1)[:, None] - a * self.means)
         x0 = (logs.softmax(1)[..., None] * each).sum(1).to(x_t.dtype).view_as(x_t)
-        return (x0, logs.float()[..., None, None]) if mode == "both" else x0
+        return (x0, (logs.float()[..., None, None],)) if mode == "both" else x0
 
 
 class MLP(nn.Module):
-    """A backbone with an encoder and a decoder, so that it has a bottleneck."""
+    """A backbone with an encoder and a decoder, so that it has a bottleneck, its one tap."""
+
+    time_width = 48
 
     def __init__(self, dim: int = 2, width: int = 48, classes: int | None = None):
         super().__init__()
@@ -81,26 +88,29 @@ class MLP(nn.Module):
         self.decoder = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim))
         self.label = nn.Embedding(classes + 1, width) if classes else None
 
-    def forward(self, x: Tensor, time: Tensor, cond: Tensor | None, mode: str):
+    def forward(self, x: Tensor, time: Tensor, cond: Tensor | None, mode: str, at=("middle",), shift=None):
         waves = [g(k * time) for k in (1, 2, 4, 8) for g in (torch.sin, torch.cos)]
         features = self.encoder(torch.cat([x.flatten(1), torch.stack([time, *waves], 1)], 1))
         if self.label is not None:
             features = features + self.label(torch.full_like(time, self.classes).long() if cond is None else cond)
+        if shift is not None:
+            features = features + shift
+        maps = (features[..., None, None],) * len(at)
         if mode == "features":
-            return features[..., None, None]
+            return maps
         out = self.decoder(features).view_as(x)
-        return (out, features[..., None, None]) if mode == "both" else out
+        return (out, maps) if mode == "both" else out
 
 
 class Head(nn.Module):
-    """Bottleneck features (B, F, 1, 1) -> logits (B,)."""
+    """Features of one tap, ((B, F, 1, 1),) -> logits (B,)."""
 
     def __init__(self, width: int = 48):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
 
-    def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features.flatten(1)).flatten()
+    def forward(self, features: tuple[Tensor, ...]) -> Tensor:
+        return self.layers(features[0].flatten(1)).flatten()
 
 
 class Feed:
@@ -109,11 +119,21 @@ class Feed:
     def __init__(self, mixture: Mixture):
         self.mixture = deepcopy(mixture)  # an engine may shard the parameters of the one it is given
 
-    def batches(self, position: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, position: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
         while True:
             images, labels = self.mixture.sample(batch, seed=position + 1)
-            yield images[rank::world], labels[rank::world]
+            yield {"real": images[rank::world], "label": labels[rank::world]}
             position += batch
+
+
+class Given:
+    """Draws of the noise between a generator's calls, in turn, as given."""
+
+    def __init__(self, noise: Sequence[Tensor] = ()):
+        self.noise = list(noise)
+
+    def normal(self, name: str, shape) -> Tensor:
+        return self.noise.pop(0)
 
 
 def denoiser(seed: int = 0, schedule: Schedule | None = None, prediction: str = "edm", **kwargs) -> Denoiser:
@@ -129,6 +149,25 @@ def head(seed: int = 0) -> Head:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Head()
+
+
+class Make:
+    """What a method makes its networks with: copies of `start`, by default random weights."""
+
+    def __init__(self, start: nn.Module | None = None, teacher: nn.Module | None = None):
+        self.start, self.teacher = start or denoiser(), teacher or Mixture()
+
+    def copy(self, role: str, extra: tuple[str, ...] = ()) -> nn.Module:
+        return deepcopy(self.start).add_extra(*extra)
+
+    def head(self, role: str, at: tuple[str, ...] = ("middle",)) -> Head:
+        return head()
+
+    def helper(self, name: str) -> nn.Module:
+        return deepcopy(self.teacher)
+
+    def run(self, folder: str) -> nn.Module:
+        raise ValueError(f"run: the toy has no run {folder!r}")
 
 
 def make_engine(
@@ -148,7 +187,7 @@ def make_engine(
     """An engine on the toy; the student and the critic start as `start`, by default random weights."""
     method = METHODS[method]() if isinstance(method, str) else method
     teacher = teacher or Mixture()
-    nets = method.nets(start or denoiser(), head) | {"teacher": teacher}
+    nets = method.nets(Make(start, teacher)) | {"teacher": teacher}
     rates = {"student": 1e-3, "fake": 1e-3, "disc": 1e-3} | (lr or {})
     optims = {role: Optim(lr=rates[role], **(optim or {})) for role in method.roles}
     settings = Train(**{"steps": 10, "batch": 16, "report_every": 5, "save_every": 10} | train)

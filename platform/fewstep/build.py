@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,14 +18,18 @@ from .config import resolve, resolve_ref
 from .data.feed import Feed, open_feed
 from .data.shards import Shards
 from .diffusion.draws import Draws, fold
-from .diffusion.samplers import heun, to_uint8
+from .diffusion.guidance import guided
+from .diffusion.samplers import Call, heun, run_calls, to_uint8
 from .engine.checkpoint import load_net, read_weights
 from .engine.folder import newest
-from .engine.train import Engine
+from .engine.manifest import read_manifest
+from .engine.train import Engine, NoData
 from .engine.world import World
 from .files import sha256_of
 from .metrics.base import Measure, Samples
-from .networks.denoiser import Denoiser, Guided
+from .networks.conditions import Conditions
+from .networks.denoiser import Denoiser
+from .networks.lora import Lora
 from .networks.pretrained import locate, new_denoiser, new_head, open_teacher
 from .recipe import Data, Recipe, check_secrets, read_run
 
@@ -34,22 +39,85 @@ def make_teacher(recipe: Recipe) -> Denoiser:
     torch.manual_seed(fold(recipe.seed, "weights"))
     if recipe.network is not None:
         return new_denoiser(recipe.network, recipe.precision)
+    if (resolve_ref(recipe.teacher) / "recipe.yaml").is_file():  # a run's student is a teacher, too
+        return open_net(recipe.teacher)
     return open_teacher(recipe.teacher, recipe.precision)
 
 
+@dataclass
+class Maker:
+    """Makes a method's networks as its recipe says (methods/base.py, Make)."""
+
+    recipe: Recipe
+    teacher: Denoiser
+
+    def copy(self, role: str, extra: tuple[str, ...] = ()) -> nn.Module:
+        """A denoiser that starts as the teacher: whole, or an adapter of it."""
+        adapter = self.recipe.roles[role].lora if role in self.recipe.roles else None
+        if adapter is None:
+            return deepcopy(self.teacher).add_extra(*extra)
+        if extra:
+            raise ValueError(
+                f"roles.{role}.lora: {self.recipe.method.tag} gives this network further scalars, which an adapter does"
+                " not take; leave the role out to train a whole copy"
+            )
+        return Lora(self.teacher, adapter.rank, adapter.alpha, adapter.targets, seed=fold(self.recipe.seed, role))
+
+    def head(self, role: str, at: tuple[str, ...] = ("middle",)) -> nn.Module:
+        """A GAN head over the teacher's taps."""
+        return new_head(self.teacher, at)
+
+    def helper(self, name: str) -> nn.Module:
+        """A frozen network of the recipe's `helpers`."""
+        if name not in self.recipe.helpers:
+            raise ValueError(f"helpers.{name}: missing; {self.recipe.method.tag} needs it: give its folder or file")
+        return open_teacher(self.recipe.helpers[name], self.recipe.precision)
+
+    def run(self, folder: str) -> nn.Module:
+        """The student of another run, frozen: its averaged weights where it has them."""
+        return open_net(folder)
+
+
 def make_nets(recipe: Recipe) -> dict[str, nn.Module]:
-    """Every role's network, the frozen teacher among them; the same on all ranks."""
-    teacher = make_teacher(recipe)
-    nets = recipe.method.nets(teacher, lambda: new_head(teacher))
-    for role, folder in recipe.start.items():
+    """Every role's network, the frozen ones among them; the same on all ranks."""
+    nets = recipe.method.nets(Maker(recipe, make_teacher(recipe)))
+    for role, ref in recipe.start.items():
+        if role not in nets:
+            raise ValueError(f"start.{role}: no such role; {recipe.method.tag} has {', '.join(nets)}")
+        folder, source = _split_start(ref, role)
         path = latest(resolve_ref(folder))
         if path is None:
             raise ValueError(f"start.{role}: no checkpoint below {folder!r}; give the folder of a run")
-        load_net(nets[role], read_weights(path, f"net.{role}"), str(path))
-    if recipe.network is None:
-        guidance = getattr(recipe.method, "guidance", 1.0)
-        nets["teacher"] = Guided(teacher, guidance) if guidance > 1 else teacher
+        load_net(nets[role], read_weights(path, source), str(path))
     return nets
+
+
+def _split_start(ref: str, role: str) -> tuple[str, str]:
+    """A run's folder, and which of its networks: `runs/a` is the same role's, `runs/a/net.student` the one it names."""
+    folder, _, last = ref.rstrip("/").rpartition("/")
+    return (folder, last) if folder and last.startswith("net.") else (ref, f"net.{role}")
+
+
+def open_net(folder: str) -> Denoiser:
+    """The student of a run, from its newest checkpoint: averaged weights where it has them. Raises ValueError."""
+    path = latest(resolve_ref(folder))
+    if path is None:
+        raise ValueError(f"run: no checkpoint below {folder!r}; give the folder of a run")
+    return student_net(read_run(resolve(folder)), path)
+
+
+def student_net(recipe: Recipe, checkpoint: Path | str, average: bool | None = None) -> Denoiser:
+    """The student in a checkpoint of a recipe's run, frozen. average: its averaged weights; None: where it has them."""
+    if average is None:
+        average = has_average(checkpoint)
+    net = recipe.method.nets(Maker(recipe, make_teacher(recipe)))["student"]
+    load_net(net, read_weights(checkpoint, "net.average" if average else "net.student"), str(checkpoint))
+    return net.eval().requires_grad_(False)
+
+
+def has_average(checkpoint: Path | str) -> bool:
+    """Whether a checkpoint holds averaged weights of the student."""
+    return any(name.startswith("net.average.") for name in read_manifest(checkpoint)["tensors"])
 
 
 def latest(folder: Path | str, known: Sequence[str | None] = ()) -> Path | str | None:
@@ -67,24 +135,33 @@ def latest(folder: Path | str, known: Sequence[str | None] = ()) -> Path | str |
     return found
 
 
-def fingerprints(recipe: Recipe, shards: Shards) -> dict[str, str]:
+def fingerprints(recipe: Recipe, shards: Shards | None) -> dict[str, str]:
     """Of recipe, data and teacher: the hashes that tell two runs' ingredients apart."""
-    marks = {"recipe": recipe.fingerprint, "data": f"{fold(*[s.sha256 for s in shards.manifest.shards]):016x}"}
+    marks = {"recipe": recipe.fingerprint}
+    if shards is not None:
+        marks["data"] = f"{fold(*[s.sha256 for s in shards.manifest.shards]):016x}"
     if recipe.teacher is not None:
         weights = sorted(locate(recipe.teacher).rglob("*.safetensors"))
         marks["teacher"] = f"{fold(*[sha256_of(path) for path in weights]):016x}"
     return marks
 
 
-def make_feed(data: Data, seed: int) -> Feed:
-    """The recipe's data, read in this process without Ray. Raises ShardError naming the file at fault."""
+def make_feed(data: Data | None, seed: int) -> Feed | NoData:
+    """The recipe's data, read in this process without Ray; a feed without columns where the recipe has no data.
+
+    Raises ShardError naming the file at fault.
+    """
+    if data is None:
+        return NoData()
     return open_feed(
         resolve(data.path), memory_bytes=data.memory_mib << 20, seed=seed, flip=data.flip, max_corrupt=data.max_corrupt
     )
 
 
-def check_data(feed: Feed, student: Denoiser) -> None:
-    """Raises ValueError where the images or their labels do not fit the network."""
+def check_data(feed: Feed | NoData, student: Denoiser) -> None:
+    """Raises ValueError where the images do not fit the network."""
+    if isinstance(feed, NoData):
+        return
     if tuple(feed.shape) != tuple(student.shape):
         raise ValueError(
             f"data.path: images of shape {tuple(feed.shape)} (C, H, W), but the network takes {tuple(student.shape)}; "
@@ -102,7 +179,7 @@ def check_data(feed: Feed, student: Denoiser) -> None:
         )
 
 
-def make_engine(recipe: Recipe, feed: Feed, world: World | None = None, folder: Path | None = None) -> Engine:
+def make_engine(recipe: Recipe, feed: Feed | NoData, world: World | None = None, folder: Path | None = None) -> Engine:
     """The engine of a recipe on this rank; `folder` is where its checkpoints go."""
     nets = make_nets(recipe)
     check_data(feed, nets["student"])
@@ -132,21 +209,34 @@ class Sampler:
     calls: int
     sample: Callable[[Tensor, Any, Draws], Tensor]
     shape: tuple[int, int, int]
-    classes: int | None
+    conditions: Conditions
 
 
-def student_sampler(method: Any, net: nn.Module) -> Sampler:
-    """The trained network, as its method samples it."""
-    name, calls = method.describe_sampler()
-    return Sampler(name, calls, lambda z, cond, draws: method.sample(net, z, cond, draws), net.shape, net.classes)
+def student_sampler(method: Any, nets: Mapping[str, nn.Module]) -> Sampler:
+    """The trained generator, as its method calls it; nets: the roles that it calls, "student" among them."""
+    net = nets["student"]
+    calls = method.calls(net)
+    return few_step_sampler(nets, calls) if calls else heun_sampler(net, method.heun_steps)
+
+
+def few_step_sampler(nets: Mapping[str, nn.Module], calls: Sequence[Call]) -> Sampler:
+    """A generator as a list of calls."""
+    net = nets[calls[0].role]
+    sample = lambda z, cond, draws: run_calls(nets, calls, z, cond, draws)
+    return Sampler(f"few-step-{len(calls)}", len(calls), sample, net.shape, net.conditions)
 
 
 def heun_sampler(net: nn.Module, steps: int, guidance: float = 1.0) -> Sampler:
-    """A teacher by Heun's solver: 2 steps - 1 calls an image, twice that with guidance."""
-    guided = Guided(net, guidance) if guidance > 1 else net
-    name = f"heun-{steps}" + (f"-guided-{guidance:g}" if guidance > 1 else "")
-    calls = (2 * steps - 1) * (2 if guidance > 1 else 1)
-    return Sampler(name, calls, lambda z, cond, draws: heun(guided, z, cond, steps), net.shape, net.classes)
+    """A diffusion model by Heun's solver: 2 steps - 1 calls an image, twice that with guidance."""
+    conditions = net.conditions
+
+    def sample(z: Tensor, cond: Any, draws: Draws) -> Tensor:
+        null = conditions.null(cond)
+        return heun(lambda x_t, level, c: guided(net, x_t, level, c, guidance, null), z, cond, steps)
+
+    name = f"heun-{steps}" + (f"-guided-{guidance:g}" if guidance != 1 else "")
+    calls = (2 * steps - 1) * (2 if guidance != 1 else 1)
+    return Sampler(name, calls, sample, net.shape, conditions)
 
 
 @torch.no_grad()
@@ -172,15 +262,15 @@ def make_samples(
         start = time.perf_counter()
         draws = Draws(fold(seed, "samples"), first, world.rank, world.size, world.device)
         z = draws.normal("z", (batch // world.size, *sampler.shape))
-        labels = torch.arange(first, first + batch, device=world.device)[world.rank :: world.size]
-        cond = labels % sampler.classes if sampler.classes else None
+        numbers = torch.arange(first, first + batch, device=world.device)[world.rank :: world.size]
+        cond = sampler.conditions.listed(numbers)
         mine.append(to_uint8(sampler.sample(z, cond, draws)).cpu())  # waits for the device
         laps.append(time.perf_counter() - start)
     seconds = median(laps) * images / batch
     whole = _interleave(torch.cat(mine), batch, world)
     if whole is None:
         return None
-    labels = torch.arange(images) % sampler.classes if sampler.classes else None
+    labels = sampler.conditions.listed(torch.arange(images)) if sampler.conditions.classes else None
     return Samples(whole[:images], labels, sampler.name, sampler.calls, seconds, seed, checkpoint)
 
 

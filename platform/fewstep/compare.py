@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .methods import METHODS
 from .metrics import better
 from .tracking.runs import Run, Store
 
@@ -22,8 +23,7 @@ SEED = "seed"
 PLACE = re.compile(r"(name|out|tracking\..*)")  # where a run is kept and what it is called, which changes no number
 CURVE_POINTS = 1000  # of a curve, on the page
 LABEL_SETTINGS = 3  # a label names what varies, as long as that is no more than this
-FIRST = ("score/", "student/match_gradient", "critic/denoise", "student/grad_norm", "critic/grad_norm")
-LAST = ("score/teacher/", "updates/", "critic_s", "student_s", "data_wait", "images_per_s")
+LAST = re.compile(r"score/teacher/.*|updates/.*|\w+_s|data_wait|images_per_s")
 SHOWN_CURVES = 6  # that the page shows before anybody chooses
 COMPARABLE = ("images", "extractor", "reference", "reference_images")  # scores that differ in these do not compare
 
@@ -223,16 +223,20 @@ def _images_at(record: Record, step: int) -> int | None:
 # ---------------------------------------------------------------------------------------------------- the page
 
 
-def _place(name: str) -> tuple:
-    """Where a metric stands in a list: scores, what tells of a distillation's health, the rest, bookkeeping."""
-    last = name.startswith(LAST)
-    first = next((i for i, start in enumerate(FIRST) if name.startswith(start)), len(FIRST))
+def _headlines(records: Iterable[Record]) -> tuple[str, ...]:
+    """What stands first: scores, then the metrics that the runs' methods name."""
+    methods = dict.fromkeys(record.run.params.get("method.name", "") for record in records)
+    return ("score/", *dict.fromkeys(name for m in methods if m in METHODS for name in METHODS[m].headline))
+
+
+def _place(name: str, headlines: Sequence[str]) -> tuple:
+    """Where a metric stands in a list: the headlines, the rest, bookkeeping."""
+    last = bool(LAST.fullmatch(name))
+    first = next((i for i, start in enumerate(headlines) if name.startswith(start)), len(headlines))
     return (last, first, 0 if better(name.rpartition("/")[2]) == "lower" else 1, name)
 
 
-def compare(
-    records: Sequence[Record], *, what: str, store: str, rank_seen_by_loss: bool = False
-) -> dict[str, Any]:
+def compare(records: Sequence[Record], *, what: str, store: str, rank_seen_by_loss: bool = False) -> dict[str, Any]:
     """Everything the page shows, as plain values. what: how the runs were chosen; store: where they are kept;
     rank_seen_by_loss: as `scores` has it.
 
@@ -247,7 +251,8 @@ def compare(
     grouped, names = groups(records), short(keys, known.union(*(record.run.params for record in records)))
     group_of = {i: g for g, members in enumerate(grouped) for i in members}
     pictures: dict[str, str] = {}
-    metrics = sorted({name for record in records for name in record.curves}, key=_place)
+    headlines = _headlines(records)
+    metrics = sorted({name for record in records for name in record.curves}, key=lambda name: _place(name, headlines))
     return {
         "what": what,
         "store": store,

@@ -57,18 +57,18 @@ def memory(recipe: Recipe) -> list[dict[str, Any]]:
 
     def inputs(net: nn.Module, samples: int) -> tuple[Any, ...]:
         x, one = torch.randn(samples, *student.shape), torch.ones(samples, 1, 1, 1)
-        cond = torch.zeros(samples, dtype=torch.int64) if student.classes else None
+        cond = student.conditions.zeros(samples)
         if isinstance(net, Denoiser):
             return x, Level(one, one), cond
         with torch.no_grad():
-            return (student(x, Level(one, one), cond, "features"),)
+            return (student(x, Level(one, one), cond, "features", at=net.at),)
 
     rows = []
     for role, net in nets.items():
         trains = role in recipe.method.roles
         net.eval().requires_grad_(trains)
         size = sum(p.numel() * p.element_size() for p in net.parameters())
-        shards = recipe.cluster.workers if layout.of(role) == "shard" else 1
+        shards = recipe.cluster.workers if layout.of("trained" if trains else "frozen") == "shard" else 1
         held = size * (2 if role == "student" and recipe.train.profile and not layout.offload_average else 1)
         if trains and layout.checkpoint_activations:
             checkpoint_activations(net)
@@ -102,8 +102,8 @@ def describe(recipe: Recipe) -> str:
     t = recipe.train
     lines.append(f"{'total':10s}{sum(r['parameters'] for r in rows):14,d}{total / MIB:14.1f}")
     lines.append("weights of the student count its running average; weights and optimiser are float32.")
-    lines.append(
-        f"{t.steps:,} steps of {t.batch} images: {t.steps * t.batch / rows_of_data:.1f} epochs of {rows_of_data:,}."
-    )
+    images = t.steps * t.batch
+    epochs = f": {images / rows_of_data:.1f} epochs of {rows_of_data:,}" if rows_of_data else ", without data"
+    lines.append(f"{t.steps:,} steps of {t.batch} images{epochs}.")
     lines.append("Nothing was trained.")
     return "\n".join(lines)

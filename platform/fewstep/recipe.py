@@ -70,6 +70,24 @@ class Data(Strict):
     """A set whose decoded images fit is held in memory by each worker; a larger one streams."""
 
 
+class Adapter(Strict):
+    """A low-rank adapter (LoRA, Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Rank of each layer's change, at most."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The change is scaled by alpha / rank; null takes the rank, a factor of 1."""
+    targets: list[str] = ["attention"]
+    """Layers that are adapted: attention, all, or ends of layer paths such as to_q, with * for any letters."""
+
+
+class Role(Strict):
+    """How a role's network is made."""
+
+    lora: Adapter | None = None
+    """An adapter of the frozen teacher that trains instead of a whole copy; null trains a copy."""
+
+
 class Cluster(Layout):
     """Workers of Ray Train and what each gets."""
 
@@ -140,9 +158,14 @@ class Recipe(Strict):
     network: Network | None = None
     """Instead of a teacher: a new network, which jobs/teach.py trains."""
     start: dict[str, PathOrURL] = {}
-    """Role: run folder whose last checkpoint it starts from (a second stage); optimisers start anew."""
-    data: Data
-    """Real images."""
+    """Role: run folder whose last checkpoint it starts from (a second stage), or one of that run's networks, such as
+    runs/a/net.student; optimisers start anew."""
+    roles: dict[str, Role] = {}
+    """Role: how its network is made, such as {student: {lora: {rank: 16}}}; by default a whole copy of the teacher."""
+    helpers: dict[str, str] = {}
+    """Name: folder or file of a frozen network that the method asks for by that name."""
+    data: Data | None = None
+    """Real images; null for a method that trains on conditions alone."""
     method: AnyMethod
     """The paper, by name, and its hyperparameters."""
     optim: dict[str, Optim]
@@ -179,6 +202,10 @@ class Recipe(Strict):
         wrong = [f"evaluate.{line}" for line in self.evaluate.mistakes()]
         if (self.teacher is None) == (self.network is None):
             wrong.append("teacher: give either a teacher to distil or a network to train, and not both")
+        elif self.teacher is None and self.method.needs_teacher:
+            wrong.append(f"teacher: missing; {self.method.tag} distils one, and network is for methods without one")
+        if self.data is None and self.method.needs:
+            wrong.append(f"data: missing; {self.method.tag} trains on {', '.join(self.method.needs)}")
         roles = self.method.roles
         known = self.method.known_roles
         for role in self.optim:
@@ -187,9 +214,9 @@ class Recipe(Strict):
                     f"optim.{role}: no such role; {self.method.tag} trains {', '.join(known)}; {nearest(role, known)}"
                 )
         wrong += [f"optim.{role}: missing; {self.method.tag} trains it" for role in roles if role not in self.optim]
-        for role in self.start:
-            if role not in roles:
-                wrong.append(f"start.{role}: no such role; {self.method.tag} trains {', '.join(roles)}")
+        for role in self.roles:
+            if role not in known:
+                wrong.append(f"roles.{role}: no such role; {self.method.tag} trains {', '.join(known)}")
         c, train = self.cluster, self.train
         for workers in range(min(c.workers_min or c.workers, c.workers), c.workers + 1):
             share = workers * train.accumulate

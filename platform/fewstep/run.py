@@ -24,7 +24,7 @@ from .diffusion.samplers import to_uint8
 from .engine.folder import checkpoints, complete, foreign
 from .engine.manifest import CheckpointError
 from .engine.storage import writable
-from .engine.train import Collapsed, Engine, NonFinite, Report
+from .engine.train import Collapsed, Engine, NoData, NonFinite, Report
 from .engine.world import World
 from .folders import EXPORT, NETWORK, FolderError, append_private, claim, replaceable, usable, write_private
 from .metrics.base import Samples, Score, evaluate, refusal
@@ -210,7 +210,7 @@ def _named(score: Score, who: str) -> dict[str, Any]:
 
 
 def run(
-    recipe: Recipe, feed: Feed, world: World, origin: Provenance, services: Services | None = None
+    recipe: Recipe, feed: Feed | NoData, world: World, origin: Provenance, services: Services | None = None
 ) -> dict[str, Any]:
     """Trains a recipe to its end, going on from its last checkpoint if there is one.
 
@@ -348,7 +348,7 @@ def _score_due(
             if book is not None:
                 book.scorer.add_checkpoint(path, report.step)
         else:
-            sampler = build.student_sampler(recipe.method, engine.student)
+            sampler = build.student_sampler(recipe.method, engine.sampling)
             samples = _samples(engine, sampler, e.images, recipe.seed, e.batch)
             if book is not None:
                 book.scorer.add("student", samples, report.step)
@@ -369,7 +369,7 @@ def _due(every: int | None, before: int, now: int) -> bool:
 
 def draw(recipe: Recipe, engine: Engine, book: Book | None) -> None:
     """Fixed-seed grids of the student and of the fake score's denoising: same noise and labels every time."""
-    student = build.student_sampler(recipe.method, engine.student)
+    student = build.student_sampler(recipe.method, engine.sampling)
     samples = _samples(engine, student, GRID_IMAGES, recipe.seed, GRID_IMAGES)
     if book is not None:
         book.picture("student", samples.images, engine.step)
@@ -394,7 +394,7 @@ def fake_denoising(recipe: Recipe, engine: Engine, sampler: build.Sampler) -> to
     fake, device = engine.nets["fake"], engine.world.device
     draws = Draws(fold(recipe.seed, "grid"), 0, device=device)
     z = draws.normal("z", (GRID_IMAGES, *sampler.shape))
-    cond = torch.arange(GRID_IMAGES, device=device) % sampler.classes if sampler.classes else None
+    cond = sampler.conditions.listed(torch.arange(GRID_IMAGES, device=device))
     x = sampler.sample(z, cond, draws)
     u = torch.full((GRID_IMAGES,), GRID_LEVEL / (INDICES - 1), dtype=torch.float64, device=device)
     level = fake.schedule.level(fake.schedule.ramp(u), x.ndim)
@@ -405,7 +405,7 @@ def _finish(recipe: Recipe, engine: Engine, book: Book | None) -> None:
     """The last checkpoint's grids and samples to score, the teacher's beside them."""
     e, teacher = recipe.evaluate, engine.nets.get("teacher")
     draw(recipe, engine, book)
-    samplers = [("student", build.student_sampler(recipe.method, engine.student))]
+    samplers = [("student", build.student_sampler(recipe.method, engine.sampling))]
     if teacher is not None:
         samplers = [("teacher", build.heun_sampler(teacher, steps)) for steps in e.teacher_steps] + samplers
     for who, sampler in samplers if e.metrics else []:

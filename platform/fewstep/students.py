@@ -10,22 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from . import build
 from .config import ConfigError, read_json, resolve
 from .data.shards import ShardError, open_shards
-from .diffusion.draws import Draws
-from .diffusion.level import Level
-from .diffusion.samplers import few_step
-from .engine.checkpoint import load_net, read_weights
+from .diffusion.samplers import Call
 from .engine.folder import complete
 from .engine.manifest import read_manifest
 from .folders import EXPORT, replaceable
 from .networks.card import Card
 from .networks.denoiser import Denoiser
 from .networks.export import INDEX, export
-from .networks.pretrained import locate, new_head, open_teacher
+from .networks.pretrained import locate, open_teacher
 from .recipe import Recipe, read_run
 
 
@@ -46,7 +42,7 @@ class Student:
     @property
     def sampler(self) -> build.Sampler:
         """As its method samples it."""
-        return build.student_sampler(self.recipe.method, self.net)
+        return build.student_sampler(self.recipe.method, {"student": self.net})
 
 
 def open_student(
@@ -76,15 +72,12 @@ def open_student(
         )
     recipe = read_run(folder, *known)
     manifest = read_manifest(checkpoint)
-    kept = any(name.startswith("net.average.") for name in manifest["tensors"])
+    kept = build.has_average(checkpoint)
     if average and not kept:
         raise ValueError(f"average: {checkpoint} holds none, as train.average_decay was null; give average=false")
     averaged = kept if average is None else average
-    teacher = build.make_teacher(recipe)
-    net = recipe.method.nets(teacher, lambda: new_head(teacher))["student"]
-    weights = read_weights(checkpoint, "net.average" if averaged else "net.student")
-    load_net(net, weights, str(checkpoint))
-    return Student(net.eval().requires_grad_(False), recipe, folder, checkpoint, manifest["step"], averaged)
+    net = build.student_net(recipe, checkpoint, averaged)
+    return Student(net, recipe, folder, checkpoint, manifest["step"], averaged)
 
 
 def recipe_of(ref: str) -> Recipe | None:
@@ -109,51 +102,19 @@ def open_sampler(ref: str, steps: int = 18, guidance: float = 1.0, device: torch
     sampling = json.loads(index.read_text()).get("sampling") if index.is_file() else None
     if sampling is None:
         return build.heun_sampler(net, steps, guidance)
-    return _few_step_sampler(net, sampling["calls"])
+    calls = tuple(Call(c["alpha"], c["sigma"]) for c in sampling["calls"])
+    return build.few_step_sampler({"student": net}, calls)
 
 
-def _few_step_sampler(net: Denoiser, calls: Sequence[dict[str, float]]) -> build.Sampler:
-    def sample(z: Tensor, cond: Any, draws: Draws) -> Tensor:
-        shape = (len(z), *[1] * (z.ndim - 1))
-        levels = [Level(*(torch.full(shape, c[key], device=z.device) for key in ("alpha", "sigma"))) for c in calls]
-        noise = [draws.normal(f"renoise/{i}", z.shape) for i in range(len(levels) - 1)]
-        return few_step(net, z, cond, levels, noise)
-
-    return build.Sampler(f"few-step-{len(calls)}", len(calls), sample, net.shape, net.classes)
-
-
-class _Listener(nn.Module):
-    """A denoiser that remembers the levels at which it is called."""
-
-    def __init__(self, net: Denoiser):
-        super().__init__()
-        self.net, self.levels = net, []
-        self.schedule, self.shape, self.classes = net.schedule, net.shape, net.classes
-
-    def forward(self, x_t: Tensor, level: Level, cond: Any = None, mode: str = "x0") -> Tensor:
-        self.levels.append(level)
-        return self.net(x_t, level, cond, mode)
-
-
-@torch.no_grad()
-def call_levels(method: Any, net: Denoiser) -> list[Level]:
-    """Levels, for one sample, at which a method's sampler calls the student: found by listening to it.
-
-    Raises ValueError for a sampler that is not a few denoisings with fresh noise in between.
-    """
-    name, calls = method.describe_sampler()
-    if not name.startswith("few-step"):
+def few_step_calls(method: Any, net: Denoiser) -> tuple[Call, ...]:
+    """The calls of a method's generator. Raises ValueError for a method whose student stays a diffusion model."""
+    calls = method.calls(net)
+    if not calls:
         raise ValueError(
-            f"run: {method.tag} samples by {name}, which is no few-step generator; distil it, then export that"
+            f"run: {method.tag} samples by heun-{method.heun_steps}, which is no few-step generator; distil it, then "
+            "export that"
         )
-    listener = _Listener(net)
-    cond = torch.zeros(1, dtype=torch.int64) if net.classes is not None else None
-    method.sample(listener, torch.zeros(1, *net.shape), cond, Draws(0, 0))
-    if len(listener.levels) != calls:
-        raise ValueError(
-            f"run: {method.tag} says that it calls its student {calls} times, and did {len(listener.levels)}"
-        )
-    return listener.levels
+    return calls
 
 
 def export_run(
@@ -184,11 +145,11 @@ def export_run(
             if not isinstance(row, dict) or not {"sampler", "nfe", "images"} <= row.keys():
                 raise ConfigError(f"{scores}: row {i + 1} is no line of a closing table; remove the file, or mend it")
     target = folder / "export" if out is None else resolve(out)
-    levels = call_levels(recipe.method, student.net)
+    calls = few_step_calls(recipe.method, student.net)
     worst = export(
         student.net,
         target,
-        levels=levels,
+        calls=calls,
         card=_card(student, rows, licence),
         class_names=_class_names(student),
         overwrite=overwrite,
@@ -197,7 +158,7 @@ def export_run(
         "folder": str(target),
         "step": student.step,
         "averaged": student.averaged,
-        "calls": len(levels),
+        "calls": len(calls),
         "max_difference": worst,
     }
 
@@ -210,7 +171,7 @@ def _card(student: Student, rows: Sequence[dict[str, Any]], licence: str | None)
         name=recipe.name,
         teacher=_word(recipe.teacher),
         method=f"{recipe.method.tag}: {paper}",
-        data=_word(recipe.data.path),
+        data="" if recipe.data is None else _word(recipe.data.path),
         training=f"step {student.step} of {train.steps}, batch {train.batch}, seed {recipe.seed}, {weights}",
         licence=licence,
         scores=tuple(rows),
@@ -225,6 +186,8 @@ def _word(ref: str | None) -> str:
 
 def _class_names(student: Student) -> tuple[str, ...] | None:
     """From the data's manifest, where the data is still at hand and is what the network was trained for."""
+    if student.recipe.data is None:
+        return None
     try:
         manifest = open_shards(resolve(student.recipe.data.path), verify="size").manifest
     except ShardError:

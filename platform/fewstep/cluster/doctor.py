@@ -109,7 +109,7 @@ def wanted(
         folders=folders,
         uri=uri,
         database=None if file is None else str(file),
-        data=str(resolve(recipe.data.path)) if recipe else None,
+        data=str(resolve(recipe.data.path)) if recipe and recipe.data else None,
     )
 
 

@@ -138,8 +138,7 @@ def memory(engine: Engine) -> dict[str, dict[str, int]]:
 
     Gradients are what the phase of a role needs for them; they are freed after its update.
     """
-    averaged = {} if engine.average is None else {"average": engine.average}
-    out = {role: {"weights": _bytes(net.parameters())} for role, net in (engine.nets | averaged).items()}
+    out = {role: {"weights": _bytes(net.parameters())} for role, net in engine.nets.items()}
     for role, optim in engine.optims.items():
         state = (value for of_one in optim.state.values() for value in of_one.values())
         out[role] |= {"gradients": out[role]["weights"], "optimiser": _bytes(state)}

@@ -10,8 +10,6 @@ from ..metrics.base import SEEN
 from ..recipe import Recipe
 from ..run import NOT_SCORES
 
-SHOWN = ("student/match_gradient", "critic/denoise", "denoise/mse", "student/pair")
-
 
 class Progress:
     """Follows reports: images, steps, time left, and the numbers that matter. Use as a context manager."""
@@ -51,7 +49,7 @@ class Progress:
         step, steps, metrics = report["step"], self.recipe.train.steps, report["metrics"]
         speed = metrics["images_per_s"]
         left_s = (steps - step) * self.recipe.train.batch / speed
-        numbers = "  ".join(f"{k.split('/')[-1]} {metrics[k]:.3g}" for k in SHOWN if k in metrics)
+        numbers = "  ".join(f"{k.split('/')[-1]} {metrics[k]:.3g}" for k in self.recipe.method.headline if k in metrics)
         return (
             f"step {step}/{steps}  {report['images']:,} images  {speed:.0f} images/s  {clock(left_s)} left  {numbers}"
         )

@@ -487,7 +487,8 @@ def place(recipe: Recipe, asked: int) -> tuple[int, str]:
     connect(cpus=cores + 1)  # where it starts one: a logical CPU beyond the cores, for the actors
     total, c = ray.cluster_resources(), recipe.cluster
     device = c.device or ("cuda" if total.get("GPU", 0) else "cpu")
-    streaming = open_shards(recipe.data.path, "size").decoded_bytes > recipe.data.memory_mib << 20
+    d = recipe.data
+    streaming = d is not None and open_shards(d.path, "size").decoded_bytes > d.memory_mib << 20
     need = c.workers * c.cpus_per_worker + (DATA_CPUS if streaming else 0) + (0 if ours else ACTOR_CPUS)
     return slots(recipe, asked, need, device, cores if ours else total.get("CPU", 0), total.get("GPU", 0)), device
 

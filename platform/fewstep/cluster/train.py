@@ -17,7 +17,7 @@ import torch
 
 from .. import build, run, watchdog
 from ..config import UserError, resolve, resolve_ref
-from ..engine.train import Collapsed
+from ..engine.train import Collapsed, NoData
 from ..engine.world import World
 from ..folders import claim
 from ..metrics.base import Score, evaluate
@@ -50,7 +50,8 @@ def localized(recipe: Recipe) -> Recipe:
     data = recipe.model_dump(mode="json")
     data["out"] = str(base / recipe.out)
     data["tracking"]["uri"] = tracking_uri(recipe.tracking.uri, base)
-    data["data"]["path"] = str(resolve(recipe.data.path))
+    if recipe.data is not None:
+        data["data"]["path"] = str(resolve(recipe.data.path))
     if recipe.teacher:
         data["teacher"] = str(locate(recipe.teacher))
     if recipe.storage and "://" not in recipe.storage:
@@ -87,16 +88,17 @@ def fit(
     import ray
 
     device = c.device or ("cuda" if ray.cluster_resources().get("GPU", 0) else "cpu")
-    published = publish(recipe.data.path, recipe.data.memory_mib << 20)
-    check_cpus(c.workers_min or c.workers, c.cpus_per_worker, published.streaming)
+    published = None if recipe.data is None else publish(recipe.data.path, recipe.data.memory_mib << 20)
+    streaming = published is not None and published.streaming
+    check_cpus(c.workers_min or c.workers, c.cpus_per_worker, streaming)
     prepare_store(recipe.tracking.uri)  # once, here: several workers creating one database would collide
-    origin = provenance(SOURCE.parent, **build.fingerprints(recipe, published.shards))
+    origin = provenance(SOURCE.parent, **build.fingerprints(recipe, published and published.shards))
     config = {
         "recipe": recipe.model_dump(mode="json"),
         "device": device,
         "published": published,
         "origin": (origin.tags | dict(tags), origin.files),
-        "score": not shared and room_to_score(recipe, device, published.streaming),
+        "score": not shared and room_to_score(recipe, device, streaming),
     }
     gauges = DriverGauges(recipe.name, run.EVENTS | {Lost: "lost", watchdog.Stalled: "stall"})
 
@@ -256,15 +258,19 @@ def _worker(sealed: dict[str, Sealed]) -> dict[str, Any]:
         device = get_device()
     else:
         device = torch.device("cpu")
-    published: Published = config["published"]
+    published: Published | None = config["published"]
     d = recipe.data
+    if d is None:
+        feed = NoData()
+    else:
+        feed = published.open(seed=recipe.seed, flip=d.flip, max_corrupt=d.max_corrupt)
     gauges = WorkerGauges(recipe.name)
     services = run.Services(
         preempted=lambda: get_preemption_info() is not None,
         score=Elsewhere(recipe, config["device"]) if config["score"] else None,
         report=gauges,
     )
-    with gauges, published.open(seed=recipe.seed, flip=d.flip, max_corrupt=d.max_corrupt) as feed:
+    with gauges, feed:
         world = World.current(device, recipe.cluster)
         return run.run(recipe, feed, world, Provenance(*config["origin"]), services)
 

@@ -1,7 +1,7 @@
 """Batches for training: shards read in the order of the plan, decoded, and scaled to [-1, 1].
 
     feed = open_feed("shards", seed=0)
-    for images, labels in feed.batches(position, batch=256, rank=0, world=1): ...
+    for rows in feed.batches(position, batch=256, rank=0, world=1): rows["real"], rows["label"], ...
 
 `position` is the number of images that all ranks together have consumed, the whole state of a feed: the stream from a
 position is the same whether it was reached in one run or in ten, by one rank or by eight.
@@ -46,7 +46,7 @@ class Feed(ABC):
     """What training sees of a set: `batches`, and what the batches hold.
 
     seed: of the order. flip: mirror half of the images, chosen anew each epoch.
-    captions: batches are (images, labels, captions) and not (images, labels).
+    captions: batches have a column "caption", too.
     max_corrupt: the part of the rows that may lack a usable image, on their own or because their shard was lost. They
         are named in `corrupt` and counted in `corrupt_rows`, each rank's by itself, and others take their place: the
         next good row of the row group in the order of the epoch; of a row group that is lost, the row of the same
@@ -84,11 +84,12 @@ class Feed(ABC):
         """How many rows without a usable image were met so far, those of lost shards among them."""
         return len(self._corrupt) + sum(self.shards.units[unit].rows for unit in list(self._lost))
 
-    def batches(self, position: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Any, ...]]:
+    def batches(self, position: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[dict[str, Any]]:
         """The rank's part of one global batch after another, from a position on, without end.
 
         batch: images of a global batch, a multiple of world.
-        Yields images float32 (batch / world, C, H, W) in [-1, 1] (latents: as stored), labels int64 (batch / world,).
+        Yields rows by column: "real" float32 (batch / world, C, H, W), images in [-1, 1] or latents as stored; "label"
+        int64 (batch / world,) of a set with classes; "caption", a list of texts, where asked for.
         """
         check(batch, rank, world)
         if position < 0:
@@ -109,7 +110,7 @@ class Feed(ABC):
         self.close()
 
     @abstractmethod
-    def _batches(self, position: int, batch: int, rank: int, world: int) -> Generator[tuple[Any, ...], None, None]: ...
+    def _batches(self, position: int, batch: int, rank: int, world: int) -> Generator[dict[str, Any], None, None]: ...
 
     def _note(self, row: int, reason: str) -> None:
         """Counts a row as corrupt."""
@@ -144,7 +145,7 @@ class Feed(ABC):
 
     def _finish(
         self, values: torch.Tensor, found: np.ndarray, texts: list[str] | None, epochs: np.ndarray, rows: np.ndarray
-    ) -> tuple[Any, ...]:
+    ) -> dict[str, Any]:
         """A batch as it is handed out; epochs and rows are those of the plan, whatever took a corrupt row's place."""
         images = values.float()
         if self.shards.manifest.kind == "image":
@@ -152,8 +153,10 @@ class Feed(ABC):
         if self.flip:
             mirrored = torch.from_numpy(self.plan.flips(epochs, rows))
             images[mirrored] = images[mirrored].flip(-1)
-        answer = images, torch.from_numpy(np.array(found, np.int64))
-        return answer + (texts,) if self.with_captions else answer
+        columns = {"real": images}
+        if self.classes:
+            columns["label"] = torch.from_numpy(np.array(found, np.int64))
+        return columns | {"caption": texts} if self.with_captions else columns
 
 
 class MemoryFeed(Feed):
@@ -189,7 +192,7 @@ class MemoryFeed(Feed):
             raise ValueError(f"tables: {row} rows where the manifest of {str(shards.path)!r} says {self.rows}")
         self._values = torch.from_numpy(values)
 
-    def _batches(self, position: int, batch: int, rank: int, world: int) -> Generator[tuple[Any, ...], None, None]:
+    def _batches(self, position: int, batch: int, rank: int, world: int) -> Generator[dict[str, Any], None, None]:
         for start in count(position, batch):
             positions = np.arange(start + rank, start + batch, world)
             epochs, rows = self.plan.epochs(positions), self.plan.at(positions)
@@ -221,7 +224,7 @@ class StreamFeed(Feed):
         super().__init__(shards, *args, **kwargs)
         self.threads, self.ahead_bytes = threads or _threads(), ahead_bytes
 
-    def _batches(self, position: int, batch: int, rank: int, world: int) -> Generator[tuple[Any, ...], None, None]:
+    def _batches(self, position: int, batch: int, rank: int, world: int) -> Generator[dict[str, Any], None, None]:
         size = batch // world
         depth = min(max(self.ahead_bytes // (4 * size * int(np.prod(self.shape))), 2), 16)
         return ahead(self._decoded(position, size, rank, world), depth)
@@ -260,7 +263,7 @@ class StreamFeed(Feed):
             return unit, rows, table
         raise self._nothing_left()
 
-    def _decoded(self, position: int, size: int, rank: int, world: int) -> Generator[tuple[Any, ...], None, None]:
+    def _decoded(self, position: int, size: int, rank: int, world: int) -> Generator[dict[str, Any], None, None]:
         tables = self._tables(position, rank, world)
         with ThreadPoolExecutor(self.threads) as pool:
             try:

@@ -1,15 +1,19 @@
-"""Samplers: free functions over one signature, denoise(x_t, level, cond) -> x0.
+"""Samplers: solvers over one signature, denoise(x_t, level, cond) -> x0, and few-step generators as lists of calls.
 
 `z` is unit noise (B, ...); every sampler scales it to its first level. None clamps: what leaves is the model's own x0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .draws import Draws
 from .level import Level
 from .schedules import EDM, Schedule
 
@@ -47,16 +51,82 @@ def ddim(denoise: Denoise, z: Tensor, cond: Tensor | None = None, steps: int = 5
     return denoise(x, levels[-1], cond)
 
 
-def few_step(denoise: Denoise, z: Tensor, cond: Tensor | None, levels: Sequence[Level], noise: Sequence[Tensor] = ()):
-    """Denoise, noise again to the next level with fresh noise, and so on (DMD2, section 4.4; consistency models).
+@dataclass(frozen=True)
+class Call:
+    """One network call of a few-step generator.
 
-    levels: N levels from noise to clean; the first is entered with z times its norm, so with z itself on a
-    variance-preserving schedule (EDM's 80 becomes 80.006). noise: N - 1 tensors like z. N network calls; returns x0.
+    alpha, sigma: its noise level, x_t = alpha x0 + sigma eps. role: the network that is called.
+    then: how x0 leads to the next call: "renoise" noises it to that call's level with fresh noise (DMD2, section 4.4;
+    consistency models), "step" goes there without new noise (DDIM). The x0 of the last call is the sample.
+    takes: "x", what the earlier calls led to, or "noise", the first noise at this call's own level.
+    extra: further scalars that the network is given, by name. schedule, t: where the level comes from, if from a
+    schedule; its networks are then asked at t itself.
     """
+
+    alpha: float
+    sigma: float
+    role: str = "student"
+    then: Literal["renoise", "step"] = "renoise"
+    takes: Literal["x", "noise"] = "x"
+    extra: Mapping[str, float] = field(default_factory=dict)
+    schedule: Schedule | None = None
+    t: float | None = None
+
+    def level(self, like: Tensor) -> Level:
+        """Its noise level for every sample of `like` (B, ...)."""
+        if self.schedule is not None:
+            t = torch.full((len(like),), self.t, dtype=torch.float64, device=like.device)
+            return self.schedule.level(t, like.ndim)
+        shape = (len(like), *[1] * (like.ndim - 1))
+        return Level(*(torch.full(shape, v, device=like.device) for v in (self.alpha, self.sigma)))
+
+    def denoise(self, nets: Mapping[str, Any], x_t: Tensor, level: Level, cond: Any) -> Tensor:
+        """x0 (B, ...) by the network of this call."""
+        if not self.extra:
+            return nets[self.role](x_t, level, cond)
+        extra = {k: torch.full((len(x_t),), float(v), device=x_t.device) for k, v in self.extra.items()}
+        return nets[self.role](x_t, level, cond, extra=extra)
+
+
+@lru_cache(maxsize=256)
+def calls_at(schedule: Schedule, times: tuple[float, ...], on_ramp: bool = False) -> tuple[Call, ...]:
+    """Calls at a schedule's own times, or at shares of its ramp in [0, 1], from noise to clean.
+
+    Made once for the same arguments: a training step asks each time.
+    """
+    t = torch.tensor(times, dtype=torch.float64)
+    t = schedule.ramp(t) if on_ramp else t
+    level = schedule.level(t, 1)
+    numbers = zip(level.alpha.tolist(), level.sigma.tolist(), t.tolist(), strict=True)
+    return tuple(Call(alpha, sigma, schedule=schedule, t=t) for alpha, sigma, t in numbers)
+
+
+def enter_call(
+    nets: Mapping[str, Any], calls: Sequence[Call], z: Tensor, cond: Any, draws: Draws, number: int
+) -> tuple[Tensor, Level]:
+    """Input x_t (B, ...) and level of call `number`, after the calls before it: what a training step rolls out.
+
+    z: unit noise (B, ...), scaled to the first level, so it enters a variance-preserving schedule as it is (EDM's sigma
+    80 becomes 80.006). draws: of the noise between calls, `renoise/<call>`.
+    """
+    levels = [call.level(z) for call in calls[: number + 1]]
     x = z * levels[0].norm
-    for level, to, eps in zip(levels, levels[1:], noise, strict=False):
-        x = to.noise(denoise(x, level, cond), eps)
-    return denoise(x, levels[-1], cond)
+    for i in range(number):
+        x0 = calls[i].denoise(nets, x, levels[i], cond)
+        to = levels[i + 1]
+        if calls[i + 1].takes == "noise":
+            x = z * to.norm
+        elif calls[i].then == "step":
+            x = levels[i].step(x, x0, to)
+        else:
+            x = to.noise(x0, draws.normal(f"renoise/{i}", x0.shape))
+    return x, levels[number]
+
+
+def run_calls(nets: Mapping[str, Any], calls: Sequence[Call], z: Tensor, cond: Any, draws: Draws) -> Tensor:
+    """x0 (B, ...) of a few-step generator from unit noise z: all of its calls, one after the other."""
+    x_t, level = enter_call(nets, calls, z, cond, draws, len(calls) - 1)
+    return calls[-1].denoise(nets, x_t, level, cond)
 
 
 def to_uint8(x: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class Watch:
         vars(self).update(vars(TypeAdapter(Watch).validate_python({"guard": self.guard, **state})))
 
     def look(self, step: int, metrics: Mapping[str, float]) -> Alarm | None:
-        """Judges the means of the signals since the last look, named "<phase>/<signal>"; what is absent is not judged.
+        """Judges the means of the signals since the last look, named "health/<signal>"; what is absent is not judged.
 
         One alarm a collapse: the next can come after a whole window without a signal beyond its limit.
         """
@@ -157,15 +157,15 @@ class Watch:
 
 
 def signals_of(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Dimensionless signals, those whose ingredients were reported and are finite."""
-    m = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    """Dimensionless signals of the metrics `health/...` (diffusion/health.py), where they are reported and finite."""
+    m = {k.removeprefix("health/"): v for k, v in metrics.items() if k.startswith("health/") and math.isfinite(v)}
     out = {}
-    if {"student/student_mean", "student/real_mean"} <= m.keys() and m.get("student/real_std", 0) > 0:
-        out["brightness"] = (m["student/student_mean"] - m["student/real_mean"]) / m["student/real_std"]
-    if {"student/saturated", "student/real_saturated"} <= m.keys():
-        out["saturation"] = m["student/saturated"] - m["student/real_saturated"]
-    if "student/student_spread" in m and m.get("student/real_spread", 0) > 0:
-        out["diversity"] = m["student/student_spread"] / m["student/real_spread"]
-    if "critic/d_accuracy" in m:
-        out["accuracy"] = m["critic/d_accuracy"]
+    if {"student_mean", "real_mean"} <= m.keys() and m.get("real_std", 0) > 0:
+        out["brightness"] = (m["student_mean"] - m["real_mean"]) / m["real_std"]
+    if {"student_saturated", "real_saturated"} <= m.keys():
+        out["saturation"] = m["student_saturated"] - m["real_saturated"]
+    if "student_spread" in m and m.get("real_spread", 0) > 0:
+        out["diversity"] = m["student_spread"] / m["real_spread"]
+    if "d_accuracy" in m:
+        out["accuracy"] = m["d_accuracy"]
     return out

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..config import Strict, UserError
 from ..diffusion.draws import Draws
 from ..diffusion.losses import finite
-from ..methods.base import Batch, Method
-from ..networks.average import Exponential, Power, Profile, average
+from ..methods.base import Batch, Method, Phase, Terms
+from ..networks.average import Constant, Exponential, Power, Profile, average
 from ..texts import one_line, quoted
 from .checkpoint import load
 from .folder import checkpoints, step_of
@@ -26,7 +26,7 @@ from .optim import Optim, grad_norm
 from .retention import Keep
 from .saver import Saver
 from .storage import Ref
-from .world import World
+from .world import Kind, World
 
 
 class Train(Strict):
@@ -67,9 +67,26 @@ class Train(Strict):
 
 
 class Feed(Protocol):
-    """Batches of data from a position on; see data/feed.py."""
+    """Rows of data from a position on, by column: "real" are images or latents; see data/feed.py."""
 
-    def batches(self, position: int, batch: int, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def batches(self, position: int, batch: int, rank: int, world: int) -> Iterator[Mapping[str, Any]]: ...
+
+
+class NoData:
+    """The feed of a method that trains on conditions alone. rows: of data, none."""
+
+    rows = 0
+
+    def __enter__(self) -> NoData:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def batches(self, position: int, batch: int, rank: int, world: int) -> Iterator[Mapping[str, Any]]:
+        """Rows without columns, without end."""
+        while True:
+            yield {}
 
 
 @dataclass(frozen=True)
@@ -179,15 +196,15 @@ class Delayed:
         return self.hosts[before].item() if self.count > 1 else 0.0
 
 
-CURE = "Raise method.critic_updates_per_student_update, or lower optim.student.lr"
 STOP, SAVE_FAILED = 1, 2  # what one rank may have to tell all others; the largest is heard
 
 
 class Engine:
     """Trains a method's networks.
 
-    nets: every role's network, the frozen teacher among them, as made (the engine places them on the world's devices).
-    optims: settings for each role that trains. feed: batches of data. seed: of all randomness, with the step.
+    nets: every role's network, the frozen ones among them, as made (the engine places them on the world's devices and
+    adds the averaged ones). optims: settings for each role that trains. feed: rows of data. seed: of all randomness,
+    with the step.
     folder: path or URL where checkpoints go; None saves none. recipe: what decides the numbers, kept in checkpoints; a
     resume refuses another one, but for the dotted keys in `resume_allow`.
     """
@@ -197,7 +214,7 @@ class Engine:
         method: Method,
         nets: Mapping[str, nn.Module],
         optims: Mapping[str, Optim],
-        feed: Feed,
+        feed: Feed | None,
         train: Train,
         *,
         seed: int = 0,
@@ -207,23 +224,26 @@ class Engine:
         resume_allow: Iterable[str] = (),
         guard: Guard | None = None,
     ):
-        self.method, self.settings, self.feed, self.train = method, dict(optims), feed, train
+        self.method, self.settings, self.feed, self.train = method, dict(optims), feed or NoData(), train
         self.world = world = world or World()
         self.seed, self.folder, self.step = seed, folder, 0
         self.recipe, self.resume_allow = dict(recipe or {}), tuple(resume_allow)
         if train.batch % (world.size * train.accumulate):
             share = f"workers x accumulate = {world.size} x {train.accumulate}"
             raise ValueError(f"train.batch: {train.batch} is not a multiple of {share}")
-        # the averaged copy is made before placement: a sharded module cannot be copied
-        self.average = None if train.profile is None else deepcopy(nets["student"]).eval().requires_grad_(False)
-        self.nets = {role: world.place(role, net) for role, net in nets.items()}
-        if self.average is not None:
-            self.average = world.place("average", self.average)
-        for role, net in self.nets.items():
+        for role in method.roles:
+            if role not in nets:
+                raise ValueError(f"{role}: no such network; {method.tag} has {', '.join(nets)}")
+        self.shape, self.conditions = tuple(nets["student"].shape), nets["student"].conditions
+        self.averages = {role: (source, Constant(decay)) for role, (source, decay) in method.averages().items()}
+        if train.profile is not None:
+            self.averages["average"] = ("student", train.profile)
+        # averaged copies are made before placement: a sharded module cannot be copied
+        copies = {role: deepcopy(nets[source]) for role, (source, _) in self.averages.items()}
+        self.nets = {role: world.place(net, self._kind(role)) for role, net in (dict(nets) | copies).items()}
+        for net in self.nets.values():
             net.eval()  # dropout stays off for all, as published
             net.requires_grad_(False)
-            if role not in method.roles and role != "teacher":
-                raise ValueError(f"{role}: no such role; {method.tag} trains {', '.join(method.roles)}")
         for role in method.roles:
             if role not in self.settings:
                 raise ValueError(f"optim.{role}: missing; {method.tag} trains {', '.join(method.roles)}")
@@ -252,6 +272,9 @@ class Engine:
         self.hearing = Delayed(world.device)
         self.place, self.place_since = "set-up", time.monotonic()
 
+    def _kind(self, role: str) -> Kind:
+        return "trained" if role in self.method.roles else "averaged" if role in self.averages else "frozen"
+
     @property
     def images(self) -> int:
         """Images seen so far, by all ranks; also the position in the data."""
@@ -260,7 +283,12 @@ class Engine:
     @property
     def student(self) -> nn.Module:
         """The network to score and export: the average where there is one."""
-        return self.nets["student"] if self.average is None else self.average
+        return self.nets.get("average", self.nets["student"])
+
+    @property
+    def sampling(self) -> dict[str, nn.Module]:
+        """The networks that sample: every role's, the student's averaged where there is an average."""
+        return self.nets | {"student": self.student}
 
     @property
     def finished(self) -> bool:
@@ -288,9 +316,9 @@ class Engine:
         while not self.finished:
             self.at(f"step {self.step}, waiting for data")
             start = time.perf_counter()
-            real, labels = next(stream)
+            rows = next(stream)
             waited_s += time.perf_counter() - start
-            self.update(real, labels)
+            self.update(rows)
             seen += train.batch
             stops = self._hear()
             alarm = self._look()
@@ -314,7 +342,7 @@ class Engine:
                 return
             wall, waited_s, seen = time.perf_counter(), 0.0, 0
 
-    def _stream(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _stream(self) -> Iterator[Mapping[str, Any]]:
         return self.feed.batches(self.images, self.train.batch, self.world.rank, self.world.size)
 
     def _corrupt(self) -> dict[str, float]:
@@ -332,62 +360,99 @@ class Engine:
             self.wait()
         return said == STOP
 
-    def update(self, real: Tensor, labels: Tensor | None) -> None:
-        """One step on this rank's share of a batch: real (B, C, H, W) in codec range, labels (B,) or None."""
-        self._rest()
-        micro = self._micro(real, labels)
+    def update(self, rows: Mapping[str, Any]) -> None:
+        """One step on this rank's share of a batch, by column: "real" (B, C, H, W) in codec range, "label" (B,), ..."""
+        self._reshard()
+        micro, ran = self._micro(rows), set()
         for index, phase in enumerate(self.method.phases()):
-            if self.step % phase.every:
+            if self.step % phase.every or phase.unless in ran:
                 continue
             mark = self.clock.now()
             self.at(f"step {self.step}, phase {phase.name}")
             for role, net in self.nets.items():
-                wanted = role in phase.trains
-                if next(net.parameters()).requires_grad != wanted:
+                wanted, first = role in phase.trains, next(net.parameters(), None)
+                if first is not None and first.requires_grad != wanted:
                     net.requires_grad_(wanted)
+            means = self._measure(phase, micro, prepared=bool(ran))
             losses = []
             for i, batch in enumerate(micro):
-                if batch.x is None:
+                if not ran and not (means and len(micro) == 1):
                     batch = self.method.prepare(self.nets, batch, phase.trains)
-                terms, health = phase.loss(self.nets, batch)
+                terms, health = phase.loss(self.nets, batch.make(**means) if means else batch)
                 loss = sum(terms.values())
                 (loss / len(micro)).backward()
                 losses.append(loss.detach())
                 micro[i] = batch.detached()
-                self.meter.add({f"{phase.name}/{k}": v for k, v in (terms | health).items()})
+                health = {f"health/{k}": v for k, v in health.items()}
+                self.meter.add({f"{phase.name}/{k}": v for k, v in terms.items()} | health)
                 if self.watch is not None:
-                    self.health.add({f"{phase.name}/{k}": v for k, v in health.items()})
-            self._rest()
+                    self.health.add(health)
+            self._reshard()
             self._optimise(index, phase, losses)
+            ran.add(phase.name)
+            self._follow(phase)
             self.clock.lap(f"{phase.name}_s", mark)
             self.updates[phase.name] += 1
-        if self.average is not None:
-            average(self.average, self.nets["student"], self.train.profile.at(self.step))
+        if "average" in self.averages:
+            average(self.nets["average"], self.nets["student"], self.train.profile.at(self.step))
         self.step += 1
 
-    def _rest(self) -> None:
+    def _follow(self, phase: Phase) -> None:
+        """What follows an update: the averages of what it trained, and the method's own rule."""
+        for role, (source, profile) in self.averages.items():
+            if source in phase.trains and role != "average":
+                average(self.nets[role], self.nets[source], profile.at(self.updates[phase.name]))
+        with torch.no_grad():
+            self.method.after(self.nets, phase, self.step)
+
+    def _measure(self, phase: Phase, micro: list[Batch], prepared: bool) -> dict[str, Tensor]:
+        """The phase's measures, averaged over the global batch. A single micro-batch keeps what was prepared for it;
+        of several, each is prepared again with a graph when its loss is due."""
+        if phase.measure is None:
+            return {}
+        found: list[Terms] = []
+        for i, batch in enumerate(micro):
+            if not prepared:
+                trains = phase.trains if len(micro) == 1 else ()
+                batch = self.method.prepare(self.nets, batch, trains)
+                if len(micro) == 1:
+                    micro[i] = batch
+            with torch.no_grad():
+                found.append(phase.measure(self.nets, batch))
+        names = sorted(found[0])
+        means = torch.stack([torch.stack([f[name].detach() for f in found]).mean() for name in names])
+        return {f"mean/{n}": v for n, v in zip(names, self.world.mean(means.to(self.world.device)), strict=True)}
+
+    def _reshard(self) -> None:
         """All networks as `World.place` laid them out, whoever called them last."""
-        for net in (*self.nets.values(), *([] if self.average is None else [self.average])):
+        for net in self.nets.values():
             self.world.reshard(net)
 
-    def _micro(self, real: Tensor, labels: Tensor | None) -> list[Batch]:
+    def _micro(self, rows: Mapping[str, Any]) -> list[Batch]:
         """The step's micro-batches. Sample k of the global batch gets the same draws whoever holds it: part p of n has
         the samples k = p modulo n, of the data and of the noise alike."""
-        world, n = self.world, self.train.accumulate
-        real = real.to(world.device, non_blocking=True)
-        classes = self.nets["student"].classes
-        if labels is not None:
-            labels = labels.to(world.device, non_blocking=True)
+        world, n, count = self.world, self.train.accumulate, self.train.batch // self.world.size
+        rows = {k: v.to(world.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in rows.items()}
         out = []
         for i in range(n):
             draws = Draws(self.seed, self.step, i * world.size + world.rank, n * world.size, world.device)
-            images = real[i::n]
-            cond = draws.integers("cond", 0, classes - 1, len(images)) if classes else None
-            real_cond = None if classes is None else labels[i::n]
-            out.append(Batch(images, real_cond, draws.normal("z", images.shape), cond, draws))
+            mine = {name: values[i::n] for name, values in rows.items()}
+            real = mine.pop("real", None)
+            out.append(
+                Batch(
+                    real=real,
+                    real_cond=None if real is None else self.conditions.of(mine),
+                    z=draws.normal("z", (count // n, *self.shape)),
+                    cond=self.conditions.draw(draws, count // n),
+                    draws=draws,
+                    conditions=self.conditions,
+                    progress=self.step / self.train.steps,
+                    rows=mine,
+                )
+            )
         return out
 
-    def _optimise(self, index: int, phase: Any, losses: list[Tensor]) -> None:
+    def _optimise(self, index: int, phase: Phase, losses: list[Tensor]) -> None:
         """Clips and steps the phase's optimisers, unless something is not finite; then, and ever after, none steps.
 
         The decision stays on the device (`found_inf` cancels a fused AdamW's update), so the host need not wait for it.
@@ -437,12 +502,13 @@ class Engine:
     def _answer(self, alarm: Alarm) -> tuple[Event, ...]:
         """What the guard's policy does about an alarm. Raises Collapsed."""
         policy, collapse = self.watch.guard.policy, Event("collapse", alarm.step, alarm.reason)
+        cure = self.method.cure
         if policy == "warn":
             return (collapse,)
         if policy == "stop":
-            raise Collapsed(f"step {alarm.step}: {alarm.reason}. {CURE}, or choose failure.collapse.policy=roll_back")
+            raise Collapsed(f"step {alarm.step}: {alarm.reason}. {cure}, or choose failure.collapse.policy=roll_back")
         if self.roll_backs == self.watch.guard.max_roll_backs:
-            raise Collapsed(f"step {alarm.step}: {alarm.reason}, after {self.roll_backs} roll-backs. {CURE}")
+            raise Collapsed(f"step {alarm.step}: {alarm.reason}, after {self.roll_backs} roll-backs. {cure}")
         return collapse, self._roll_back(alarm)
 
     def _roll_back(self, alarm: Alarm) -> Event:
@@ -452,7 +518,7 @@ class Engine:
         self.wait()
         older = [path for path in checkpoints(self.folder) if step_of(path) < max(alarm.since, 1)]
         if not older:
-            raise Collapsed(f"step {alarm.step}: {alarm.reason}, and no checkpoint is older. {CURE}")
+            raise Collapsed(f"step {alarm.step}: {alarm.reason}, and no checkpoint is older. {self.method.cure}")
         rate, roll_backs = self.rates["student"] * self.watch.guard.rate, self.roll_backs + 1
         self.resume(older[-1])
         self.saver.remove_after(self.step)  # a restart must not go on from what was left behind
@@ -464,12 +530,11 @@ class Engine:
     # State
 
     def _parts(self) -> dict[str, nn.Module]:
-        trained = {role: self.nets[role] for role in self.method.roles}
-        return trained if self.average is None else trained | {"average": self.average}
+        return {role: net for role, net in self.nets.items() if self._kind(role) != "frozen"}
 
     def save(self) -> Ref:
         """Begins to save everything this run needs to go on; a collective. Returns where the checkpoint will be."""
-        self._rest()
+        self._reshard()
         manifest = self._progress() | {"images": self.images, "recipe": self.recipe}
         manifest |= {"watch": None if self.watch is None else self.watch.state}
         return self.saver.save(self._parts(), self.optims, manifest)

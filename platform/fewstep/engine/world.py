@@ -15,6 +15,7 @@ from ..networks.blocks import Pass, blocks, checkpoint_activations, compile_pass
 from ..networks.lora import Lora
 
 Placement = Literal["replicate", "shard", "hybrid"]
+Kind = Literal["trained", "averaged", "frozen"]
 
 
 class Layout(Strict):
@@ -23,7 +24,7 @@ class Layout(Strict):
     placement: Placement = "replicate"
     """Networks whole on each worker, sharded over all, or sharded inside a node and replicated across (hybrid)."""
     teacher_placement: Placement | None = None
-    """Of the teacher; null: as the others."""
+    """Of the teacher and other frozen networks; null: as the others."""
     checkpoint_activations: bool = False
     """Networks keep the inputs of their blocks only, and run each block again in the backward pass: about a third more
     arithmetic for a fraction of the memory."""
@@ -33,9 +34,9 @@ class Layout(Strict):
     """Passes in which torch.compile optimises the blocks: full, encoder (what the GAN head sees), no_grad (teacher,
     matching). On CUDA; the CPU compiles none."""
 
-    def of(self, role: str) -> Placement:
-        """The placement of a role."""
-        return (self.teacher_placement or self.placement) if role == "teacher" else self.placement
+    def of(self, kind: Kind) -> Placement:
+        """The placement of networks of a kind; all frozen ones go with the teacher."""
+        return (self.teacher_placement or self.placement) if kind == "frozen" else self.placement
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,11 @@ class World:
     layout: Layout = Layout()
     local_size: int | None = None
     _meshes: dict[Placement, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _teachers: list[nn.Module] = field(default_factory=list, init=False, repr=False, compare=False)
+    _frozen: list[nn.Module] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         local = self.local_size or self.size
-        if "hybrid" in (self.layout.placement, self.layout.of("teacher")) and self.size % local:
+        if "hybrid" in (self.layout.placement, self.layout.of("frozen")) and self.size % local:
             raise ValueError(
                 f"cluster.placement: hybrid needs nodes of equally many workers, but {self.size} workers are no "
                 f"multiple of the {local} on this node; choose cluster.workers so, or cluster.placement=shard"
@@ -72,22 +73,22 @@ class World:
         size = dist.get_world_size()
         return cls(dist.get_rank(), size, device, layout, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
-    def place(self, role: str, net: nn.Module) -> nn.Module:
-        """The network of a role on our device, its parameters laid out over the ranks; call it once, after all copies.
+    def place(self, net: nn.Module, kind: Kind = "trained") -> nn.Module:
+        """A network on our device, its parameters laid out over the ranks; call it once, after all copies.
 
-        The teacher is frozen, and the blocks of one in bf16 are stored so. An adapter is laid out whole, and its base
-        as the teacher that it is, once for all who use it. One wrapper serves every placement: FSDP2's
+        A frozen network in bf16 has its blocks stored so. An adapter is laid out whole, and its base as the frozen
+        network that it is, once for all who use it. One wrapper serves every placement: FSDP2's
         fully_shard of each block and then the root, on a mesh (replicas, shards); it moves one block at a time to the
         device. Blocks of a bf16 network are gathered in bfloat16 and their gradients reduced in float32; its root and
         the GAN heads stay float32. A process without torch.distributed needs no wrapper.
         """
-        layout, teacher, averaged = self.layout, role == "teacher", role == "average"
+        layout, averaged = self.layout, kind == "averaged"
         if isinstance(net, Lora):
-            self.place("teacher", net.base)
-        if teacher:
-            if any(net is placed for placed in self._teachers):
+            self.place(net.base, "frozen")
+        if kind == "frozen":
+            if any(net is placed for placed in self._frozen):
                 return net
-            self._teachers.append(net)
+            self._frozen.append(net)
         half = getattr(net, "precision", "fp32") == "bf16"
         offload = averaged and layout.offload_average
         if offload and not dist.is_initialized():
@@ -95,7 +96,7 @@ class World:
                 "cluster.offload_average: true needs torch.distributed, which this process has not initialised; start "
                 "the run through jobs/distill.py, or set cluster.offload_average=false"
             )
-        if teacher:
+        if kind == "frozen":
             net.requires_grad_(False)
             if half:
                 for block in blocks(net):
@@ -104,7 +105,7 @@ class World:
             checkpoint_activations(net)  # the teacher too: adapters train through it
         if layout.compile and self.device.type == "cuda" and not averaged:
             compile_passes(net, layout.compile)
-        placement = layout.of(role)
+        placement = layout.of(kind)
         if self.size == 1 and not (dist.is_initialized() and (placement != "replicate" or offload)):
             return net.to(self.device)
         return self._shard(net, placement, half, offload)

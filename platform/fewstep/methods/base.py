@@ -1,78 +1,152 @@
-"""What a method is: its fields are its hyperparameters, its functions are the paper's equations, and its networks are
-handed to it by role name. It knows no optimiser, no rank and no timestep."""
+"""A method: its fields are its hyperparameters, its functions are the paper's equations, and its networks come by role
+name. It knows no optimiser, no rank and no timestep."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
 from ..config import Strict
 from ..diffusion.draws import Draws
+from ..diffusion.samplers import Call
 
 METHODS: dict[str, type[Method]] = {}
 Nets = Mapping[str, nn.Module]
 Terms = dict[str, Tensor]
 
 
+class Make(Protocol):
+    """Networks for a method's roles. A network that no phase trains is frozen."""
+
+    teacher: Any
+    """The denoiser to distil; of a recipe that trains a new network, that network."""
+
+    def copy(self, role: str, extra: tuple[str, ...] = ()) -> nn.Module:
+        """A denoiser that starts as the teacher: whole, or an adapter of it where the recipe's `roles` says so.
+
+        extra: names of further scalars that it is given, such as a guidance scale; they have no effect at first.
+        """
+
+    def head(self, role: str, at: tuple[str, ...] = ("middle",)) -> nn.Module:
+        """A GAN head, (maps of the taps `at`) -> logits (B,)."""
+
+    def helper(self, name: str) -> nn.Module:
+        """A frozen network that the recipe's `helpers` names: a feature network, a reward. Raises ValueError."""
+
+    def run(self, folder: str) -> nn.Module:
+        """The student of another run, frozen. Raises ValueError."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """What one step trains on, this rank's slice of it.
+    """One step's data and noise, this rank's slice of it.
 
-    real: (B, C, H, W) data in codec range, real_cond their conditions. z: like real, N(0, I), the student's input
-    noise; cond: what it generates for, drawn apart from the real ones. draws: all other randomness of the step.
-    x: the generated samples, shared by the phases of the step once a method's `prepare` made them.
+    real: (B, C, H, W) data in codec range, and real_cond their conditions; None for a method that needs no data.
+    z: (B, C, H, W) N(0, I), the student's input noise, and cond its conditions, drawn apart from the real ones.
+    draws: all other randomness of the step. conditions: of the student (networks/conditions.py).
+    progress: share of the run that is done, in [0, 1). rows: the columns of data that the method needs.
+    made: tensors that the phases of the step share, made once by `prepare`; "x" are the generated samples.
     """
 
-    real: Tensor
+    real: Tensor | None
     real_cond: Any
     z: Tensor
     cond: Any
     draws: Draws
-    x: Tensor | None = None
+    conditions: Any = None
+    progress: float = 0.0
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    made: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def x(self) -> Tensor:
+        """The generated samples (B, C, H, W) that `prepare` made."""
+        return self.made["x"]
+
+    @property
+    def null(self) -> Any:
+        """The condition that stands for none, as many as `cond`; None where the student has no such condition."""
+        return None if self.conditions is None else self.conditions.null(self.cond)
+
+    def make(self, **tensors: Tensor) -> Batch:
+        """The same batch with more tensors that the phases share."""
+        return replace(self, made={**self.made, **tensors})
 
     def detached(self) -> Batch:
-        """The same batch without the graph of x."""
-        return self if self.x is None else replace(self, x=self.x.detach())
+        """The same batch without the graphs of what was made."""
+        return replace(self, made={name: tensor.detach() for name, tensor in self.made.items()})
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One optimiser update: which roles learn, from which loss, every how many steps.
+    """One optimiser update: its roles, its loss, and the steps that have it.
 
     loss(nets, batch) returns the terms, named 0-d losses already weighted that the engine adds up, and health signals,
     named 0-d tensors without a graph. Both stay on the device.
+    every: the steps 0, every, 2 every, ... have it; unless: but not those in which this earlier phase ran.
+    measure(nets, batch) returns named 0-d tensors, whose means over the global batch the loss finds in `batch.made`
+    under "mean/<name>": one pass more, without gradients, for what must be normalised over all samples.
     """
 
     name: str
     trains: tuple[str, ...]
     loss: Callable[[Nets, Batch], tuple[Terms, Terms]]
     every: int = 1
+    unless: str | None = None
+    measure: Callable[[Nets, Batch], Terms] | None = None
 
 
 class Method(Strict):
     """Base of every method; a recipe chooses one by `name`. A subclass with a `name` default registers itself."""
 
     tag: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ("real",)
+    """Columns of data: "real" are images or latents with their conditions; () trains on conditions alone."""
+    needs_teacher: ClassVar[bool] = True
+    """A recipe must name a teacher, rather than a new network."""
+    headline: ClassVar[tuple[str, ...]] = ()
+    """The metrics that a person watches, most important first; progress and the comparison page show them."""
+    cure: ClassVar[str] = "Lower optim.student.lr"
+    """Advice when the student collapses."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        cls.tag = cls.model_fields["name"].default
-        METHODS[cls.tag] = cls
+        if "name" in cls.model_fields:
+            cls.tag = cls.model_fields["name"].default
+            METHODS[cls.tag] = cls
 
-    def nets(self, teacher: nn.Module, head: Callable[[], nn.Module]) -> dict[str, nn.Module]:
-        """The networks that train, by role. teacher: the frozen denoiser; head: makes a GAN head for its bottleneck."""
-        raise TypeError(f"{self.tag}: a method says which networks it trains")
+    @abstractmethod
+    def nets(self, make: Make) -> dict[str, nn.Module]:
+        """The networks by role, the frozen ones among them; one is the "student"."""
 
+    @abstractmethod
     def phases(self) -> tuple[Phase, ...]:
         """The updates of a step, in order."""
-        raise TypeError(f"{self.tag}: a method says which phases it has")
+
+    def averages(self) -> dict[str, tuple[str, float]]:
+        """Roles that follow another by an exponential average, as role: (source, decay per update of the source)."""
+        return {}
 
     def prepare(self, nets: Nets, batch: Batch, trains: tuple[str, ...]) -> Batch:
         """What the phases of a step share, made once before its first phase, which trains `trains`."""
         return batch
+
+    def after(self, nets: Nets, phase: Phase, step: int) -> None:
+        """What follows an update, without gradients; a function of the networks and the step only."""
+
+    def calls(self, net: Any) -> tuple[Call, ...]:
+        """The calls of the trained few-step generator, from noise to clean; () for a diffusion model, which a solver
+        samples in `heun_steps`. net: the student, which tells its schedule."""
+        return ()
+
+    @property
+    def heun_steps(self) -> int:
+        """Steps of Heun's solver that sample a student without `calls`."""
+        return 18
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -83,11 +157,3 @@ class Method(Strict):
     def known_roles(self) -> tuple[str, ...]:
         """Every role that other settings of this method would train: a recipe may set their optimisers all the same."""
         return self.roles
-
-    def describe_sampler(self) -> tuple[str, int]:
-        """Name of the way a trained network is sampled, and its network calls an image."""
-        raise TypeError(f"{self.tag}: a method says how its student is sampled")
-
-    def sample(self, student: nn.Module, z: Tensor, cond: Any, draws: Draws) -> Tensor:
-        """x0 (B, ...) from unit noise z."""
-        raise TypeError(f"{self.tag}: a method says how its student is sampled")

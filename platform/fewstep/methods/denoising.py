@@ -5,17 +5,14 @@ Trains the denoiser that the other methods take as their teacher; it starts from
 
 from __future__ import annotations
 
-from copy import deepcopy
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 from torch.nn import functional as F
 
-from ..diffusion.draws import Draws, lognormal_level
-from ..diffusion.samplers import heun
-from .base import Batch, Method, Nets, Phase, Terms
+from ..diffusion.draws import lognormal_level
+from ..diffusion.guidance import choose
+from .base import Batch, Make, Method, Nets, Phase, Terms
 
 
 class Denoising(Method):
@@ -34,25 +31,26 @@ class Denoising(Method):
     steps: Annotated[int, Field(ge=1)] = 18
     """Heun steps of the sampler (2 steps - 1 network calls)."""
 
-    def nets(self, teacher: Any, head: Any) -> dict[str, Any]:
-        return {"student": deepcopy(teacher)}
+    needs_teacher: ClassVar[bool] = False
+    headline: ClassVar[tuple[str, ...]] = ("denoise/mse",)
+
+    def nets(self, make: Make) -> dict[str, Any]:
+        return {"student": make.copy("student")}
 
     def phases(self) -> tuple[Phase, ...]:
         return (Phase("denoise", ("student",), self.loss),)
 
     def loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
-        net, draws, x0 = nets["student"], batch.draws, batch.real
+        net, draws, x0, cond = nets["student"], batch.draws, batch.real, batch.real_cond
         level = lognormal_level(draws, "t", self.mean, self.std, self.ramp_share, net.schedule, x0)
-        cond = batch.real_cond
-        if cond is not None and self.drop_labels:
+        null = None if batch.conditions is None else batch.conditions.null(cond)
+        if null is not None and self.drop_labels:
             drop = draws.uniform("drop", x0.shape[0]) < self.drop_labels
-            cond = torch.where(drop, net.null, cond)
+            cond = choose(drop, null, cond)
         eps = draws.normal("eps", x0.shape)
         raw = net(level.noise(x0, eps), level, cond, "raw")
         return {"mse": F.mse_loss(raw, net.target(level, x0, eps))}, {}
 
-    def describe_sampler(self) -> tuple[str, int]:
-        return f"heun-{self.steps}", 2 * self.steps - 1
-
-    def sample(self, student: Any, z: Tensor, cond: Any, draws: Draws) -> Tensor:
-        return heun(student, z, cond, self.steps)
+    @property
+    def heun_steps(self) -> int:
+        return self.steps

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
-from .base import Nets
+from .base import Batch, Nets
 from .dmd2 import DMD2
 
 # h(r) = r^2 f''(r) of r = p_data / p_student (table 1), constants left out: the batch normalisation cancels them.
@@ -22,7 +22,7 @@ H = {
 class FDistill(DMD2):
     """DMD2 whose matching gradient is weighted by h(r), r read off the discriminator (eq. 9).
 
-    Departs from the published code: h is normalised over this rank's slice of the batch, and r not over bins of time.
+    Departs from the published code: r is not smoothed over bins of time.
     """
 
     name: Literal["f_distill"] = "f_distill"
@@ -35,10 +35,10 @@ class FDistill(DMD2):
     def weighs(self) -> bool:
         return self.divergence != "reverse_kl"
 
-    def weight(self, nets: Nets, features: Tensor | None) -> Tensor | float:
+    def weight(self, nets: Nets, batch: Batch, features: Any) -> Tensor | float:
         if features is None:
             return 1.0
-        if len(features) == 1:
+        if len(features[0]) == 1:
             raise ValueError("method.divergence: with one sample a worker its weight normalises to 1, which is DMD2")
         h = H[self.divergence](nets["disc"](features).exp().clamp(*self.ratio))
         return h / h.mean()

@@ -6,18 +6,16 @@ The student learns the teacher's own noise-to-image map from pairs. Alone it is 
 
 from __future__ import annotations
 
-from copy import deepcopy
-from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 from torch.nn import functional as F
 
-from ..diffusion.draws import Draws
-from ..diffusion.samplers import few_step, heun
-from .base import Batch, Method, Nets, Phase, Terms
+from ..diffusion.guidance import guided
+from ..diffusion.health import statistics
+from ..diffusion.samplers import Call, calls_at, heun, run_calls
+from .base import Batch, Make, Method, Nets, Phase, Terms
 
 
 class Regression(Method):
@@ -34,25 +32,23 @@ class Regression(Method):
     guidance: Annotated[float, Field(ge=1)] = 1.0
     """Guidance scale of the teacher."""
 
-    def nets(self, teacher: Any, head: Any) -> dict[str, Any]:
-        return {"student": deepcopy(teacher)}
+    needs: ClassVar[tuple[str, ...]] = ()
+    headline: ClassVar[tuple[str, ...]] = ("student/pair",)
+
+    def nets(self, make: Make) -> dict[str, Any]:
+        return {"teacher": make.teacher, "student": make.copy("student")}
 
     def phases(self) -> tuple[Phase, ...]:
         return (Phase("student", ("student",), self.loss),)
 
-    def prepare(self, nets: Nets, batch: Batch, trains: tuple[str, ...]) -> Batch:
-        return replace(batch, x=self.sample(nets["student"], batch.z, batch.cond, batch.draws))
+    def calls(self, net: Any) -> tuple[Call, ...]:
+        return calls_at(net.schedule, (1.0,), on_ramp=True)
 
     def loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
+        z, cond, teacher = batch.z, batch.cond, nets["teacher"]
+        denoise = lambda x_t, level, cond: guided(teacher, x_t, level, cond, self.guidance, batch.null)
         with torch.no_grad():
-            target = heun(nets["teacher"], batch.z, batch.cond, self.steps)
-        if self.distance == "mse":
-            return {"pair": F.mse_loss(batch.x, target)}, {}
-        return {"pair": F.huber_loss(batch.x, target, delta=0.1)}, {}
-
-    def describe_sampler(self) -> tuple[str, int]:
-        return "few-step-1", 1
-
-    def sample(self, student: Any, z: Tensor, cond: Any, draws: Draws) -> Tensor:
-        top = student.schedule.ramp(torch.ones(len(z), dtype=torch.float64, device=z.device))
-        return few_step(student, z, cond, [student.schedule.level(top, z.ndim)])
+            target = heun(denoise, z, cond, self.steps)
+        x = run_calls(nets, self.calls(nets["student"]), z, cond, batch.draws)
+        distance = F.mse_loss(x, target) if self.distance == "mse" else F.huber_loss(x, target, delta=0.1)
+        return {"pair": distance}, statistics(x, batch.real)

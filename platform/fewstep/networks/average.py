@@ -11,6 +11,16 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
+class Constant:
+    """decay at every update; in [0, 1)."""
+
+    decay: float
+
+    def at(self, update: int) -> float:
+        return self.decay
+
+
+@dataclass(frozen=True)
 class Exponential:
     """decay^updates, ramped up by min(decay, (1 + n) / (10 + n)) so that early weights are forgotten.
 
@@ -47,7 +57,7 @@ class Power:
         return (1 - 1 / (update + 1)) ** (self.gamma + 1)
 
 
-Profile = Exponential | Power
+Profile = Constant | Exponential | Power
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
-"""Backbones: diffusers models behind one call, backbone(x, time, cond, mode), with features at the bottleneck."""
+"""Backbones: diffusers models behind one call, backbone(x, time, cond, mode, at, shift), with features at taps."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,20 +11,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..texts import quoted
+from .conditions import Texts
 
 ELEMENTS = 1 << 28  # most that one sample has; a picture of 4096 x 4096 has 2^25.6
 
 
 class _Leave(Exception):
-    """Ends a forward pass at the bottleneck."""
+    """Ends a forward pass at the last tap that was asked for."""
 
 
 class Backbone(nn.Module):
-    """A model and the module whose output is its bottleneck.
+    """A model and the modules inside it whose outputs are features.
 
-    model: a diffusers model. at: the dotted name of the bottleneck module inside it. shape: (C, H, W) of one sample.
-    classes: number of labels without the null class, None for none. null: the null class's index, None for none.
-    Subclasses say how the model is called. Raises ValueError for a model without that module.
+    model: a diffusers model. taps: dotted names of those modules by tap name, in the order in which they run; "middle"
+    is the bottleneck. shape: (C, H, W) of one sample. classes: number of labels without the null class, None for none.
+    null: the null class's index, None for none. times: dotted names of the modules whose outputs are time embeddings.
+    Subclasses say how the model is called. Raises ValueError for a model without those modules.
     apart: modules inside a block that the model also calls by themselves, so that they are laid out by themselves.
     attention_layers: ends of the paths of the attention's projections, which adapters change by default.
     """
@@ -34,20 +37,32 @@ class Backbone(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        at: str,
+        taps: dict[str, str],
         shape: tuple[int, int, int],
         classes: int | None = None,
         null: int | None = None,
+        times: tuple[str, ...] = (),
     ):
         super().__init__()
-        self.model, self.at, self.shape = model, at, tuple(shape)
+        self.model, self.taps, self.shape, self.times = model, dict(taps), tuple(shape), times
         if math.prod(shape) > ELEMENTS:
             raise ValueError(f"a sample of shape {self.shape} has more than {ELEMENTS:,} elements")
         self.classes, self.null = classes, null
-        try:
-            model.get_submodule(at)
-        except AttributeError:
-            raise ValueError(f"{type(model).__name__} has no {at}, whose output would be its bottleneck") from None
+        for name, path in taps.items():
+            try:
+                model.get_submodule(path)
+            except AttributeError:
+                text = f"{type(model).__name__} has no {path}, whose output would be its tap {name!r}"
+                raise ValueError(text) from None
+
+    @property
+    def time_width(self) -> int:
+        """Channels of the time embedding. Raises ValueError for a model whose time embedding is not known."""
+        if not self.times:
+            name = type(self.model).__name__
+            raise ValueError(f"{name}: its time embedding is not known, so it takes no extra scalar")
+        last = [m for m in self.model.get_submodule(self.times[0]).modules() if isinstance(m, nn.Linear)][-1]
+        return last.out_features
 
     def as_map(self, features: Tensor) -> Tensor:
         """The bottleneck's output as (B, F, h, w)."""
@@ -69,27 +84,44 @@ class Backbone(nn.Module):
             )
         return torch.full((len(x),), self.null, device=x.device)
 
-    def forward(self, x: Tensor, time: Tensor, cond: Any, mode: str) -> Any:
-        if mode == "x0":
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        cond: Any,
+        mode: str,
+        at: tuple[str, ...] = ("middle",),
+        shift: Tensor | None = None,
+    ) -> Any:
+        """The prediction ("x0"), the maps of the taps `at` ("features"), or both. shift: (B, W), added to the time
+        embedding. Raises ValueError for an unknown tap."""
+        if mode == "x0" and shift is None:
             return self.call(x, time, cond)
-        features: list[Tensor] = []
+        if unknown := [name for name in at if name not in self.taps]:
+            raise ValueError(f"taps: {unknown[0]!r} is not one of {', '.join(self.taps)}")
+        features: dict[str, Tensor] = {}
+        wanted = () if mode == "x0" else at
 
-        def tap(module: nn.Module, args: Any, out: Any) -> None:
-            features.append(self.as_map(out[0] if isinstance(out, tuple) else out))
-            if mode == "features":
+        def tap(name: str, module: nn.Module, args: Any, out: Any) -> None:
+            features[name] = self.as_map(out[0] if isinstance(out, tuple) else out)
+            if mode == "features" and len(features) == len(set(at)):
                 raise _Leave
 
-        # registered for this pass, hence behind the hook that lays a sharded bottleneck out again
-        handle = self.model.get_submodule(self.at).register_forward_hook(tap)
+        # registered for this pass, hence behind the hook that lays a sharded block out again
+        handles = [self.model.get_submodule(self.taps[n]).register_forward_hook(partial(tap, n)) for n in set(wanted)]
+        if shift is not None:
+            add = lambda module, args, out: out + shift.to(out.dtype)
+            handles += [self.model.get_submodule(name).register_forward_hook(add) for name in self.times]
         try:
             out = self.call(x, time, cond)
         except _Leave:
-            return features[0]
+            return tuple(features[name] for name in at)
         finally:
-            handle.remove()
-        if not features:
-            raise RuntimeError(f"backbone: module {self.at!r} was not reached, so there are no features")
-        return out, features[0]
+            for handle in handles:
+                handle.remove()
+        if missing := [name for name in wanted if name not in features]:
+            raise RuntimeError(f"backbone: module {self.taps[missing[0]]!r} was not reached, so there are no features")
+        return out if mode == "x0" else (out, tuple(features[name] for name in at))
 
 
 def size_of(sample_size: Any) -> tuple[int, int]:
@@ -126,7 +158,8 @@ class UNet(Backbone):
         if config.in_channels % patch**2:
             raise ValueError(f"patch: {patch}, but in_channels {config.in_channels} is no multiple of {patch}^2")
         shape = (config.in_channels // patch**2, height * patch, width * patch)
-        super().__init__(model, "mid_block", shape, classes, classes if embeds != classes else None)
+        null = classes if embeds != classes else None
+        super().__init__(model, _unet_taps(model), shape, classes, null, ("time_embedding",))
         self.patch = patch
 
     def call(self, x: Tensor, time: Tensor, cond: Any) -> Tensor:
@@ -148,7 +181,8 @@ class TextUNet(Backbone):
             raise ValueError(
                 f"in_channels {config.in_channels} and out_channels {config.out_channels} of a text UNet differ"
             )
-        super().__init__(model, "mid_block", (config.in_channels, *size_of(config.sample_size)))
+        shape = (config.in_channels, *size_of(config.sample_size))
+        super().__init__(model, _unet_taps(model), shape, times=("time_embedding",))
 
     def call(self, x: Tensor, time: Tensor, cond: dict[str, Tensor]) -> Tensor:
         added = None
@@ -156,17 +190,15 @@ class TextUNet(Backbone):
             added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
         return self.model(x, time, encoder_hidden_states=cond["text"], added_cond_kwargs=added, return_dict=False)[0]
 
-    def zeros(self, count: int, device: torch.device) -> dict[str, Tensor]:
-        """A condition of zeros for `count` samples, one token long: enough to measure shapes."""
+    @property
+    def conditions(self) -> Texts:
+        """Texts of the model's own widths; one token is enough to measure shapes."""
         config = self.model.config
-        cond = {"text": torch.zeros(count, 1, config.cross_attention_dim, device=device)}
+        shapes: dict[str, tuple[int, ...]] = {"text": (1, config.cross_attention_dim)}
         if config.addition_embed_type == "text_time":
             pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            cond |= {
-                "pooled": torch.zeros(count, pooled, device=device),
-                "time_ids": torch.zeros(count, 6, device=device),
-            }
-        return cond
+            shapes |= {"pooled": (pooled,), "time_ids": (6,)}
+        return Texts(shapes)
 
 
 class Transformer(Backbone):
@@ -182,8 +214,11 @@ class Transformer(Backbone):
         for block in model.transformer_blocks:
             block.norm1.emb.class_embedder.dropout_prob = 0.0
         shape = (config.in_channels, *size_of(config.sample_size))
-        at = f"transformer_blocks.{len(model.transformer_blocks) // 2}"
-        super().__init__(model, at, shape, classes, null=classes)
+        count = len(model.transformer_blocks)
+        taps = {f"block{i}": f"transformer_blocks.{i}" for i in range(count)}
+        taps |= {"middle": f"transformer_blocks.{count // 2}"}
+        times = tuple(f"transformer_blocks.{i}.norm1.emb.timestep_embedder" for i in range(count))
+        super().__init__(model, taps, shape, classes, classes, times)
 
     @property
     def apart(self) -> tuple[nn.Module, ...]:
@@ -196,6 +231,11 @@ class Transformer(Backbone):
 
     def call(self, x: Tensor, time: Tensor, cond: Any) -> Tensor:
         return _mean(self.model(x, timestep=time, class_labels=self.labels(cond, x), return_dict=False)[0], x)
+
+
+def _unet_taps(model: nn.Module) -> dict[str, str]:
+    """The down blocks and the bottleneck."""
+    return {f"down{i}": f"down_blocks.{i}" for i in range(len(model.down_blocks))} | {"middle": "mid_block"}
 
 
 def _mean(out: Tensor, x: Tensor) -> Tensor:

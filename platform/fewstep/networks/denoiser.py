@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -10,14 +12,16 @@ from torch import Tensor, nn
 from ..diffusion.level import PREDICTIONS, TARGETS, Level
 from ..diffusion.schedules import EDM, Schedule, ends_in_noise
 from .blocks import Pass, in_bf16, in_float32
+from .conditions import Conditions, Labels, Nothing
 
 Mode = Literal["x0", "raw", "features", "both", "raw+features"]
+FREQUENCIES = (1, 2, 4, 8, 16, 32)  # of an extra scalar's embedding
 
 
 class Denoiser(nn.Module):
     """D(x_t, level, cond) -> x0, where `level` may come from another schedule than the network's own.
 
-    backbone: called as backbone(x, time, cond, mode) in the network's own scale; see networks/backbones.py.
+    backbone: called as backbone(x, time, cond, mode, at, shift) in the network's own scale; see networks/backbones.py.
     prediction: a row of the prediction table. data_std: EDM's sigma_data. time_scale: what the network's noise
     conditioning (its own time, or ln(sigma) / 4 for EDM) is multiplied by.
     precision: "fp32" or "bf16" for the arithmetic of the backbone's blocks, for good; its input and output layers are
@@ -52,6 +56,7 @@ class Denoiser(nn.Module):
             raise ValueError(f"precision: {precision!r} is not one of fp32, bf16 (fp16 diverges: DMD2, appendix)")
         self.backbone, self.schedule, self.prediction = backbone, schedule, prediction
         self.data_std, self.time_scale, self._precision = data_std, time_scale, precision
+        self.extras = nn.ModuleDict()
         if precision == "bf16":
             in_bf16(backbone)
 
@@ -107,60 +112,81 @@ class Denoiser(nn.Module):
         of_x0, of_eps = TARGETS[self.prediction](own.alpha, own.sigma, self.data_std)
         return of_x0 * x0 + of_eps * eps
 
-    def forward(self, x_t: Tensor, level: Level, cond: Any = None, mode: Mode = "x0"):
+    @property
+    def conditions(self) -> Conditions:
+        """The conditions that the network takes."""
+        own = getattr(self.backbone, "conditions", None)
+        if own is not None:
+            return own
+        return Nothing() if self.classes is None else Labels(self.classes, self.null)
+
+    def add_extra(self, *names: str) -> Denoiser:
+        """Gives the network further scalars, by name, through embeddings that have no effect until they are trained.
+
+        Raises ValueError for a network whose time embedding is not known here.
+        """
+        width = self.backbone.time_width
+        for name in names:
+            self.extras[name] = ScalarEmbedding(width)
+        return self
+
+    def forward(
+        self,
+        x_t: Tensor,
+        level: Level,
+        cond: Any = None,
+        mode: Mode = "x0",
+        *,
+        at: tuple[str, ...] = ("middle",),
+        extra: Mapping[str, Tensor] = MappingProxyType({}),
+    ):
         """The network at x_t (B, ...); all that leaves is float32.
 
-        mode: "x0": (B, ...). "raw": its own output F (B, ...), as `target` has it. "features": the bottleneck's
-        (B, F, h, w), for a head; no decoder is run. "both": (x0, features). "raw+features": (F, features).
+        mode: "x0": (B, ...). "raw": its own output F (B, ...), as `target` has it. "features": a tuple of maps
+        (B, F, h, w), one for each tap of `at`; the pass leaves at the last of them, so after "middle" no decoder is
+        run. "both": (x0, features). "raw+features": (F, features). extra: further scalars (B,) by name, as `add_extra`
+        has them.
         """
         own, t = self.own(level, x_t.ndim)
         x_own = x_t if own is level else x_t * (own.norm / level.norm)
         scale, time = self.conditioning(own, t)
         entering = x_own * scale if isinstance(scale, Tensor) else x_own
         self.running = "no_grad" if not torch.is_grad_enabled() else "encoder" if mode == "features" else "full"
+        shift = self.shift(extra)
         with torch.autocast(x_t.device.type, enabled=False):  # a caller's region does not change what precision means
-            out = self.backbone(entering, time, cond, {"raw": "x0", "raw+features": "both"}.get(mode, mode))
+            own_mode = {"raw": "x0", "raw+features": "both"}.get(mode, mode)
+            out = self.backbone(entering, time, cond, own_mode, at, shift)
         if mode == "features":
-            return out.float()
+            return tuple(f.float() for f in out)
         f, features = out if isinstance(out, tuple) else (out, None)
         f = f.float()
         if mode in ("x0", "both"):
             c_skip, c_out = PREDICTIONS[self.prediction](own.alpha, own.sigma, self.data_std)
             f = c_skip * x_own + c_out * f
-        return f if features is None else (f, features.float())
+        return f if features is None else (f, tuple(f.float() for f in features))
+
+    def shift(self, extra: Mapping[str, Tensor]) -> Tensor | None:
+        """The sum (B, W) that extra scalars (B,) add to the time embedding; None without any.
+
+        Raises ValueError for names that the network does not take.
+        """
+        if unknown := extra.keys() - self.extras.keys():
+            known = ", ".join(self.extras) or "none"
+            raise ValueError(f"extra: {', '.join(sorted(unknown))}; this network takes {known}")
+        shifts = [self.extras[name](value.float()) for name, value in extra.items()]
+        return torch.stack(shifts).sum(0) if shifts else None
 
 
-class Guided(nn.Module):
-    """Classifier-free guidance by composition: x0 = uncond + scale (cond - uncond), both in one batch of 2B.
+class ScalarEmbedding(nn.Module):
+    """A scalar (B,) -> (B, width), zero until it is trained."""
 
-    scale: 1 is the conditional denoiser, and costs no second half. null: what stands for "no condition", by default the
-    denoiser's null class. Linear in x0, hence equal to guidance on eps, v or F (Ho & Salimans 2022).
-    """
-
-    def __init__(self, denoiser: Denoiser, scale: float, null: Any = None):
+    def __init__(self, width: int, hidden: int = 128):
         super().__init__()
-        if null is None and getattr(denoiser, "null", denoiser.classes) is None:
-            raise ValueError(
-                f"guidance: {scale:g}, but this network has no null class; use guidance=1, or give the null condition"
-            )
-        self.denoiser, self.scale, self.null = denoiser, scale, null
+        self.hidden = nn.Linear(1 + 2 * len(FREQUENCIES), hidden)
+        self.out = nn.Linear(hidden, width)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("denoiser"), name)
-
-    def forward(self, x_t: Tensor, level: Level, cond: Any, mode: Mode = "x0") -> Tensor:
-        if mode != "x0" or self.scale == 1:
-            return self.denoiser(x_t, level, cond, mode)
-        twice = level.map(lambda v: torch.cat([v.expand(len(x_t), *v.shape[1:])] * 2))
-        null = torch.full_like(cond, self.denoiser.null) if self.null is None else self.null
-        x0, x0_null = self.denoiser(torch.cat([x_t, x_t]), twice, _cat(cond, null)).chunk(2)
-        return x0_null + self.scale * (x0 - x0_null)
-
-
-def _cat(a: Any, b: Any) -> Any:
-    if isinstance(a, dict):
-        return {key: _cat(a[key], b[key]) for key in a}
-    return torch.cat([a, b.expand(a.shape) if b.shape[0] == 1 else b])
+    def forward(self, value: Tensor) -> Tensor:
+        waves = [g(k * value) for k in FREQUENCIES for g in (torch.sin, torch.cos)]
+        return self.out(nn.functional.silu(self.hidden(torch.stack([value, *waves], 1))))

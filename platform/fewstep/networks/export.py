@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusion.level import PREDICTIONS, Level
-from ..diffusion.samplers import few_step
+from ..diffusion.level import PREDICTIONS
+from ..diffusion.samplers import Call, run_calls
 from ..folders import EXPORT, replace, replaceable
 from .backbones import UNet
 from .card import Card, write_card
@@ -49,15 +49,17 @@ class ExportError(ValueError):
     """A generator that cannot be exported, or an export that does not give the same images; nothing was written."""
 
 
-def calls(denoiser: Denoiser, levels: Sequence[Level]) -> list[dict[str, float]]:
-    """What the pipeline does at each level, as numbers: the denoiser's own arithmetic at a batch of one, float32.
+def entries(denoiser: Denoiser, calls: Sequence[Call]) -> list[dict[str, Any]]:
+    """What the pipeline does at each call, as numbers: the denoiser's own arithmetic at a batch of one, float32.
 
-    levels: one sample's, from noise to clean. Keys: alpha, sigma (of the noising); start (factor on the first noise);
-    rescale (to the network's own schedule), input (factor on what enters it), time (its noise conditioning), skip and
-    out (x0 = skip x + out F).
+    calls: from noise to clean. Keys: alpha, sigma (of the noising); start (factor on the first noise); rescale (to
+    the network's own schedule), input (factor on what enters it), time (its noise conditioning), skip and out
+    (x0 = skip x + out F); then and takes, as in diffusion/samplers.py; shift (the sum that extra scalars add to the
+    time embedding, or null).
     """
     out = []
-    for level in levels:
+    for call in calls:
+        level = call.level(torch.empty(1, 1, 1, 1))
         own, t = denoiser.own(level, level.alpha.ndim)
         skip, factor = PREDICTIONS[denoiser.prediction](own.alpha, own.sigma, denoiser.data_std)
         scale, time = denoiser.conditioning(own, t)
@@ -71,7 +73,9 @@ def calls(denoiser: Denoiser, levels: Sequence[Level]) -> list[dict[str, float]]
             "skip": skip,
             "out": factor,
         }
-        out.append({key: float(value) for key, value in entry.items()})
+        shift = denoiser.shift({name: torch.full((1,), float(v)) for name, v in call.extra.items()})
+        words = {"then": call.then, "takes": call.takes, "shift": None if shift is None else shift[0].tolist()}
+        out.append({key: float(value) for key, value in entry.items()} | words)
     return out
 
 
@@ -79,16 +83,16 @@ def export(
     denoiser: Denoiser,
     folder: str | Path,
     *,
-    levels: Sequence[Level],
+    calls: Sequence[Call],
     card: Card,
     class_names: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> float:
     """Writes a few-step generator to `folder`, which appears only when it is whole and gives the same images.
 
-    levels: of the student's calls for one sample, (1, 1, 1, 1), from noise to clean. overwrite: replace an earlier
-    export, in whose folder nothing else lies. Returns the largest difference to the denoiser's own images in [-1, 1],
-    at most 1e-5, in float32 on the CPU.
+    calls: the generator's, from noise to clean, all of one network. overwrite: replace an earlier export, in whose
+    folder nothing else lies. Returns the largest difference to the denoiser's own images in [-1, 1], at most 1e-5, in
+    float32 on the CPU.
     Raises ExportError for a network without a pipeline here and an export that fails to compare, FolderError for a
     folder in the way.
     """
@@ -98,6 +102,9 @@ def export(
             f"export: {type(denoiser.backbone.model).__name__} makes latents, and its text encoder and VAE are not at "
             "hand; exported are pixel-space UNet2DModel generators"
         )
+    if len({call.role for call in calls}) > 1:
+        roles = ", ".join(sorted({call.role for call in calls}))
+        raise ExportError(f"export: its calls are of several networks ({roles}); exported are generators of one")
     if class_names and len(class_names) != denoiser.classes:
         raise ExportError(f"class_names: {len(class_names)} names for {denoiser.classes} classes")
     replaceable(folder, EXPORT, overwrite=overwrite)
@@ -105,8 +112,8 @@ def export(
     tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         net = deepcopy(denoiser).cpu().eval().float()
-        _write(net, tmp, levels, card, class_names)
-        worst = _compare(net, tmp, levels)
+        _write(net, tmp, calls, card, class_names)
+        worst = _compare(net, tmp, calls)
         tmp.chmod(0o755)
         replace(tmp, folder, EXPORT, overwrite=overwrite)
     finally:
@@ -114,10 +121,10 @@ def export(
     return worst
 
 
-def _write(net: Denoiser, folder: Path, levels: Sequence[Level], card: Card, class_names: Sequence[str] | None) -> None:
+def _write(net: Denoiser, folder: Path, calls: Sequence[Call], card: Card, class_names: Sequence[str] | None) -> None:
     import diffusers
 
-    entries = calls(net, levels)
+    numbers = entries(net, calls)
     save_denoiser(net, folder)
     shutil.copyfile(PIPELINE, folder / PIPELINE.name)
     index: dict[str, Any] = {
@@ -125,23 +132,33 @@ def _write(net: Denoiser, folder: Path, levels: Sequence[Level], card: Card, cla
         "_diffusers_version": diffusers.__version__,
         "unet": ["diffusers", type(net.backbone.model).__name__],
         "sampling": {
-            "calls": entries,
+            "calls": numbers,
             "classes": net.classes,
             "class_names": list(class_names) if class_names else None,
             "patch": net.backbone.patch,
         },
     }
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-    (folder / "README.md").write_text(write_card(card, entries, class_names, net.classes))
+    (folder / "README.md").write_text(write_card(card, numbers, class_names, net.classes))
+
+
+class _InTurn:
+    """Noise from one generator in the order of the calls, as a diffusers pipeline draws it."""
+
+    def __init__(self, generator: torch.Generator):
+        self.generator = generator
+
+    def normal(self, name: str, shape: Any) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
 
 
 @torch.no_grad()
-def _compare(net: Denoiser, folder: Path, levels: Sequence[Level]) -> float:
+def _compare(net: Denoiser, folder: Path, calls: Sequence[Call]) -> float:
     """Largest difference of the folder's images, made in a fresh process, to the denoiser's from the same noise."""
-    generator = torch.Generator().manual_seed(0)
-    z, *noise = (torch.randn(CHECKED_IMAGES, *net.shape, generator=generator) for _ in levels)
-    cond = torch.arange(CHECKED_IMAGES) % net.classes if net.classes is not None else None
-    ours = few_step(net, z, cond, [_repeat(level, CHECKED_IMAGES) for level in levels], noise)
+    draws = _InTurn(torch.Generator().manual_seed(0))
+    z = draws.normal("z", (CHECKED_IMAGES, *net.shape))
+    cond = net.conditions.listed(torch.arange(CHECKED_IMAGES))
+    ours = run_calls({calls[0].role: net}, calls, z, cond, draws)
     theirs = _in_fresh_process(folder)
     worst = float((theirs - ours).abs().max())
     if not worst <= TOLERANCE:
@@ -149,10 +166,6 @@ def _compare(net: Denoiser, folder: Path, levels: Sequence[Level]) -> float:
             f"export: its images differ by {worst:.3g} from the generator's, more than {TOLERANCE:g}; not kept"
         )
     return worst
-
-
-def _repeat(level: Level, count: int) -> Level:
-    return level.map(lambda v: v.expand(count, *v.shape[1:]))
 
 
 def _in_fresh_process(folder: Path) -> Tensor:

@@ -5,6 +5,8 @@ pipe = DiffusionPipeline.from_pretrained("folder or hub id", trust_remote_code=T
 image = pipe(class_labels=3).images[0]
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,8 +22,10 @@ class FewStepPipeline(DiffusionPipeline):
     """Denoise, noise again to the next level, denoise, ...: as many network calls as `sampling["calls"]` has entries.
 
     unet: predicts in its own terms; each call's entry turns that into an image x0 = skip x + out F(input x, time) when
-    x was noised to alpha x0 + sigma eps and rescaled. sampling: "calls", "classes" (or null), "class_names" (or null),
-    "patch" (side of the pixel blocks folded into channels).
+    x was noised to alpha x0 + sigma eps and rescaled. An entry says too how it leads to the next (`then`: "renoise"
+    with fresh noise, "step" without), what it takes ("x", or the first "noise"), and what it adds to the time
+    embedding (`shift`, or null). sampling: "calls", "classes" (or null), "class_names" (or null), "patch" (side of the
+    pixel blocks folded into channels).
     """
 
     def __init__(self, unet: UNet2DModel, sampling: dict | None = None):
@@ -61,15 +65,24 @@ class FewStepPipeline(DiffusionPipeline):
         height, width = (size * patch for size in _pair(unet.config.sample_size))
         shape = (count, unet.config.in_channels // patch**2, height, width)
         cond = None if sampling["classes"] is None else torch.tensor(labels, device=device)
-        x0 = None
+        z = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        x0 = x_t = before = None
         for call in sampling["calls"]:
-            eps = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-            x = eps * call["start"] if x0 is None else call["alpha"] * x0 + call["sigma"] * eps
-            x = x * call["rescale"]
+            if before is None or call["takes"] == "noise":
+                x_t = z * call["start"]
+            elif before["then"] == "step":  # to this level along the noise that was there (DDIM)
+                eps = (x_t - before["alpha"] * x0) / before["sigma"]
+                x_t = call["alpha"] * x0 + call["sigma"] * eps
+            else:
+                eps = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+                x_t = call["alpha"] * x0 + call["sigma"] * eps
+            x = x_t * call["rescale"]
             folded = F.pixel_unshuffle(x * call["input"], patch).to(unet.dtype)
             time = torch.full((count,), call["time"], device=device)
-            out = unet(folded, time, class_labels=cond, return_dict=False)[0][:, : folded.shape[1]]
+            with _shifted(unet, call["shift"]):
+                out = unet(folded, time, class_labels=cond, return_dict=False)[0][:, : folded.shape[1]]
             x0 = call["skip"] * x + call["out"] * F.pixel_shuffle(out.float(), patch)
+            before = call
         return x0
 
     def __call__(
@@ -101,6 +114,20 @@ class FewStepPipeline(DiffusionPipeline):
             pixels = ((x0 + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
             images = [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+@contextmanager
+def _shifted(unet: UNet2DModel, shift: list[float] | None) -> Iterator[None]:
+    """Adds `shift` to the time embedding during a call."""
+    if shift is None:
+        yield
+        return
+    add = lambda module, args, out: out + torch.tensor(shift, device=out.device, dtype=out.dtype)
+    handle = unet.time_embedding.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _pair(size: Any) -> Any:

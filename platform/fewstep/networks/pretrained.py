@@ -114,19 +114,17 @@ def new_denoiser(network: Network, precision: str = "fp32") -> Denoiser:
     return _denoiser(model, network, precision)
 
 
-def new_head(denoiser: Denoiser) -> Head:
-    """A GAN head for a denoiser's bottleneck, measured by one pass on one sample of zeros."""
+def new_head(denoiser: Denoiser, at: tuple[str, ...] = ("middle",)) -> Head:
+    """A GAN head over a denoiser's taps, measured by one pass on one sample of zeros.
+
+    Raises ValueError for an unknown tap and for a map that is not square.
+    """
     device = next(denoiser.parameters()).device
     one = torch.ones(1, 1, 1, 1, device=device)
-    cond = _zero_condition(denoiser, device)
     with torch.no_grad():
         x = torch.zeros(1, *denoiser.shape, device=device)
-        _, channels, height, width = denoiser(x, Level(one, one), cond, "features").shape
-    if height != width:
-        raise ValueError(
-            f"teacher: its bottleneck is {height} x {width}, and a GAN head needs a square one; set gan_weight=0"
-        )
-    return Head(channels, height)
+        maps = denoiser(x, Level(one, one), denoiser.conditions.zeros(1, device), "features", at=at)
+    return Head(*(tuple(f.shape[1:]) for f in maps), at=at)
 
 
 def network_of(denoiser: Denoiser) -> Network:
@@ -206,24 +204,17 @@ def open_teacher(ref: str | Path, precision: str = "fp32") -> Denoiser:
 def _try(denoiser: Denoiser) -> None:
     """Calls a network on the meta device once. Raises ValueError where its parts do not fit each other."""
     backbone, shape = denoiser.backbone, (1, *denoiser.shape)
-    cond = _zero_condition(denoiser, torch.device("meta"))
+    cond = denoiser.conditions.zeros(1, "meta")
     try:
         with torch.no_grad():
             x = torch.zeros(shape, device="meta")
-            out, features = backbone(x, torch.zeros(1, device="meta"), cond, "both")
+            out, (features,) = backbone(x, torch.zeros(1, device="meta"), cond, "both")
     except Exception as error:  # of layers that were built for sizes that fit each other
         raise ValueError(
             f"a sample of shape {denoiser.shape} does not pass: {type(error).__name__}: {one_line(error)}"
         ) from None
     if out.shape != shape or features.ndim != 4:
         raise ValueError(f"makes {tuple(out.shape[1:])} of a sample of shape {denoiser.shape}")
-
-
-def _zero_condition(denoiser: Denoiser, device: torch.device) -> Any:
-    """What a network is asked for in a trial call on one sample."""
-    if isinstance(denoiser.backbone, TextUNet):
-        return denoiser.backbone.zeros(1, device)
-    return None if denoiser.classes is None else torch.zeros(1, dtype=torch.int64, device=device)
 
 
 def _class_name(config: dict[str, Any], where: Path) -> str:

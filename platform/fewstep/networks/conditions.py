@@ -1,0 +1,129 @@
+"""Conditions: what a network can be asked for, and what stands for nothing. Their form is known to this file and to the
+network alone; everybody else passes them on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..diffusion.draws import Draws
+
+
+class Conditions(Protocol):
+    """The conditions of one network. `classes`: number of class labels; None for a network without labels."""
+
+    classes: int | None
+
+    def draw(self, draws: Draws, count: int) -> Any:
+        """Conditions of `count` generated samples."""
+
+    def of(self, rows: Mapping[str, Any]) -> Any:
+        """Conditions of rows of data, by column. Raises ValueError where a column is missing."""
+
+    def null(self, like: Any) -> Any:
+        """The condition that stands for none, as many as `like`; None where the network has no such condition."""
+
+    def listed(self, numbers: Tensor) -> Any:
+        """Conditions of the samples with these numbers (N,): those of scores and sample grids."""
+
+    def zeros(self, count: int, device: torch.device | str = "cpu") -> Any:
+        """Conditions of any content, to measure shapes with."""
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """A network that takes no condition."""
+
+    classes: None = field(default=None, init=False)
+
+    def draw(self, draws: Draws, count: int) -> None:
+        return None
+
+    def of(self, rows: Mapping[str, Any]) -> None:
+        return None
+
+    def null(self, like: Any) -> None:
+        return None
+
+    def listed(self, numbers: Tensor) -> None:
+        return None
+
+    def zeros(self, count: int, device: torch.device | str = "cpu") -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Class labels, int64 (B,). null_class: the label that stands for none, usually `classes`; None where there is
+    none. listing: the labels that listed samples take in turn; () takes all of them."""
+
+    classes: int
+    null_class: int | None = None
+    listing: tuple[int, ...] = ()
+
+    def draw(self, draws: Draws, count: int) -> Tensor:
+        return draws.integers("cond", 0, self.classes - 1, count)
+
+    def of(self, rows: Mapping[str, Any]) -> Tensor:
+        if "label" not in rows:
+            raise ValueError(
+                f"data.path: its rows have no labels, but the network has {self.classes} classes; prepare the data "
+                "with labels"
+            )
+        return rows["label"]
+
+    def null(self, like: Tensor) -> Tensor | None:
+        return None if self.null_class is None else torch.full_like(like, self.null_class)
+
+    def listed(self, numbers: Tensor) -> Tensor:
+        if not self.listing:
+            return numbers % self.classes
+        return torch.tensor(self.listing, device=numbers.device)[numbers % len(self.listing)]
+
+    def zeros(self, count: int, device: torch.device | str = "cpu") -> Tensor:
+        return torch.zeros(count, dtype=torch.int64, device=device)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Embedded texts by column: {"text": (B, L, D)}, and for some networks {"pooled": (B, P), "time_ids": (B, 6)} too.
+
+    shapes: of one sample, by column. prompts: embedded prompts (N, ...) by column, for generated samples. nothing: one
+    sample's condition without text (1, ...), by column, as the family defines it: SD 1.5 the encoded empty string, SDXL
+    zeros.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    prompts: Mapping[str, Tensor] = field(default_factory=dict)
+    nothing: Mapping[str, Tensor] = field(default_factory=dict)
+    classes: None = field(default=None, init=False)
+
+    def _pick(self, numbers: Tensor) -> dict[str, Tensor]:
+        if not self.prompts:
+            raise ValueError("prompts: missing; a network that takes texts generates for embedded prompts")
+        return {k: v.to(numbers.device)[numbers] for k, v in self.prompts.items()}
+
+    def draw(self, draws: Draws, count: int) -> dict[str, Tensor]:
+        rows = len(next(iter(self.prompts.values()), ()))
+        return self._pick(draws.integers("cond", 0, max(rows - 1, 0), count))
+
+    def of(self, rows: Mapping[str, Any]) -> dict[str, Tensor]:
+        missing = [name for name in self.shapes if name not in rows]
+        if missing:
+            raise ValueError(f"data.path: its rows have no column {missing[0]!r}, which the network takes")
+        return {name: rows[name] for name in self.shapes}
+
+    def null(self, like: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        if not self.nothing:
+            return None
+        return {k: self.nothing[k].to(v.device).expand(v.shape) for k, v in like.items()}
+
+    def listed(self, numbers: Tensor) -> dict[str, Tensor]:
+        return self._pick(numbers % max(len(next(iter(self.prompts.values()), ())), 1))
+
+    def zeros(self, count: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        return {name: torch.zeros(count, *shape, device=device) for name, shape in self.shapes.items()}
