@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
@@ -21,6 +21,14 @@ from fewstep.config import Strict, command, resolve
 from fewstep.data.decode import MAX_PIXELS
 from fewstep.data.source import Reading
 from fewstep.data.sources import SOURCES, pack
+
+FILES = ("folder", "webdataset", "parquet")
+# Settings that only some sources have; anywhere else they would change nothing, in silence.
+ONLY = {
+    "split": ("fashion_mnist", "cifar10", "parquet"),
+    "encoding": ("folder", "webdataset"),
+    "columns": ("parquet",),
+} | dict.fromkeys(("classes", "size", "channels", "background", "max_pixels"), FILES)
 
 
 class Prepare(Strict):
@@ -60,6 +68,15 @@ class Prepare(Strict):
     """Share of the rows that may be unusable; beyond it the job stops and lists them."""
     overwrite: bool = False
     """Replace a shard set at `out`. A folder that holds anything else, or the source, is never replaced."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Prepare:
+        if self.path is None and self.source != "fashion_mnist":
+            raise ValueError("path: missing; give the source's file or folder, path=...")
+        for key in ONLY.keys() & self.model_fields_set:
+            if self.source not in ONLY[key]:
+                raise ValueError(f"{key}: source={self.source} has no such setting; {', '.join(ONLY[key])} have it")
+        return self
 
 
 @command(Prepare)

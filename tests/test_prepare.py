@@ -1,4 +1,4 @@
-"""What each source gives is what its files hold; what is corrupt is named, and too much of it stops the job."""
+"""A source gives what its files hold; corrupt files are named, and too many of them stop the job."""
 
 from __future__ import annotations
 
@@ -289,32 +289,50 @@ def test_too_many_corrupt_files_stop_the_job_with_a_list_of_all_and_leave_nothin
 # the job
 
 
-def job(monkeypatch, capsys, *words):
-    """Runs the job in this process: what it printed."""
-    monkeypatch.setattr(sys, "argv", ["prepare.py", *words])
-    runpy.run_path(str(JOB), run_name="__main__")
+MAIN = runpy.run_path(str(JOB))["main"]
+
+
+def job(capsys, *words):
+    """Runs the job in this process: the lines that it printed."""
+    MAIN(words)
     return capsys.readouterr().out.splitlines()
 
 
-def refused(monkeypatch, capsys, *words):
+def refused(capsys, *words):
     """Runs a job that must end with exit status 2: its one line on standard error."""
     with pytest.raises(SystemExit) as end:
-        job(monkeypatch, capsys, *words)
+        job(capsys, *words)
     assert end.value.code == 2
     return capsys.readouterr().err.strip()
 
 
-def test_the_job_says_what_it_wrote(tmp_path, monkeypatch, capsys):
+def test_the_job_says_what_it_wrote(tmp_path, capsys):
     source = fashion_files(tmp_path / "idx", True, "t10k")
     words = ["source=fashion_mnist", f"path={source}", "split=test", "limit=12", f"out={tmp_path / 'out'}"]
-    out = job(monkeypatch, capsys, *words)
+    out = job(capsys, *words)
     assert "12 rows of 1x28x28 and 10 classes in 1 shards" in out[0]
     summary = json.loads(out[-1])
     assert summary["rows"] == 12 and summary["skipped"] == 0 and open_shards(summary["out"]).rows == 12
-    assert "exists; choose another folder, or replace it with overwrite=true" in refused(monkeypatch, capsys, *words)
+    assert "exists; choose another folder, or replace it with overwrite=true" in refused(capsys, *words)
 
 
-def test_only_a_shard_set_is_replaced_and_never_the_source_or_what_holds_it(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        (["source=folder"], "path: missing; give the source's file or folder, path=..."),
+        (["source=fashion_mnist", "size=32"], "size: source=fashion_mnist has no such setting; folder, webdataset"),
+        (["source=cifar10", "path=x", "classes=3"], "classes: source=cifar10 has no such setting; folder, webdataset"),
+        (["source=folder", "path=x", "split=test"], "split: source=folder has no such setting; fashion_mnist, cifar10"),
+        (["source=folder", "path=x", "columns.label=a"], "columns: source=folder has no such setting; parquet have it"),
+        (["source=parquet", "path=x", "encoding=cp1252"], "encoding: source=parquet has no such setting; folder, web"),
+        (["source=parquet", "path=x", "columns.lable=a"], "columns.lable"),
+    ],
+)
+def test_a_setting_that_a_source_does_not_have_is_refused(capsys, words, line):
+    assert refused(capsys, *words, "out=never").startswith(line)
+
+
+def test_only_a_shard_set_is_replaced_and_never_the_source_or_what_holds_it(tmp_path, capsys):
     for name in ("photos", "data/originals"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "a.png").write_bytes(picture(1))
@@ -332,14 +350,14 @@ def test_only_a_shard_set_is_replaced_and_never_the_source_or_what_holds_it(tmp_
         ("photos", "", "is or contains"),
     ):
         words = ["source=folder", f"path={tmp_path / path}", "size=8", f"out={tmp_path / out}", "overwrite=true"]
-        line = refused(monkeypatch, capsys, *words)
+        line = refused(capsys, *words)
         assert line.startswith("out: ") and reason in line and "\n" not in line
     pack(folder(tmp_path / "photos"), tmp_path / "set")
     (tmp_path / "set" / "mine.txt").write_text("keep")
     words = ["source=folder", f"path={tmp_path / 'photos'}", f"out={tmp_path / 'set'}", "overwrite=true"]
-    assert "also holds 'mine.txt'" in refused(monkeypatch, capsys, *words)
+    assert "also holds 'mine.txt'" in refused(capsys, *words)
     (tmp_path / "set" / "mine.txt").unlink()
-    assert "1 rows" in job(monkeypatch, capsys, *words)[0]
+    assert "1 rows" in job(capsys, *words)[0]
     assert {str(path): path.read_bytes() for path in tmp_path.rglob("*") if str(path) in before} == before
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 

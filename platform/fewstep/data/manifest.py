@@ -53,9 +53,9 @@ class Column(Strict):
     caption: a text. text: a text encoder's numbers (tokens, width) for the caption; pooled: its summary (width,);
     mask: 1 for the tokens (tokens,) that count. pairs: a noise and a teacher's answer to it, (2, C, H, W)."""
     shape: Shape = ()
-    """Of one row; () for a label and a caption."""
+    """Shape of one row's values; () for a label and a caption."""
     dtype: str
-    """Of the numbers: uint8 for images and masks, int64 for labels, string for captions, else float16 or float32."""
+    """Type of the values: uint8 for images and masks, int64 for labels, string for captions, or float16 or float32."""
 
     @model_validator(mode="after")
     def _fits(self) -> Column:
@@ -72,7 +72,7 @@ class Column(Strict):
 
     @property
     def is_numbers(self) -> bool:
-        """Whether rows are arrays of numbers, stored flat."""
+        """True where rows are arrays of numbers, which are stored flat."""
         return self.kind not in ("image", "label", "caption")
 
     def mistake(self, values: np.ndarray, limits: tuple[float, float] | None = None) -> tuple[int, str] | None:
@@ -116,7 +116,7 @@ class Shard(Strict):
 
 
 class Manifest(Strict):
-    """What manifest.json says of a set."""
+    """The content of manifest.json."""
 
     format: Literal[1] = FORMAT
     kind: Literal["image", "latent"]
@@ -131,7 +131,7 @@ class Manifest(Strict):
     """Labels are 0..classes-1; 0 where rows have no label."""
     class_names: tuple[str, ...] = ()
     captions: bool = False
-    """Whether rows have a caption."""
+    """True where rows have a caption."""
     columns: tuple[Column, ...] = ()
     """Columns of the rows; manifests that do not list them have image or latent, then label and caption."""
     seed: int = 0

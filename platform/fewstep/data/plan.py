@@ -57,7 +57,7 @@ class Piece:
 
 
 class Plan:
-    """Which row stands at which position.
+    """The row at each position.
 
     units: rows in each unit, in the order of the shards; row ids count through them, 0 <= id < rows.
     Raises ValueError when there are no rows.
@@ -116,7 +116,7 @@ class Plan:
         return unit, int(row - self.first[unit])
 
     def flips(self, epochs: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Which rows are mirrored in their epoch: bool (n,), a fair coin per (seed, epoch, row)."""
+        """True for rows that are mirrored in their epoch: bool (n,), a fair coin per (seed, epoch, row)."""
         return (mix(self.seed, _FLIPS, epochs, rows) >> np.uint64(63)).astype(bool)
 
     def units_from(self, epoch: int, unit: int) -> Iterator[int]:
@@ -138,7 +138,7 @@ class Plan:
             yield other, ids[1:] if other == unit else ids
 
     def pieces(self, position: int, rank: int = 0, world: int = 1) -> Iterator[Piece]:
-        """What rank must read from `position` on, without end, in the order in which it is first needed."""
+        """The parts of units that a rank reads from `position` on, without end, in the order in which it needs them."""
         check(world, rank, world)
         start = position + rank
         # Along a lane positions grow by L: of its rows, every stride-th is this rank's, or none is.

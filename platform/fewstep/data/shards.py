@@ -55,7 +55,7 @@ def refuse(
 
 
 class Unit(NamedTuple):
-    """What is read at once: a row group. `first` is the number in the file of its first row."""
+    """A row group, which is read as a whole. `first` is the number in the file of its first row."""
 
     file: str
     group: int
@@ -83,7 +83,7 @@ class Shards:
 
     @property
     def decoded_bytes(self) -> int:
-        """Of all images in memory: a byte a value for images, the stored numbers for latents."""
+        """Size of all images in memory: a byte a value for images, the stored numbers for latents."""
         item = 1 if self.manifest.kind == "image" else np.dtype(self.manifest.encoding).itemsize
         return self.rows * int(np.prod(self.size)) * item
 
@@ -139,7 +139,7 @@ class Shards:
         return [unit] if whole else [other for other, where in enumerate(self.units) if where.file == file]
 
     def name(self, unit: int, row: int) -> str:
-        """How errors and reports name a row: its file, and its number in the file from 0."""
+        """A row's name in errors and reports: its file, and its number in the file from 0."""
         return f"{self.units[unit].file} row {self.units[unit].first + row}"
 
 
@@ -494,7 +494,7 @@ def _stored(values: np.ndarray, column: Column, limits: tuple[float, float] | No
 
 
 def _bytes(row: tuple[Any, ...]) -> int:
-    """What a row takes, but for its label."""
+    """Size of a row's image or numbers, and of its caption."""
     return sum(
         value.nbytes if isinstance(value, np.ndarray) else len(value) for value in row if not isinstance(value, int)
     )

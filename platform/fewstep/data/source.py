@@ -83,7 +83,7 @@ class Reading:
 
     @property
     def wide(self) -> bool:
-        """Whether the encoding has characters of two or four bytes, so that a byte 10 need not end a line."""
+        """True where characters have two or four bytes, so that a byte 10 need not end a line."""
         return codecs.lookup(self.encoding or "utf-8").name.startswith(("utf-16", "utf-32"))
 
     def text(self, data: bytes, where: str, line: int = 1, limit: int = TEXT_BYTES) -> str:
@@ -158,7 +158,7 @@ def _encodable(text: str, what: str, where: str) -> str:
 
 
 def all_or_none(values: Sequence[Any], names: Sequence[str], what: str) -> bool:
-    """Whether rows have a value. Raises SourceError naming the first that has none where others have one."""
+    """True where all rows have a value, False where none has. Raises SourceError naming the first that lacks one."""
     missing = [name for name, value in zip(names, values, strict=True) if value is None]
     if 0 < len(missing) < len(values):
         raise SourceError(f"path: {len(missing)} of {len(values)} rows have no {what}, the first is {missing[0]!r}")

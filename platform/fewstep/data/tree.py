@@ -14,7 +14,7 @@ HIDDEN = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Informa
 
 
 def is_hidden(path: str) -> bool:
-    """Whether any part of a relative path with / is hidden, or of a folder that a system made for itself."""
+    """True where a part of a relative path (with /) is hidden, or is a folder that a system made for itself."""
     return any(part.startswith(".") or part in HIDDEN for part in path.split("/"))
 
 
