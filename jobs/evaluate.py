@@ -56,16 +56,18 @@ def main(job: Evaluate) -> None:
 
     from fewstep.build import make_samples
     from fewstep.cluster.progress import table
-    from fewstep.engine.world import World
-    from fewstep.metrics.base import evaluate
+    from fewstep.engine.world import World, device_of
+    from fewstep.metrics.base import check_samples, evaluate
     from fewstep.run import Row
     from fewstep.students import open_sampler, recipe_of
 
     torch.set_num_threads(job.threads)
-    world = World(device=torch.device(job.device))
+    world = World(device=device_of(job.device))
     recipe = recipe_of(job.model)
     metrics = job.build(world.device, None if recipe is None else job.seen_by(recipe.loss_networks))
     samplers = [open_sampler(job.model, steps, job.guidance, world.device) for steps in job.steps]
+    for sampler in samplers:
+        check_samples(metrics, sampler.shape, sampler.classes, job.images)
     rows, scores = [], []
     for sampler in {s.name: s for s in samplers}.values():  # a student's is the same for any number of steps
         samples = make_samples(sampler, job.images, job.seed, job.batch, world)

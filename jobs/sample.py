@@ -16,7 +16,7 @@ from pydantic import Field
 
 from fewstep.build import Sampler, grid, make_samples
 from fewstep.config import Strict, command, resolve
-from fewstep.engine.world import World
+from fewstep.engine.world import World, device_of
 from fewstep.folders import MADE_HERE, overwritable
 from fewstep.students import open_sampler
 
@@ -69,7 +69,7 @@ def write(picture: torch.Tensor, path: Path) -> None:
 
 @command(Sample)
 def main(job: Sample) -> None:
-    device = torch.device(job.device)
+    device = device_of(job.device)
     out, each = resolve(job.out), [resolve(job.each) / f"{i:06d}.png" for i in range(job.images) if job.each]
     for path in (out, *each):
         overwritable(path, "out" if path == out else "each")

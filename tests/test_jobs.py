@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,3 +48,37 @@ def test_a_metric_without_its_weights_names_the_file_and_what_else_there_is(tmp_
         job("evaluate", "model=shipped:fashion_mnist/teacher", "metrics=[fid]", f"inception={tmp_path / 'none.pt'}")
     error = capsys.readouterr().err
     assert str(tmp_path / "none.pt") in error and "inception-2015-12-05.pt" in error and "fd_" in error
+
+
+def refused(capsys, *words: str) -> str:
+    """The one line with which evaluate ends, with exit status 2, before anything is sampled."""
+    with pytest.raises(SystemExit) as ended, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fewstep.build.make_samples", lambda *args, **kwargs: pytest.fail("sampled"))
+        job("evaluate", *words)
+    out, error = capsys.readouterr()
+    assert ended.value.code == 2 and out == "" and error.count("\n") == 1, error
+    return error.rstrip("\n")
+
+
+def test_evaluate_knows_before_sampling_what_it_cannot_do(tmp_path, capsys):
+    import diffusers
+
+    unet = diffusers.UNet2DModel(
+        sample_size=28, block_out_channels=(4, 4), norm_num_groups=2, layers_per_block=1, attention_head_dim=4,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "colour")
+    colour, grey = f"model={tmp_path / 'colour'}", "model=shipped:fashion_mnist/teacher"
+    assert refused(capsys, colour) == (
+        "features: 'fashion' takes uint8 images of shape (1, 28, 28) (C, H, W), and these are (3, 28, 28); train a "
+        "network on your images: python jobs/features.py data=<shards> ..., and give it with features="
+    )
+    assert refused(capsys, grey, "device=gpu") == "device: 'gpu' is no device; give cpu, cuda or cuda:1"
+    if not torch.cuda.is_available():
+        no_gpu = "device: cuda, but this machine has no GPU that torch can use; give device=cpu"
+        assert refused(capsys, grey, "device=cuda") == no_gpu
+    assert refused(capsys, grey, "images=12", "metrics=[diversity]") == (
+        "samples.labels: classes [2, 3, 4, 5, 6, 7, 8, 9] have a single image; a variance needs at least 2 a class"
+    )
+    assert str(tmp_path / "none.npz") in refused(capsys, grey, f"reference={tmp_path / 'none.npz'}")
+    assert str(tmp_path / "none") in refused(capsys, f"model={tmp_path / 'none'}")

@@ -382,7 +382,7 @@ def test_a_network_cannot_take_a_name_it_has_not_earned(name):
 def test_small_network_refuses_images_of_another_kind():
     extractor = SmallNetwork(FeatureNet(3, 1), Info("toy", 3, 1, 28), "")
     for images in (noise(2).float(), noise(2)[:, :, :20], noise(2).expand(-1, 3, -1, -1)):
-        with pytest.raises(ValueError, match=r"takes uint8 \(N, 1, 28, 28\)"):
+        with pytest.raises(ValueError, match=r"takes uint8 images of shape \(1, 28, 28\)"):
             extractor(images)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ..config import Strict
 from ..networks.blocks import Pass, blocks, checkpoint_activations, compile_passes, units
 from ..networks.lora import Lora
+from ..texts import quoted
 
 Placement = Literal["replicate", "shard", "hybrid"]
 Kind = Literal["trained", "averaged", "frozen"]
@@ -165,3 +167,15 @@ def full(tensor: Tensor) -> Tensor:
     if not hasattr(tensor, "full_tensor"):
         return tensor
     return tensor.to(tensor.device_mesh.device_type).full_tensor()
+
+
+def device_of(name: str, field: str = "device") -> torch.device:
+    """The device that a setting names: cpu, cuda or cuda:1. Raises ValueError where this process has no such device."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise ValueError(f"{field}: {quoted(name)} is no device; give cpu, cuda or cuda:1")
+    device = torch.device(name)
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        have = f"{count} GPU{'s' if count > 1 else ''}" if count else "no GPU that torch can use"
+        raise ValueError(f"{field}: {name}, but this machine has {have}; give {field}=cpu" + ", or cuda" * (count > 0))
+    return device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -290,6 +291,31 @@ def score(
         checkpoint=samples.checkpoint,
         seconds=samples.seconds,
     )
+
+
+class _Reached(Exception):
+    """A metric asked for the features of the samples, so all that it checks before that is in order."""
+
+
+class _OneImage(Features):
+    """Features that describe one image, to see whether the extractor takes it."""
+
+    def of(self, extractor: Extractor) -> Outputs:
+        extractor(self._images[:1])
+        raise _Reached
+
+
+def check_samples(metrics: Sequence[Measure], shape: tuple[int, int, int], classes: int | None, images: int) -> None:
+    """Raises ValueError where a metric cannot score what a sampler will make; nothing is sampled.
+
+    shape: (C, H, W) of an image. classes: labels are 0, 1, ..., classes - 1 in turn; None for no labels.
+    """
+    pixels = torch.zeros(1, *shape, dtype=torch.uint8).expand(images, *shape)
+    samples = Samples(pixels, torch.arange(images) % classes if classes else None, "none", 0, 0.0, 0)
+    object.__setattr__(samples, "features", _OneImage(pixels))
+    for metric in metrics:
+        with contextlib.suppress(_Reached):
+            metric(samples)
 
 
 def evaluate(metrics: Sequence[Measure], samples: Samples) -> list[Score]:

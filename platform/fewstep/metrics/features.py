@@ -139,9 +139,10 @@ class SmallNetwork:
         """Features (N, 128) and logits (N, classes) of uint8 images (N, C, H, W). Raises ValueError on other shapes."""
         expected = (self.info.channels, self.info.size, self.info.size)
         if images.dtype != torch.uint8 or images.shape[1:] != expected:
+            shape, kind = tuple(images.shape[1:]), "" if images.dtype == torch.uint8 else f"{images.dtype} "
             raise ValueError(
-                f"images: {images.dtype} {tuple(images.shape)}; extractor {self.name!r} takes uint8 (N, {expected[0]}, "
-                f"{expected[1]}, {expected[2]}); train one on your images: python jobs/features.py data=<shards> ..."
+                f"features: {self.name!r} takes uint8 images of shape {expected} (C, H, W), and these are {kind}{shape}"
+                "; train a network on your images: python jobs/features.py data=<shards> ..., and give it with features="
             )
         features, logits = [], []
         with torch.autocast(self.device.type, enabled=False):
