@@ -70,7 +70,7 @@ def test_evaluate_knows_before_sampling_what_it_cannot_do(tmp_path, capsys):
     diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "colour")
     colour, grey = f"model={tmp_path / 'colour'}", "model=shipped:fashion_mnist/teacher"
     assert refused(capsys, colour) == (
-        "features: 'fashion' takes uint8 images of shape (1, 28, 28) (C, H, W), and these are (3, 28, 28); train a "
+        "features: 'fashion' takes uint8 images of shape (1, 28, 28) (C, H, W), not (3, 28, 28); train a "
         "network on your images: python jobs/features.py data=<shards> ..., and give it with features="
     )
     assert refused(capsys, grey, "device=gpu") == "device: 'gpu' is no device; give cpu, cuda or cuda:1"

@@ -141,8 +141,8 @@ class SmallNetwork:
         if images.dtype != torch.uint8 or images.shape[1:] != expected:
             shape, kind = tuple(images.shape[1:]), "" if images.dtype == torch.uint8 else f"{images.dtype} "
             raise ValueError(
-                f"features: {self.name!r} takes uint8 images of shape {expected} (C, H, W), and these are {kind}{shape}"
-                "; train a network on your images: python jobs/features.py data=<shards> ..., and give it with features="
+                f"features: {self.name!r} takes uint8 images of shape {expected} (C, H, W), not {kind}{shape}; "
+                "train a network on your images: python jobs/features.py data=<shards> ..., and give it with features="
             )
         features, logits = [], []
         with torch.autocast(self.device.type, enabled=False):
