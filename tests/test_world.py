@@ -204,7 +204,7 @@ def trained_adapters(layout: Layout) -> dict:
     """Factors after ten steps of SGD; numbers that this rank holds of the critic's and of the teacher."""
     engine = descending(lora_engine(world_of(layout)))
     toy.finish(engine)
-    engine._rest()
+    engine._reshard()
     held = {role: sum(p.to_local().numel() for p in engine.nets[role].parameters()) for role in ("fake", "teacher")}
     return {"factors": everything(engine), "held": held}
 

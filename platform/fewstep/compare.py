@@ -185,7 +185,7 @@ def scores(records: Sequence[Record], grouped: list[list[int]], rank_seen_by_los
             )
             row["values"].setdefault(columns.index(column), {})[i] = score["value"]
             row["images"] |= {_images_at(record, score["step"])} - {None}
-    order = sorted(range(len(columns)), key=lambda c: _place(f"score/{columns[c]['name']}"))
+    order = sorted(range(len(columns)), key=lambda c: _place(f"score/{columns[c]['name']}", ()))
     seeds = [record.seed for record in records]
     table = []
     for row in sorted(rows.values(), key=lambda r: (not r["teacher"], r["group"] or 0, r["calls"] or 0)):

@@ -214,6 +214,9 @@ class Recipe(Strict):
                     f"optim.{role}: no such role; {self.method.tag} trains {', '.join(known)}; {nearest(role, known)}"
                 )
         wrong += [f"optim.{role}: missing; {self.method.tag} trains it" for role in roles if role not in self.optim]
+        for role in self.start:
+            if role not in (*known, *self.method.frozen):
+                wrong.append(f"start.{role}: no such role; {self.method.tag} trains {', '.join(known)}")
         for role in self.roles:
             if role not in known:
                 wrong.append(f"roles.{role}: no such role; {self.method.tag} trains {', '.join(known)}")

@@ -108,6 +108,8 @@ class Method(Strict):
     """Columns of data: "real" are images or latents with their conditions; () trains on conditions alone."""
     needs_teacher: ClassVar[bool] = True
     """A recipe must name a teacher, rather than a new network."""
+    frozen: ClassVar[tuple[str, ...]] = ("teacher",)
+    """Roles that no phase trains, and that a recipe's `start` may name."""
     headline: ClassVar[tuple[str, ...]] = ()
     """The metrics that a person watches, most important first; progress and the comparison page show them."""
     cure: ClassVar[str] = "Lower optim.student.lr"

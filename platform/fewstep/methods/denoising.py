@@ -32,6 +32,7 @@ class Denoising(Method):
     """Heun steps of the sampler (2 steps - 1 network calls)."""
 
     needs_teacher: ClassVar[bool] = False
+    frozen: ClassVar[tuple[str, ...]] = ()
     headline: ClassVar[tuple[str, ...]] = ("denoise/mse",)
 
     def nets(self, make: Make) -> dict[str, Any]:
