@@ -72,7 +72,7 @@ def build(uri: str) -> Built:
                 tracker.image("student", grid(seed + round(1000 * gan) * 10, step), step)
             for step in STEPS:
                 metrics = {"critic/denoise": loss(gan, seed, step), "images_per_s": SPEED}
-                metrics |= {"student/match_gradient": math.nan if step == 20 else -math.inf if step == 30 else step}
+                metrics |= {"health/match_gradient": math.nan if step == 20 else -math.inf if step == 30 else step}
                 tracker.log(metrics, step, BATCH * step)
             for step, value in ((20, 9.0), (40, FD[str(gan), seed])):
                 tracker.score(HOW | {"name": "fd_small", "value": value, "images": 500, "checkpoint": "last"}, step)
@@ -190,8 +190,8 @@ def test_curves_stand_against_steps_images_and_hours_of_training(data):
     assert axis["hours"] == pytest.approx([BATCH * step / SPEED / 3600 for step in STEPS])
     scored = run["axes"][run["curves"]["score/fd_small"][0]]
     assert (scored["steps"], scored["images"]) == ([20, 40], [160, 320])
-    assert run["curves"]["student/match_gradient"][1] == [10.0, None, None, 40.0]  # neither nan nor infinity
-    assert data["metrics"][:3] == ["score/fd_small", "student/match_gradient", "critic/denoise"]
+    assert run["curves"]["health/match_gradient"][1] == [10.0, None, None, 40.0]  # neither nan nor infinity
+    assert data["metrics"][:3] == ["score/fd_small", "health/match_gradient", "critic/denoise"]
     assert not any(name.startswith("by_images/") for name in data["metrics"])
 
 

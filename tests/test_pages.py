@@ -104,7 +104,7 @@ def test_the_pages_curves_are_mlflows(opened, built, client):
 
     opened.get_by_text("hours", exact=True).click()
     opened.get_by_text("log", exact=True).click()
-    expect(opened.locator("figure[data-metric='student/match_gradient'] path").first).to_be_attached()
+    expect(opened.locator("figure[data-metric='health/match_gradient'] path").first).to_be_attached()
     opened.get_by_text("Choose metrics").click()
     box = opened.get_by_role("checkbox", name="images_per_s")
     box.uncheck()
