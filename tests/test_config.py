@@ -93,7 +93,7 @@ def test_a_recipe_is_found_by_name_or_by_path(folder, monkeypatch):
             ["train.x=1", "train.keep=0"],
             [
                 "train.keep: must be at least 1, got 0",
-                "train.x: no such key; valid: accumulate, average_decay, average_std, batch, clip, keep, "
+                "train.x: no such key; valid: accumulate, average_decay, average_std, batch, keep, "
                 "keep_best, keep_best_by, keep_best_mode, keep_every_images, report_every, "
                 "save_every, steps",
             ],
@@ -122,7 +122,7 @@ def test_a_recipe_is_found_by_name_or_by_path(folder, monkeypatch):
         (["optim.fake.betas=[0.9, 0.9, 0.9]"], ["optim.fake.betas: expected 2 values, got 3"]),
         (["method.match_range=[20, 1000]"], ["method.match_range.1: must be below 1000, got 1000"]),
         (["data.max_corrupt=2"], ["data.max_corrupt: must be at most 1, got 2"]),
-        (["train.clip=0"], ["train.clip: must be above 0, got 0"]),
+        (["optim.student.clip=0"], ["optim.student.clip: must be above 0, got 0"]),
         (["method.gan_weight=.inf"], ["method.gan_weight: expected a finite number, got inf"]),
         (["method.gan_weight=.nan"], ["method.gan_weight: expected a finite number, got nan"]),
         (["precision=fp16"], ["precision: 'fp16' is not one of fp32, bf16"]),

@@ -296,14 +296,36 @@ def test_adamws_first_update_is_the_sign_of_the_gradient_and_decays_every_parame
         torch.testing.assert_close(after[name], expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("clip", [1e-3, 1e6])
-def test_gradients_of_a_phase_are_clipped_together(clip):
-    engine = toy.make_engine(GAN, steps=1, report_every=1, clip=clip)
+@pytest.mark.parametrize("clip", [1e-3, 1e6, None])
+def test_gradients_of_a_role_are_clipped_to_its_norm(clip):
+    whole = toy.make_engine(GAN, steps=1, report_every=1, optim={"clip": None})
+    engine = toy.make_engine(GAN, steps=1, report_every=1, optim={"clip": clip})
+    toy.finish(whole)
     (metrics,) = toy.finish(engine)
-    for phase in GAN.phases():
-        norm = metrics[f"{phase.name}/grad_norm"]  # reported before clipping
-        first = torch.cat([moments(engine, role, "exp_avg") for role in phase.trains]) / (1 - 0.9)
-        assert first.norm().item() == pytest.approx(min(norm, clip), rel=1e-3)
+    norms = {role: moments(whole, role, "exp_avg").norm().item() / (1 - 0.9) for role in GAN.roles}
+    for role, norm in norms.items():
+        clipped = moments(engine, role, "exp_avg").norm().item() / (1 - 0.9)
+        assert clipped == pytest.approx(norm if clip is None else min(norm, clip), rel=1e-3)
+    together = math.hypot(norms["fake"], norms["disc"])  # a phase reports one norm, before clipping
+    assert metrics["critic/grad_norm"] == pytest.approx(together, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_every_optimiser_steps_resumes_exactly_and_is_cancelled_by_what_is_not_finite(kind, tmp_path):
+    settings = {"optim": {"kind": kind, "weight_decay": 0.0}, "report_every": 2, "save_every": 2, "keep": 5}
+    whole = toy.make_engine(GAN, steps=4, folder=tmp_path / "a", **settings)
+    toy.finish(whole)
+    second = toy.make_engine(GAN, steps=4, start=toy.denoiser(99), folder=tmp_path / "b", **settings)
+    second.resume(tmp_path / "a" / "step-00000002")
+    toy.finish(second)
+    assert toy.same(everything(second), everything(whole))
+    bad = toy.make_engine(GAN, steps=4, **settings)
+    poison_teacher(bad)
+    bad.nets["teacher"].register_forward_hook(lambda module, args, out: out * math.nan)
+    before = everything(bad)
+    with pytest.raises(NonFinite):
+        toy.finish(bad)
+    assert all(torch.equal(before[k], v) for k, v in everything(bad).items() if k.startswith("net.student"))
 
 
 # The average

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from functools import reduce
 from operator import or_
@@ -196,6 +197,18 @@ class Recipe(Strict):
     @classmethod
     def _new_names(cls, data: Any) -> Any:
         return with_new_names(data) if isinstance(data, dict) else data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _clip_of_roles(cls, data: Any) -> Any:
+        """train.clip of the last release, which every role without a clip of its own takes."""
+        train, optim = (data.get(key) for key in ("train", "optim")) if isinstance(data, dict) else (None, None)
+        if not isinstance(train, dict) or "clip" not in train or not isinstance(optim, dict):
+            return data
+        warnings.warn("train.clip: this key is now optim.<role>.clip, one a role", FutureWarning, stacklevel=2)
+        clip = train["clip"]
+        roles = {role: {"clip": clip} | own if isinstance(own, dict) else own for role, own in optim.items()}
+        return data | {"train": {k: v for k, v in train.items() if k != "clip"}, "optim": roles}
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:

@@ -1,9 +1,9 @@
-"""Optimisers: AdamW a role, its rate a function of (settings, step) and so no state."""
+"""Optimisers: one a role, by name, its rate a function of (settings, step) and so no state."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -13,14 +13,19 @@ from ..config import Strict
 
 
 class Optim(Strict):
-    """AdamW for one role. Steps are the run's steps (critic updates), for every role."""
+    """The optimiser of one role. Steps are the run's steps (critic updates), for every role."""
+
+    kind: Literal["adamw", "adam", "sgd"] = "adamw"
+    """Update rule; sgd has the momentum betas[0]."""
 
     lr: Annotated[float, Field(gt=0, lt=1)]
     """Learning rate after the warm-up."""
+    clip: Annotated[float, Field(gt=0)] | None = 10.0
+    """The role's gradient is clipped to this global L2 norm; null does not clip."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """AdamW's moment decays."""
+    """Moment decays of Adam and AdamW."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW's denominator floor."""
+    """Denominator floor of Adam and AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled, on all parameters, as the published DMD2."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -37,15 +42,21 @@ class Optim(Strict):
         fall = 0.0 if step < start else (step - start) / max(steps - 1 - start, 1)
         return self.lr * warm * (1 - (1 - self.final) * fall)
 
-    def build(self, net: nn.Module) -> torch.optim.AdamW:
-        # fused: one kernel, and it takes `found_inf`, which cancels an update without asking the device
-        return torch.optim.AdamW(
-            net.parameters(), lr=0.0, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True
-        )
+    def build(self, net: nn.Module) -> torch.optim.Optimizer:
+        """The optimiser of a network's parameters; the caller sets its rate at each step."""
+        # fused: one kernel, which scales the gradients and cancels an update without asking the device
+        params, shared = net.parameters(), {"lr": 0.0, "weight_decay": self.weight_decay, "fused": True}
+        if self.kind == "sgd":
+            return torch.optim.SGD(params, momentum=self.betas[0], **shared)
+        rule = torch.optim.AdamW if self.kind == "adamw" else torch.optim.Adam
+        return rule(params, betas=self.betas, eps=self.eps, **shared)
 
 
-def grad_norm(nets: Iterable[nn.Module], device: torch.device) -> torch.Tensor:
-    """Global L2 norm of the gradients, a 0-d tensor on the device; 0 where nothing has a gradient."""
-    grads = [p.grad for net in nets for p in net.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=device)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+def grad_norms(nets: Iterable[nn.Module], device: torch.device) -> torch.Tensor:
+    """Global L2 norm of each network's gradients, (N,) on the device; 0 for one without gradients."""
+    norms = []
+    for net in nets:
+        grads = [p.grad for p in net.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=device)
+        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    return torch.stack(norms)

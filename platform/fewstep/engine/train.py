@@ -22,7 +22,7 @@ from .checkpoint import load
 from .folder import checkpoints, step_of
 from .guard import Alarm, Guard, Watch
 from .manifest import AGAIN, CheckpointError
-from .optim import Optim, grad_norm
+from .optim import Optim, grad_norms
 from .retention import Keep
 from .saver import Saver
 from .storage import Ref
@@ -38,10 +38,9 @@ class Train(Strict):
     """Global batch: images a step, over all workers."""
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Micro-batches a worker's share is cut into; the numbers stay those of one batch."""
-    clip: Annotated[float, Field(gt=0)] = 10.0
-    """Gradients of a phase are clipped to this global L2 norm."""
     average_decay: Annotated[float, Field(ge=0, lt=1)] | None = 0.98
-    """Exponential average of the student, the network that is scored and exported; null averages nothing."""
+    """Decay a student update of the exponential average, the network that is scored and exported; null averages
+    nothing."""
     average_std: Annotated[float, Field(gt=0, lt=0.28)] | None = None
     """Instead of average_decay: EDM2's power-function average of this relative width."""
     report_every: Annotated[int, Field(ge=1)] = 50
@@ -393,32 +392,29 @@ class Engine:
             self._follow(phase)
             self.clock.lap(f"{phase.name}_s", mark)
             self.updates[phase.name] += 1
-        if "average" in self.averages:
-            average(self.nets["average"], self.nets["student"], self.train.profile.at(self.step))
         self.step += 1
 
     def _follow(self, phase: Phase) -> None:
         """What follows an update: the averages of what it trained, and the method's own rule."""
         for role, (source, profile) in self.averages.items():
-            if source in phase.trains and role != "average":
+            if source in phase.trains:
                 average(self.nets[role], self.nets[source], profile.at(self.updates[phase.name]))
         with torch.no_grad():
             self.method.after(self.nets, phase, self.step)
 
     def _measure(self, phase: Phase, micro: list[Batch], prepared: bool) -> dict[str, Tensor]:
-        """The phase's measures, averaged over the global batch. A single micro-batch keeps what was prepared for it;
-        of several, each is prepared again with a graph when its loss is due."""
+        """The phase's measures, averaged over the global batch. A single micro-batch keeps the graph of what was
+        prepared for it; several are prepared again, each when its loss is due."""
         if phase.measure is None:
             return {}
         found: list[Terms] = []
         for i, batch in enumerate(micro):
             if not prepared:
-                trains = phase.trains if len(micro) == 1 else ()
-                batch = self.method.prepare(self.nets, batch, trains)
-                if len(micro) == 1:
-                    micro[i] = batch
+                batch = self.method.prepare(self.nets, batch, phase.trains if len(micro) == 1 else ())
             with torch.no_grad():
-                found.append(phase.measure(self.nets, batch))
+                means, own = phase.measure(self.nets, batch)
+            found.append(means)
+            micro[i] = (batch if prepared or len(micro) == 1 else micro[i]).make(**own)
         names = sorted(found[0])
         means = torch.stack([torch.stack([f[name].detach() for f in found]).mean() for name in names])
         return {f"mean/{n}": v for n, v in zip(names, self.world.mean(means.to(self.world.device)), strict=True)}
@@ -455,22 +451,22 @@ class Engine:
     def _optimise(self, index: int, phase: Phase, losses: list[Tensor]) -> None:
         """Clips and steps the phase's optimisers, unless something is not finite; then, and ever after, none steps.
 
-        The decision stays on the device (`found_inf` cancels a fused AdamW's update), so the host need not wait for it.
+        The decision stays on the device (`found_inf` cancels a fused update), so the host need not wait for it.
         """
-        norm = grad_norm((self.nets[r] for r in phase.trains), self.world.device)
+        norms = grad_norms((self.nets[r] for r in phase.trains), self.world.device)
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(norms)
         # one reduction carries both what is not finite and what a rank has to say to the others
         says = SAVE_FAILED if self.saver and self.saver.failed else STOP if self.stopping else 0
         bad, self.heard = self.world.any(torch.stack([(~finite(norm, *losses)).float(), torch.full_like(norm, says)]))
         first = (bad > 0) & (self.bad == 0)
         self.bad_at = torch.where(first, self.step * len(self.updates) + index, self.bad_at)
         self.bad = torch.maximum(self.bad, bad)
-        scale = (self.train.clip / (norm + 1e-6)).clamp(max=1.0)
-        for role in phase.trains:
-            net, optim = self.nets[role], self.optims[role]
-            grads = [p.grad for p in net.parameters() if p.grad is not None]
-            torch._foreach_mul_(grads, scale)
+        for role, own_norm in zip(phase.trains, norms, strict=True):
+            settings, optim = self.settings[role], self.optims[role]
             for group in optim.param_groups:
-                group["lr"] = self.settings[role].at(self.step, self.train.steps) * self.rates[role]
+                group["lr"] = settings.at(self.step, self.train.steps) * self.rates[role]
+            if settings.clip is not None:
+                optim.grad_scale = ((own_norm + 1e-6) / settings.clip).clamp(min=1.0)  # gradients are divided by it
             optim.found_inf = self.bad
             optim.step()
             optim.zero_grad(set_to_none=True)

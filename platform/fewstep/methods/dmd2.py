@@ -69,7 +69,13 @@ class DMD2(Method):
     def phases(self) -> tuple[Phase, ...]:
         critic = ("fake", "disc") if self.adversarial else ("fake",)
         return (
-            Phase("student", ("student",), self.student_loss, every=self.critic_updates_per_student_update),
+            Phase(
+                "student",
+                ("student",),
+                self.student_loss,
+                every=self.critic_updates_per_student_update,
+                measure=self.measure if self.weighs and self.matching_weight else None,
+            ),
             Phase("critic", critic, self.critic_loss),
         )
 
@@ -107,31 +113,47 @@ class DMD2(Method):
 
     # The two losses
 
-    def weight(self, nets: Nets, batch: Batch, features: Any) -> Tensor | float:
-        """Factor (B,) on the matching gradient; a variation that needs the discriminator sets `weighs` too."""
-        return 1.0
+    def weight(self, nets: Nets, features: Any) -> Tensor:
+        """Factor (B,) on the matching gradient, which is divided by its mean over the global batch. A variation that
+        has one sets `weighs`, too."""
+        return torch.ones(len(features[0]), device=features[0].device)
 
     @property
     def weighs(self) -> bool:
-        """Whether `weight` wants the critic's features at the matched samples."""
+        """Whether there is a `weight`, of the critic's features at the matched samples."""
         return False
+
+    def matching(self, nets: Nets, batch: Batch) -> Terms:
+        """`gradient` (B, ...) of the matching term, its `normaliser` (B,), and where there is one its `weight` (B,)."""
+        x, draws = batch.x.detach(), batch.draws
+        level = index_level(draws, "match/t", nets["teacher"].schedule, *self.match_range, x, self.match_power)
+        with torch.no_grad():
+            x_t = level.noise(x, draws.normal("match/eps", x.shape))
+            real = guided(nets["teacher"], x_t, level, batch.cond, self.guidance, batch.null)
+            if not self.weighs:
+                gradient, normaliser = matching_gradient(x, real, nets["fake"](x_t, level, batch.cond))
+                return {"gradient": gradient, "normaliser": normaliser}
+            fake, features = nets["fake"](x_t, level, batch.cond, "both", at=self.taps)
+            gradient, normaliser = matching_gradient(x, real, fake)
+            return {"gradient": gradient, "normaliser": normaliser, "weight": self.weight(nets, features)}
+
+    def measure(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
+        """The matching term's weight, to be averaged over the global batch."""
+        found = self.matching(nets, batch)
+        return {"weight": found["weight"].mean()}, found
 
     def student_loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
         x, draws, schedule = batch.x, batch.draws, nets["teacher"].schedule
         terms, health = {}, statistics(x, batch.real)
         if self.matching_weight:
-            level = index_level(draws, "match/t", schedule, *self.match_range, x, self.match_power)
-            with torch.no_grad():
-                x_t = level.noise(x, draws.normal("match/eps", x.shape))
-                real = guided(nets["teacher"], x_t, level, batch.cond, self.guidance, batch.null)
-                if self.weighs:
-                    fake, features = nets["fake"](x_t, level, batch.cond, "both", at=self.taps)
-                else:
-                    fake, features = nets["fake"](x_t, level, batch.cond), None
-                weight = self.weight(nets, batch, features)
-                gradient, scale = matching_gradient(x, real, fake, weight)
+            found = batch.made if self.weighs else self.matching(nets, batch)
+            gradient, normaliser = found["gradient"], found["normaliser"]
+            if self.weighs:
+                weight = found["weight"] / batch.made["mean/weight"]
+                gradient = gradient * weight.view(-1, *[1] * (x.ndim - 1))
             terms["match"] = self.matching_weight * surrogate(x, gradient)
-            health |= {"match_gradient": gradient.flatten(1).norm(dim=1).mean(), "match_normaliser": scale.mean()}
+            norm = gradient.flatten(1).norm(dim=1).mean()
+            health |= {"match_gradient": norm, "match_normaliser": normaliser.mean()}
         if self.gan_weight:
             level = index_level(draws, "gan/t", schedule, 0, INDICES - 1, x)
             x_t = level.noise(x, draws.normal("gan/eps", x.shape))

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .base import Batch, Nets
+from .base import Nets
 from .dmd2 import DMD2
 
 # h(r) = r^2 f''(r) of r = p_data / p_student (table 1), constants left out: the batch normalisation cancels them.
@@ -35,10 +35,5 @@ class FDistill(DMD2):
     def weighs(self) -> bool:
         return self.divergence != "reverse_kl"
 
-    def weight(self, nets: Nets, batch: Batch, features: Any) -> Tensor | float:
-        if features is None:
-            return 1.0
-        if len(features[0]) == 1:
-            raise ValueError("method.divergence: with one sample a worker its weight normalises to 1, which is DMD2")
-        h = H[self.divergence](nets["disc"](features).exp().clamp(*self.ratio))
-        return h / h.mean()
+    def weight(self, nets: Nets, features: Any) -> Tensor:
+        return H[self.divergence](nets["disc"](features).exp().clamp(*self.ratio))
