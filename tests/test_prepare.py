@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import random
 import runpy
 import struct
 import subprocess
@@ -531,6 +532,34 @@ def test_a_truncated_file_is_corrupt(format):
     for end in (8, 40, len(data) // 2, len(data) - 40):
         with pytest.raises(CorruptImage):
             read_picture(data[:end], 3)
+
+
+@pytest.mark.filterwarnings("ignore")  # of Pillow, about damaged metadata
+def test_damaged_pictures_end_in_pixels_or_in_one_line():
+    """Seeded mutations of files of each format, with metadata, whose PNG checksums agree in half of the cases."""
+    rng, exif = random.Random(0), Image.Exif()
+    exif[0x0112] = 6
+    colours = Image.fromarray(RNG.integers(0, 256, (20, 24, 4), dtype=np.uint8))
+    files = [saved(colours, "PNG", exif=exif), saved(colours, "WEBP", exif=exif), saved(colours.convert("P"), "PNG")]
+    files += [saved(colours.convert(mode), "JPEG", exif=exif) for mode in ("L", "RGB", "CMYK")]
+    good = bad = 0
+    for _ in range(600):
+        data = bytearray(rng.choice(files))
+        for _ in range(rng.choice((1, 1, 2, 5, 20))):
+            at = rng.randrange(len(data))
+            data[at : at + rng.choice((0, 1, 1, 1, 9))] = rng.randbytes(rng.choice((0, 1, 1, 1, 9)))
+        if data.startswith(b"\x89PNG") and rng.random() < 0.5:
+            at = 8
+            while (end := at + 12 + int.from_bytes(data[at : at + 4], "big")) <= len(data):
+                data[end - 4 : end] = struct.pack(">I", zlib.crc32(data[at + 4 : end - 4]))
+                at = end
+        try:
+            assert read_picture(bytes(data), 3, fit=rng.choice((None, 8))).pixels.shape[0] == 3
+            good += 1
+        except CorruptImage as error:
+            assert str(error) and "\n" not in str(error)
+            bad += 1
+    assert good > 60 and bad > 200
 
 
 def test_small_pictures_that_size_enlarges_are_counted(tmp_path):
