@@ -24,7 +24,8 @@ from fewstep.methods import METHODS
 
 FILE = Path(__file__).with_name("golden.txt")
 STEPS = 20
-NAMES = ("match", "gan", "denoise", "pair", "mse", "grad_norm")  # losses and gradients; health signals are no losses
+# losses and gradients; health signals are no losses
+NAMES = ("match", "gan", "denoise", "pair", "mse", "tangent", "grad_norm")
 DMD2 = METHODS["dmd2"]
 CELLS = {
     "dmd2": DMD2(critic_updates_per_student_update=2, gan_weight=0.05),
@@ -34,6 +35,7 @@ CELLS = {
     "f_distill": METHODS["f_distill"](critic_updates_per_student_update=2, gan_weight=0.05),
     "regression": METHODS["regression"](steps=3),
     "denoising": METHODS["denoising"](),
+    "scm": METHODS["scm"](warmup_steps=10),
 }
 LAYOUTS = ("one", "accumulate-2", "two-sharded")
 

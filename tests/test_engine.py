@@ -54,8 +54,9 @@ def assert_near(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: fl
         (METHODS["f_distill"](critic_updates_per_student_update=3), {"average_std": 0.1}),
         (METHODS["denoising"](), {}),
         (METHODS["regression"](steps=3), {}),
+        (METHODS["scm"](tangents="difference", warmup_steps=30), {}),
     ],
-    ids=["dmd2-gan", "dmd2-two-steps", "f_distill", "denoising", "regression"],
+    ids=["dmd2-gan", "dmd2-two-steps", "f_distill", "denoising", "regression", "scm"],
 )
 def test_sixty_steps_equal_forty_and_twenty_more_after_a_resume(tmp_path, method, train):
     train = {"steps": 60, "report_every": 20, "save_every": 20, "keep": 3, "batch": 8, **train}

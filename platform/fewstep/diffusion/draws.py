@@ -97,3 +97,9 @@ def lognormal_level(draws: Draws, name: str, mean: float, std: float, ramp_share
     angle = torch.where(u < ramp_share, ramp, angle)
     t = schedule.time(angle).clamp(schedule.t_min, schedule.t_max)
     return schedule.level(t, like.ndim)
+
+
+def lognormal_angle(draws: Draws, name: str, mean: float, std: float, schedule: Schedule, count: int) -> Tensor:
+    """Angles (count,) float64 with ln tan t ~ N(mean, std^2) (Lu & Song 2024, section 4.1), within a Trig schedule."""
+    tau = mean + std * draws.normal(name, (count,)).double()
+    return tau.exp().atan().clamp(schedule.t_min, schedule.t_max)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .schedules import Trig
+
+TRIG = Trig(t_min=1e-3, t_max=1.5583)  # up to EDM's sigma 80
 
 
 @torch.no_grad()
@@ -35,3 +39,9 @@ def tangent(
         raise ValueError(f"how: {how!r} is not one of forward, difference")
     before, after = (f(*(a + s * b for a, b in zip(at, along, strict=True))) for s in (-h, h))
     return f(*at), (after - before) / (2 * h)
+
+
+def velocity(denoise: Callable[..., Tensor], x: Tensor, t: Tensor, cond: Any) -> Tensor:
+    """TrigFlow's F = dx/dt = cos t eps - sin t x0 (B, ...) of any denoiser, at x (B, ...) and angles t (B,) float64."""
+    level = TRIG.level(t, x.ndim)
+    return (level.alpha * x - denoise(x, level, cond)) / level.sigma
