@@ -1,4 +1,4 @@
-"""sCM: an exact map has no residual, the gradient is the consistency gradient, one call comes near the teacher's map."""
+"""sCM: an exact map has no residual, the gradient is the consistency gradient, one call is near the teacher's map."""
 
 from __future__ import annotations
 

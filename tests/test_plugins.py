@@ -1,0 +1,190 @@
+"""What a method may be: each kind is one class here, with no edit elsewhere; it trains, resumes exactly and samples."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import pytest
+import torch
+import toy
+from torch import Tensor
+from torch.nn import functional as F
+
+from fewstep.diffusion.draws import INDICES, Draws, index_level
+from fewstep.diffusion.health import statistics
+from fewstep.diffusion.samplers import Call, calls_at, run_calls
+from fewstep.engine.checkpoint import read_weights, tensors_of
+from fewstep.engine.guard import Guard
+from fewstep.engine.optim import Optim
+from fewstep.engine.train import Collapsed, Engine, Train
+from fewstep.methods import METHODS, Method, Phase
+from fewstep.methods.base import Batch, Make, Nets, Terms
+
+TRAIN = {"batch": 16, "report_every": 4, "save_every": 4, "keep": 5}
+
+
+def one_call(net: Any) -> tuple[Call, ...]:
+    return calls_at(net.schedule, (1.0,), on_ramp=True)
+
+
+class Follower(Method):
+    """The student is drawn to its own slow average, and to a frozen helper's x0: an EMA target and a helper."""
+
+    name: Literal["test_follower"] = "test_follower"
+    frozen: ClassVar[tuple[str, ...]] = ("guide",)
+
+    def nets(self, make: Make) -> dict[str, Any]:
+        return {"student": make.copy("student"), "guide": make.helper("guide")}
+
+    def averages(self) -> dict[str, tuple[str, float]]:
+        return {"target": ("student", 0.5)}
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (
+            Phase("follow", ("student",), self.loss, every=2),
+            Phase("settle", ("student",), self.loss, unless="follow"),
+        )
+
+    def calls(self, net: Any) -> tuple[Call, ...]:
+        return one_call(net)
+
+    def loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
+        level = index_level(batch.draws, "t", nets["student"].schedule, 100, INDICES - 1, batch.real)
+        x_t = level.noise(batch.real, batch.draws.normal("eps", batch.real.shape))
+        x = nets["student"](x_t, level, batch.real_cond)
+        with torch.no_grad():
+            target, guide = nets["target"](x_t, level, batch.real_cond), nets["guide"](x_t, level)
+        return {"pull": F.mse_loss(x, target), "guide": F.mse_loss(x, guide)}, statistics(x, batch.real)
+
+
+class Fitter(Method):
+    """A one-call generator fitted to data by its moments: no teacher."""
+
+    name: Literal["test_fitter"] = "test_fitter"
+    needs_teacher: ClassVar[bool] = False
+    frozen: ClassVar[tuple[str, ...]] = ()
+
+    def nets(self, make: Make) -> dict[str, Any]:
+        return {"student": make.copy("student")}
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase("fit", ("student",), self.loss),)
+
+    def calls(self, net: Any) -> tuple[Call, ...]:
+        return one_call(net)
+
+    def loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
+        x = run_calls(nets, self.calls(nets["student"]), batch.z, batch.cond, batch.draws)
+        return {"mean": F.mse_loss(x.mean(0), batch.real.mean(0))}, {}
+
+
+class Dreamer(Method):
+    """The student learns the teacher's denoising of its own images: no data."""
+
+    name: Literal["test_dreamer"] = "test_dreamer"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def nets(self, make: Make) -> dict[str, Any]:
+        return {"teacher": make.teacher, "student": make.copy("student")}
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase("dream", ("student",), self.loss),)
+
+    def calls(self, net: Any) -> tuple[Call, ...]:
+        return one_call(net)
+
+    def loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
+        assert batch.real is None and batch.real_cond is None and not batch.rows
+        x = run_calls(nets, self.calls(nets["student"]), batch.z, batch.cond, batch.draws)
+        level = index_level(batch.draws, "t", nets["student"].schedule, 100, 900, x)
+        with torch.no_grad():
+            target = nets["teacher"](level.noise(x, batch.draws.normal("eps", x.shape)), level, batch.cond)
+        return {"dream": F.mse_loss(x, target)}, statistics(x)
+
+
+class Diverging(Method):
+    """Phases with names of their own, and a student that is driven out of the data's range."""
+
+    name: Literal["test_diverging"] = "test_diverging"
+    headline: ClassVar[tuple[str, ...]] = ("push/away",)
+    cure: ClassVar[str] = "Push less"
+
+    def nets(self, make: Make) -> dict[str, Any]:
+        return {"teacher": make.teacher, "student": make.copy("student")}
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase("push", ("student",), self.loss),)
+
+    def calls(self, net: Any) -> tuple[Call, ...]:
+        return one_call(net)
+
+    def loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
+        x = run_calls(nets, self.calls(nets["student"]), batch.z, batch.cond, batch.draws)
+        return {"away": -x.mean()}, statistics(x, batch.real)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registry():
+    """Methods of this file leave the registry when it is done."""
+    yield
+    for method in (Follower, Fitter, Dreamer, Diverging):
+        METHODS.pop(method.tag, None)
+
+
+def an_engine(method: Method, folder=None, seed: int = 0, feed: Any = True, **train) -> Engine:
+    """An engine whose networks come from `Method.nets` alone."""
+    nets = method.nets(toy.Make(toy.denoiser(seed)))
+    optims = {role: Optim(lr=1e-3) for role in method.roles}
+    feed = toy.Feed(toy.Mixture()) if feed else None
+    return Engine(method, nets, optims, feed, Train(**{"steps": 8} | TRAIN | train), folder=folder, recipe={"toy": 1})
+
+
+def everything(engine: Engine) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in tensors_of(engine._parts(), engine.optims).items()}
+
+
+@pytest.mark.parametrize("method", [Follower(), Fitter(), Dreamer()], ids=lambda m: m.tag)
+def test_a_method_of_one_class_trains_resumes_exactly_and_samples(method, tmp_path):
+    feed = "real" in method.needs
+    whole = an_engine(method, tmp_path / "a", feed=feed)
+    before = toy.weights(whole.nets["student"])
+    reports = toy.finish(whole)
+    assert not toy.same(before, toy.weights(whole.nets["student"]))
+    second = an_engine(method, tmp_path / "b", seed=99, feed=feed)
+    second.resume(tmp_path / "a" / "step-00000004")
+    assert toy.finish(second) == reports[1:]
+    assert toy.same(everything(second), everything(whole))
+    assert toy.same(read_weights(tmp_path / "a" / "step-00000008"), everything(second))
+    with torch.no_grad():
+        x = run_calls(whole.sampling, method.calls(whole.student), torch.randn(4, 2, 1, 1), None, Draws(0, 0))
+    assert x.shape == (4, 2, 1, 1) and x.isfinite().all()
+
+
+def test_an_averaged_role_follows_every_update_of_its_source_and_a_frozen_one_stays():
+    engine = an_engine(Follower(), steps=1, report_every=1, save_every=1)
+    start, guide = toy.weights(engine.nets["student"]), toy.weights(engine.nets["guide"])
+    toy.finish(engine)
+    target, student = toy.weights(engine.nets["target"]), toy.weights(engine.nets["student"])
+    for key in target:
+        torch.testing.assert_close(target[key], 0.5 * start[key] + 0.5 * student[key])
+    assert toy.same(guide, toy.weights(engine.nets["guide"]))
+    assert {name.split(".")[1] for name in everything(engine) if name.startswith("net.")} == {
+        "student",
+        "target",
+        "average",
+    }
+
+
+def test_a_phase_is_left_out_of_the_steps_in_which_another_ran():
+    (_, report) = toy.finish(an_engine(Follower()))
+    assert report["updates/follow"] == 4 and report["updates/settle"] == 4
+
+
+def test_the_guard_and_its_advice_serve_a_method_with_phases_of_any_name():
+    method = Diverging()
+    nets, guard = method.nets(toy.Make()), Guard(policy="stop", every=1, images=16)
+    optims = {"student": Optim(lr=3e-2)}
+    train = Train(steps=200, batch=16, report_every=10, save_every=200)
+    engine = Engine(method, nets, optims, toy.Feed(toy.Mixture()), train, guard=guard)
+    with pytest.raises(Collapsed, match="brightness .* Push less, or choose failure.collapse.policy=roll_back"):
+        toy.finish(engine)
