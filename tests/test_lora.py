@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import threading
 from copy import deepcopy
+from pathlib import Path
 
+import demo
 import pytest
 import torch
 import toy
+import yaml
 from test_engine import everything
 from test_world import backbone, backbone_loss, distance, inputs, lora_engine
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fewstep import build
+from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.samplers import run_calls
 from fewstep.diffusion.schedules import EDM
+from fewstep.dryrun import memory, saved_bytes
 from fewstep.engine import checkpoint
+from fewstep.engine.folder import checkpoints
+from fewstep.engine.train import Engine
 from fewstep.engine.world import Layout, World
-from fewstep.methods import METHODS
 from fewstep.networks.average import average
 from fewstep.networks.blocks import blocks, checkpoint_activations, compile_passes, units
+from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.lora import Lora, active, fingerprint, merge, open_adapter, save_adapter, using
-from fewstep.networks.pretrained import new_head, open_teacher, save_denoiser
+from fewstep.networks.pretrained import open_teacher, save_denoiser
+from fewstep.recipe import Recipe, load_recipe
+from fewstep.students import export_run, open_sampler, open_student
 
 NAMES = ("unet", "text", "dit")
 
@@ -161,8 +172,7 @@ def test_a_network_without_named_attention_says_so():
 # Whole networks
 
 
-@pytest.mark.parametrize("targets", ["attention", "all"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "targets"), [("unet", "attention"), *((name, "all") for name in NAMES)])
 def test_a_new_adapter_equals_its_base_and_a_base_is_the_same_with_and_without(name, targets):
     base = backbone(name)
     before = answer(base, name)
@@ -173,8 +183,7 @@ def test_a_new_adapter_equals_its_base_and_a_base_is_the_same_with_and_without(n
     assert active() is None
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "precision"), [*((name, "fp32") for name in NAMES), ("unet", "bf16")])
 def test_gradients_are_those_of_a_network_with_changed_weights(name, precision):
     """Through a pass without gradients, a whole one and one that leaves at the bottleneck."""
     adapter = moved(Lora(backbone(name, precision), 4, targets="all"))
@@ -277,7 +286,8 @@ def test_recomputed_activations_run_again_with_the_adapter_of_their_first_run():
     assert distance(of("student"), of("fake")) > 0.1  # a mistaken adapter would show
 
 
-@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_blocks_run_with_the_adapter_of_the_pass(recompute):
     base, graphs = toy.denoiser(1), []
 
@@ -413,12 +423,15 @@ def test_a_merged_network_gives_what_the_adapter_gives_and_is_plain(name):
         assert torch.equal(answer(net, name), answer(merge(adapter, *ask(name)), name))
 
 
-def test_a_merged_network_of_a_base_in_bfloat16_is_float32_and_near():
-    base = World().place(backbone("unet", "bf16"), "frozen")
-    adapter = moved(Lora(base, 4, targets="all"), std=0.05)
-    net = merge(adapter, *inputs("unet"))
-    assert net.precision == "fp32" and all(p.dtype == torch.float32 for p in net.parameters())
-    assert (answer(net, "unet") - answer(adapter, "unet")).abs().max() < 0.1
+def test_a_merged_network_computes_in_its_bases_precision():
+    adapter = moved(Lora(backbone("unet", "bf16"), 4, targets="all"), std=0.05)
+    net, exact = (
+        merge(a, *inputs("unet")) for a in (adapter, moved(Lora(backbone("unet"), 4, targets="all"), std=0.05))
+    )
+    assert net.precision == "bf16" and all(p.dtype == torch.float32 for p in net.parameters())
+    assert toy.same(toy.weights(net), toy.weights(exact))
+    rounding = (answer(adapter, "unet") - answer(exact, "unet")).abs().max()
+    assert (answer(net, "unet") - answer(exact, "unet")).abs().max() < 2 * rounding < 0.1
 
 
 class Tied(nn.Module):
@@ -490,22 +503,159 @@ def test_an_adapter_is_not_saved_as_if_it_were_its_base(tmp_path):
     assert not (tmp_path / "net").exists()
 
 
+# As a recipe names them
+
+
+LORA = ["roles.student.lora={rank: 4, alpha: 8, targets: [all]}", "roles.fake.lora={rank: 4, targets: [all]}"]
+FAST = [f"optim.{role}={{lr: 1e-2}}" for role in ("student", "fake")]
+
+
+def trained(folder: Path) -> tuple[Recipe, Engine]:
+    """Two steps of the demo with adapters, saved as a run saves them."""
+    recipe = demo.recipe(folder, "name=lora", "train.steps=2", "train.save_every=1", *LORA, *FAST)
+    engine = build.make_engine(recipe, build.make_feed(recipe.data, 0), folder=recipe.checkpoints)
+    toy.finish(engine)
+    recipe.folder.mkdir(parents=True, exist_ok=True)
+    (recipe.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    return recipe, engine
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory) -> tuple[Recipe, Engine]:
+    return trained(tmp_path_factory.mktemp("runs"))
+
+
+def test_a_recipe_trains_adapters_on_its_teacher(lora_run):
+    recipe, engine = lora_run
+    student, fake, teacher = (engine.nets[role] for role in ("student", "fake", "teacher"))
+    assert isinstance(student, Lora) and (student.rank, student.alpha, student.targets) == (4, 8.0, ("all",))
+    assert fake.scale == 1 and fake.base is student.base is engine.student.base is teacher
+    assert toy.same(toy.weights(teacher), toy.weights(open_teacher(recipe.teacher)))
+    start = build.make_nets(recipe)
+    assert all(not torch.equal(start["student"].down[key], start["fake"].down[key]) for key in student.down)
+    assert not toy.same(toy.weights(start["student"]), toy.weights(student))
+
+
+def test_a_run_with_adapters_resumes_exactly(lora_run):
+    recipe, two = lora_run
+    one_more = build.make_engine(recipe, build.make_feed(recipe.data, 0))
+    one_more.resume(checkpoints(recipe.checkpoints)[0])
+    assert one_more.step == 1 and not toy.same(everything(one_more), everything(two))
+    toy.finish(one_more)
+    assert toy.same(everything(one_more), everything(two))
+
+
+def test_the_student_of_a_run_with_adapters_is_opened_merged(lora_run):
+    recipe, engine = lora_run
+    for averaged, net in ((True, engine.student), (False, engine.nets["student"])):
+        student = open_student(recipe.folder, None if averaged else False)
+        assert type(student.net) is Denoiser and student.averaged == averaged
+        z, cond = torch.randn(4, 1, 28, 28), torch.arange(4)
+        calls = recipe.method.calls(net)
+        with torch.no_grad():
+            expected, start = (
+                run_calls({"student": n}, calls, z, cond, Draws(0, 0)) for n in (net, engine.nets["teacher"])
+            )
+            found = student.sampler.sample(z, cond, Draws(0, 0))
+        assert (found - expected).abs().max() < 1e-5 < 1e-2 < (expected - start).abs().max()
+    assert open_sampler(str(recipe.folder)).name == "few-step-1"
+    another = demo.recipe(recipe.folder, f"teacher={recipe.folder}")  # a run is a teacher, too
+    assert toy.same(toy.weights(build.make_teacher(another)), toy.weights(open_student(recipe.folder).net))
+
+
+@pytest.mark.slow
+def test_a_run_with_adapters_is_exported_merged_and_gives_the_same_images_in_a_fresh_process(lora_run, tmp_path):
+    recipe, engine = lora_run
+    report = export_run(recipe.folder, out=tmp_path / "model")
+    assert report["max_difference"] <= 1e-5 and report["averaged"]
+    exported = open_teacher(tmp_path / "model")
+    assert toy.same(toy.weights(exported), toy.weights(open_student(recipe.folder).net))
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "running average of a LoRA of rank 4 on all, merged" in card
+
+
+def test_a_run_whose_merge_would_answer_otherwise_is_not_opened(lora_run, monkeypatch):
+    recipe, _ = lora_run
+    monkeypatch.setattr(Lora, "weight_change", lambda self, key, layer: torch.zeros_like(layer.weight))
+    with pytest.raises(ValueError, match="adapter: merged into its base it gives outputs that differ by"):
+        open_student(recipe.folder)
+
+
+def test_a_second_stage_starts_from_the_first_ones_factors(lora_run, tmp_path):
+    recipe, engine = lora_run
+    starts = [f"start.student={recipe.folder}", f"start.fake={recipe.folder}/net.fake"]
+    nets = build.make_nets(demo.recipe(tmp_path, *LORA, *starts))
+    for role in ("student", "fake"):
+        assert toy.same(toy.weights(nets[role]), toy.weights(engine.nets[role]))
+    with pytest.raises(ValueError, match="start.teacher: adapters change this network; give it by teacher=... instead"):
+        build.make_nets(demo.recipe(tmp_path, *LORA, f"start.teacher={recipe.folder}"))
+    other = LORA[0].replace("alpha: 8", "alpha: 4")
+    with pytest.raises(ValueError, match=r"step-00000002: identity is not this network's, .* another alpha"):
+        build.make_nets(demo.recipe(tmp_path, LORA[1], other, *starts))
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (
+            ["roles.student.lora={targets: [to_qq]}"],
+            "roles.student.lora.targets: 'to_qq' matches no .* nearest: to_q,",
+        ),
+        (["roles.student.lora={rnak: 4}"], r"roles.student.lora.rnak: no such key; did you mean 'rank'\?"),
+        (["roles.student.lora={rank: 0}"], "roles.student.lora.rank: must be at least 1, got 0"),
+        (["roles.studnet.lora={rank: 4}"], "roles.studnet: no such role; .*; did you mean 'student'"),
+        (["roles.disc.lora={rank: 4}"], "roles.disc.lora: dmd2 makes this network anew, not from the teacher"),
+    ],
+)
+def test_mistakes_in_a_role_name_their_field(tmp_path, words, says):
+    with pytest.raises(ValueError, match=says):
+        build.make_nets(demo.recipe(tmp_path, *words))
+
+
+def test_a_new_network_has_no_adapters():
+    with pytest.raises(ValueError, match="roles.student.lora: an adapter changes a teacher, not a new network"):
+        load_recipe(["roles.student.lora={rank: 4}"], demo.RECIPES, "fashion_mnist_teacher")
+
+
+def test_a_method_without_a_teachers_role_has_one_with_adapters(tmp_path):
+    words = ["method={name: denoising}", "optim={student: {lr: 1e-3}}", LORA[0]]
+    nets = build.make_nets(demo.recipe(tmp_path, *words))
+    assert nets.keys() == {"student", "teacher"} and nets["student"].base is nets["teacher"]
+
+
 # Memory
 
 
-def test_weights_and_optimisers_of_the_demo_with_adapters_are_at_most_three_tenths():
-    """Counted: teacher, student, critic, average and head with AdamW's two moments of what trains."""
+def test_weights_and_optimisers_of_the_demo_with_adapters_are_at_most_three_tenths(tmp_path):
+    """Counted by the dry run: teacher, student with its average, critic, head, and AdamW's moments of what trains."""
+
+    def counted(*words: str) -> tuple[int, dict[str, int]]:
+        rows = {row["role"]: row for row in memory(demo.recipe(tmp_path, *words))}
+        total = sum(row["weights"] + row["optimiser"] for row in rows.values())
+        return total, {role: row["parameters"] for role, row in rows.items()}
+
+    (whole, parameters), (lora, of_lora) = counted(), counted(*LORA)
+    print(f"weights and optimisers with adapters: {lora / whole:.3f} of those without")
+    assert of_lora["teacher"] == parameters["teacher"] == parameters["student"] == 704_484
+    assert of_lora["student"] == of_lora["fake"] == 62_624 and of_lora["disc"] == parameters["disc"]
+    numbers = lambda of: of["teacher"] + 4 * of["student"] + 3 * of["fake"] + 3 * of["disc"]
+    assert (whole, lora) == (4 * numbers(parameters), 4 * numbers(of_lora))
+    assert lora / whole <= 0.3
+
+
+def test_a_dry_run_counts_a_teacher_as_it_is_stored(tmp_path):
+    """Blocks of a frozen network in bf16 have two bytes a weight; what trains has four."""
+    rows = {row["role"]: row for row in memory(demo.recipe(tmp_path, "precision=bf16", *LORA))}
     teacher = open_teacher("shipped:fashion_mnist/teacher")
-    head = new_head(teacher)
-    whole = METHODS["dmd2"]().nets(toy.Make(teacher, teacher)) | {"disc": head}
-    del whole["teacher"]
-    lora = {role: net if role == "disc" else Lora(teacher, 4, targets="all") for role, net in whole.items()}
+    inside = sum(p.numel() for block in blocks(teacher) for p in block.parameters())
+    assert inside > 0.9 * rows["teacher"]["parameters"]
+    assert rows["teacher"]["weights"] == 4 * rows["teacher"]["parameters"] - 2 * inside
+    assert rows["student"]["weights"] == 2 * 4 * rows["student"]["parameters"]
+    assert rows["fake"]["optimiser"] == 2 * 4 * rows["fake"]["parameters"]
 
-    def count(nets: dict[str, nn.Module]) -> int:
-        average = deepcopy(nets["student"])
-        held = {p for net in (teacher, average, *nets.values()) for p in net.parameters()}
-        return sum(p.numel() for p in held) + 2 * sum(p.numel() for net in nets.values() for p in net.parameters())
 
-    share = count(lora) / count(whole)
-    print(f"weights and optimisers with adapters: {count(lora):,} of {count(whole):,} numbers, {share:.3f}")
-    assert share <= 0.3
+def test_activations_of_an_adapter_count_none_of_its_bases_weights():
+    net = nn.Sequential(nn.Linear(300, 300, bias=False), nn.Linear(300, 300, bias=False))
+    x = torch.randn(2, 300)
+    # of both layers: what enters `down` (300), and what it gives (3), for each sample
+    assert saved_bytes(Lora(net, 3, targets="all"), (x,)) == 4 * 2 * 2 * 303

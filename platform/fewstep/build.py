@@ -19,6 +19,7 @@ from .data.feed import Feed, open_feed
 from .data.shards import Shards
 from .diffusion.draws import Draws, fold
 from .diffusion.guidance import guided
+from .diffusion.level import Level
 from .diffusion.samplers import Call, heun, run_calls, to_uint8
 from .engine.checkpoint import load_net, read_weights
 from .engine.folder import newest
@@ -29,7 +30,7 @@ from .files import sha256_of
 from .metrics.base import Measure, Samples
 from .networks.conditions import Conditions
 from .networks.denoiser import Denoiser
-from .networks.lora import Lora
+from .networks.lora import Lora, merge
 from .networks.pretrained import locate, new_denoiser, new_head, open_teacher
 from .recipe import Data, Recipe, check_secrets, read_run
 
@@ -53,7 +54,7 @@ class Maker:
 
     def copy(self, role: str, extra: tuple[str, ...] = ()) -> nn.Module:
         """A denoiser that starts as the teacher: whole, or an adapter of it."""
-        adapter = self.recipe.roles[role].lora if role in self.recipe.roles else None
+        adapter = self.recipe.lora(role)
         if adapter is None:
             return deepcopy(self.teacher).add_extra(*extra)
         if extra:
@@ -61,7 +62,10 @@ class Maker:
                 f"roles.{role}.lora: {self.recipe.method.tag} gives this network further scalars, which an adapter does"
                 " not take; leave the role out to train a whole copy"
             )
-        return Lora(self.teacher, adapter.rank, adapter.alpha, adapter.targets, seed=fold(self.recipe.seed, role))
+        try:
+            return Lora(self.teacher, adapter.rank, adapter.alpha, adapter.targets, seed=fold(self.recipe.seed, role))
+        except ValueError as error:
+            raise ValueError(f"roles.{role}.lora.{error}") from None
 
     def head(self, role: str, at: tuple[str, ...] = ("middle",)) -> nn.Module:
         """A GAN head over the teacher's taps."""
@@ -79,11 +83,19 @@ class Maker:
 
 
 def make_nets(recipe: Recipe) -> dict[str, nn.Module]:
-    """Every role's network, the frozen ones among them; the same on all ranks."""
-    nets = recipe.method.nets(Maker(recipe, make_teacher(recipe)))
+    """Every role's network, the frozen ones among them; the same on all ranks. Raises ValueError naming the field."""
+    teacher = make_teacher(recipe)
+    nets = recipe.method.nets(Maker(recipe, teacher))
+    for role, how in recipe.roles.items():
+        if how.lora is not None and not isinstance(nets.get(role), Lora | None):
+            raise ValueError(f"roles.{role}.lora: {recipe.method.tag} makes this network anew, not from the teacher")
+    if any(isinstance(net, Lora) for net in nets.values()):
+        nets.setdefault("teacher", teacher)  # adapters run through it
     for role, ref in recipe.start.items():
         if role not in nets:
             raise ValueError(f"start.{role}: no such role; {recipe.method.tag} has {', '.join(nets)}")
+        if any(isinstance(net, Lora) and net.base is nets[role] for net in nets.values()):
+            raise ValueError(f"start.{role}: adapters change this network; give it by teacher=... instead")
         folder, source = _split_start(ref, role)
         path = latest(resolve_ref(folder))
         if path is None:
@@ -107,12 +119,23 @@ def open_net(folder: str) -> Denoiser:
 
 
 def student_net(recipe: Recipe, checkpoint: Path | str, average: bool | None = None) -> Denoiser:
-    """The student in a checkpoint of a recipe's run, frozen. average: its averaged weights; None: where it has them."""
+    """The student in a checkpoint of a recipe's run, frozen; an adapter is merged into its base.
+
+    average: its averaged weights; None: where it has them. Raises ValueError.
+    """
     if average is None:
         average = has_average(checkpoint)
     net = recipe.method.nets(Maker(recipe, make_teacher(recipe)))["student"]
     load_net(net, read_weights(checkpoint, "net.average" if average else "net.student"), str(checkpoint))
+    net = merge(net, *_probe(net)) if isinstance(net, Lora) else net
     return net.eval().requires_grad_(False)
+
+
+def _probe(net: nn.Module) -> tuple[Tensor, Level, Any]:
+    """Inputs of a denoiser from little noise to much, on which two networks are compared."""
+    angle = torch.linspace(0.05, 1.52, 4).view(-1, 1, 1, 1)
+    x_t = Draws(0, 0).normal("probe", (len(angle), *net.shape))
+    return x_t, Level(angle.cos(), angle.sin()), net.conditions.zeros(len(angle))
 
 
 def has_average(checkpoint: Path | str) -> bool:

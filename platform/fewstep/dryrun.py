@@ -12,8 +12,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from . import build, run
 from .diffusion.level import Level
-from .networks.blocks import checkpoint_activations
+from .engine.world import Layout, World
 from .networks.denoiser import Denoiser
+from .networks.lora import Lora
 from .recipe import Recipe
 
 MIB = 2**20
@@ -21,7 +22,8 @@ MIB = 2**20
 
 def saved_bytes(net: nn.Module, inputs: tuple[Any, ...]) -> int:
     """Bytes that one forward pass keeps for its backward, each storage counted once, the weights not at all."""
-    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    weights = [*net.parameters(), *(net.base.parameters() if isinstance(net, Lora) else ())]
+    own = {p.untyped_storage().data_ptr() for p in weights}
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -49,35 +51,38 @@ def activations(forward: Callable[[int], int], count: int) -> int:
 def memory(recipe: Recipe) -> list[dict[str, Any]]:
     """Bytes each role needs on a worker: weights, gradients, optimiser, activations of one micro-batch.
 
-    How many workers a node will have is not known beforehand: what is sharded inside a node counts whole.
+    How many workers a node will have is not known beforehand: what is sharded inside a node counts whole. Adapters have
+    a row each for their factors, and the teacher that they share has one.
     """
     nets, layout = build.make_nets(recipe), recipe.cluster
     count = recipe.train.batch // (recipe.cluster.workers * recipe.train.accumulate)
     student = nets["student"]
+    world = World(layout=Layout(checkpoint_activations=layout.checkpoint_activations))
+    averaged = [source for source, _ in recipe.method.averages().values()]
+    averaged += ["student"] if recipe.train.profile else []
 
     def inputs(net: nn.Module, samples: int) -> tuple[Any, ...]:
         x, one = torch.randn(samples, *student.shape), torch.ones(samples, 1, 1, 1)
         cond = student.conditions.zeros(samples)
-        if isinstance(net, Denoiser):
+        if isinstance(net, Denoiser | Lora):
             return x, Level(one, one), cond
         with torch.no_grad():
             return (student(x, Level(one, one), cond, "features", at=net.at),)
 
     rows = []
     for role, net in nets.items():
-        trains = role in recipe.method.roles
-        net.eval().requires_grad_(trains)
+        kind = "trained" if role in recipe.method.roles else "frozen"
+        trains = kind == "trained"
+        world.place(net.eval(), kind).requires_grad_(trains)  # a frozen network in bf16 is stored so
         size = sum(p.numel() * p.element_size() for p in net.parameters())
-        shards = recipe.cluster.workers if layout.of("trained" if trains else "frozen") == "shard" else 1
-        held = size * (2 if role == "student" and recipe.train.profile and not layout.offload_average else 1)
-        if trains and layout.checkpoint_activations:
-            checkpoint_activations(net)
+        shards = recipe.cluster.workers if layout.of(kind) == "shard" else 1
+        copies = 0 if layout.offload_average else averaged.count(role)
         forward = lambda samples, net=net: saved_bytes(net, inputs(net, samples))
         rows.append(
             {
                 "role": role,
                 "parameters": sum(p.numel() for p in net.parameters()),
-                "weights": held // shards,
+                "weights": size * (1 + copies) // shards,
                 "gradients": size // shards if trains else 0,
                 "optimiser": 2 * size // shards if trains else 0,
                 "activations": activations(forward, count) if trains else 0,
@@ -101,7 +106,7 @@ def describe(recipe: Recipe) -> str:
     total = sum(row[c] for row in rows for c in columns)
     t = recipe.train
     lines.append(f"{'total':10s}{sum(r['parameters'] for r in rows):14,d}{total / MIB:14.1f}")
-    lines.append("weights of the student count its running average; weights and optimiser are float32.")
+    lines.append("weights count a network's running averages; what trains and its optimiser are float32.")
     images = t.steps * t.batch
     epochs = f": {images / rows_of_data:.1f} epochs of {rows_of_data:,}" if rows_of_data else ", without data"
     lines.append(f"{t.steps:,} steps of {t.batch} images{epochs}.")

@@ -230,9 +230,12 @@ class Recipe(Strict):
         for role in self.start:
             if role not in (*known, *self.method.frozen):
                 wrong.append(f"start.{role}: no such role; {self.method.tag} trains {', '.join(known)}")
-        for role in self.roles:
+        for role, how in self.roles.items():
             if role not in known:
-                wrong.append(f"roles.{role}: no such role; {self.method.tag} trains {', '.join(known)}")
+                trains = f"{self.method.tag} trains {', '.join(known)}"
+                wrong.append(f"roles.{role}: no such role; {trains}; {nearest(role, known)}")
+            elif how.lora is not None and self.network is not None:
+                wrong.append(f"roles.{role}.lora: an adapter changes a teacher, not a new network; leave it out")
         c, train = self.cluster, self.train
         for workers in range(min(c.workers_min or c.workers, c.workers), c.workers + 1):
             share = workers * train.accumulate
@@ -268,6 +271,10 @@ class Recipe(Strict):
     def folder(self) -> Path:
         """Where the run keeps its checkpoints, journal, samples and export."""
         return resolve(self.out) / self.name
+
+    def lora(self, role: str) -> Adapter | None:
+        """The adapter that a role trains; None for a role that trains a whole network."""
+        return self.roles[role].lora if role in self.roles else None
 
     @property
     def checkpoints(self) -> Path | str:

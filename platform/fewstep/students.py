@@ -167,6 +167,8 @@ def _card(student: Student, rows: Sequence[dict[str, Any]], licence: str | None)
     recipe, train = student.recipe, student.recipe.train
     paper = (sys.modules[type(recipe.method).__module__].__doc__ or "").strip().splitlines()[0]
     weights = "running average" if student.averaged else "raw weights"
+    if (adapter := recipe.lora("student")) is not None:
+        weights += f" of a LoRA of rank {adapter.rank} on {', '.join(adapter.targets)}, merged"
     return Card(
         name=recipe.name,
         teacher=_word(recipe.teacher),

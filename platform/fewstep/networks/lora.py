@@ -150,6 +150,12 @@ def _hooks(layer: nn.Module) -> dict[int, partial]:
     return {number: hook for number, hook in layer._forward_hooks.items() if getattr(hook, "func", None) is _add}
 
 
+def _remove_hooks(net: nn.Module) -> None:
+    for module in net.modules():
+        for number in _hooks(module):
+            del module._forward_hooks[number]
+
+
 def _new_factors(layer: nn.Module, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     weight, groups = layer.weight, getattr(layer, "groups", 1)
     inputs = math.prod(weight.shape[1:])
@@ -228,27 +234,28 @@ def fingerprint(base: nn.Module) -> int:
 
 @torch.no_grad()
 def merge(adapter: Lora, *inputs: Any, tolerance: float = TOLERANCE) -> nn.Module:
-    """A float32 copy of the base with the adapter's change in its weights, and no hooks.
+    """A copy of the base with the adapter's change in its weights, and no hooks.
 
-    inputs: of one pass, on which the copy must give the adapter's output, a tensor; tolerance: of the largest
-    difference, in units of the largest output or of 1. The adapter is whole, not sharded.
+    inputs: of one pass, on which the copy must give the adapter's output, a tensor, when both compute in float32.
+    tolerance: of the largest difference, in units of the largest output or of 1. The adapter is whole, not sharded.
     Raises ValueError for a network that a changed weight does not reach as the adapter does, such as one whose layers
     share a weight.
     """
-    net = deepcopy(adapter.base).float()
-    expected = adapter.on(net)(*inputs)
-    for key, layer in adapter.layers.items():
-        layer = net.get_submodule(key.replace("/", "."))
+    exact = deepcopy(adapter.base).float()
+    expected = adapter.on(exact)(*inputs)
+    _remove_hooks(exact)
+    for key in adapter.down:
+        layer = exact.get_submodule(key.replace("/", "."))
         layer.weight.copy_(layer.weight.double() + adapter.weight_change(key, layer))
-    for module in net.modules():
-        for number in _hooks(module):
-            del module._forward_hooks[number]
-    difference = (net(*inputs) - expected).abs().max().item()
+    difference = (exact(*inputs) - expected).abs().max().item()
     if not difference <= tolerance * max(1.0, expected.abs().max().item()):
         raise ValueError(
             f"adapter: merged into its base it gives outputs that differ by {difference:.3g}, above {tolerance:g}; "
             "layers that share a weight, or a weight that is used without its layer, cannot be merged"
         )
+    net = deepcopy(adapter.base)  # in the base's own precision
+    net.load_state_dict(exact.state_dict())
+    _remove_hooks(net)
     return net
 
 
