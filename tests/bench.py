@@ -1,6 +1,7 @@
 """The ratios that the README quotes, each side by side in one run: `make bench`. The last line is a JSON object.
 
-student against teacher, images/s at one batch size; the step under Ray against the bare loop; the share of time spent
+A cycle of DMD2 under its settings (`python tests/bench.py cycle` measures this alone); student against teacher,
+images/s at one batch size; the step under Ray against the bare loop; the share of time spent
 waiting for data; what a checkpoint costs; and, by bench_feed.py in a process of its own, Ray Data against a torch
 DataLoader.
 """
@@ -12,9 +13,12 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
+from typing import Any
 
 os.environ.setdefault("RAY_worker_niceness", "0")  # workers and the bare loop compete as equals for the cores
 
@@ -36,6 +40,54 @@ def recipe(folder: str, name: str) -> Recipe:
         *("evaluate.metrics=[]", "evaluate.teacher_steps=[]", "cluster.threads=1"),
     ]
     return load_recipe(words, ROOT / "jobs" / "recipes", "fashion_mnist")
+
+
+CYCLES = {
+    "published": ["method.share_draws=false"],
+    "default": [],
+    "teacher_features": ["method.gan_features=teacher"],
+}
+
+
+def cycle() -> dict[str, float]:
+    """CPU-seconds of a cycle of one student and five critic updates over the default's, in turns; and its passes.
+
+    A pass is a network's forward: whole, or the encoder alone, each with or without a graph.
+    """
+    torch.set_num_threads(1)
+    engines, passes = {}, {}
+    for name, words in CYCLES.items():
+        ratio = "method.critic_updates_per_student_update=5"
+        r = load_recipe(["train.steps=100000", ratio, *words], ROOT / "jobs" / "recipes", "fashion_mnist")
+        feed = make_feed(r.data, r.seed)
+        engines[name] = make_engine(r, feed), feed.batches(0, r.train.batch)
+        passes[name] = Counter()
+        for role in ("student", "fake", "teacher"):
+            engines[name][0].nets[role].register_forward_hook(partial(_count, passes[name]), with_kwargs=True)
+    seconds: dict[str, list[float]] = {name: [] for name in CYCLES}
+    for turn in range(ROUNDS + 1):  # the first warms up
+        for name, (engine, stream) in engines.items():
+            passes[name].clear()
+            start = process_time()
+            for _ in range(5):
+                engine.update(next(stream))
+            if turn:
+                seconds[name].append(process_time() - start)
+    found = {}
+    for name in CYCLES:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(passes[name].items()))
+        ratio = median(a / b for a, b in zip(seconds[name], seconds["default"], strict=True))
+        found[f"cycle_{name}_over_default"] = ratio
+        print(f"cycle, {name}: {ratio:.3f} of the default's CPU-seconds; passes: {kinds}")
+    return found
+
+
+def _count(passes: Counter, net: Any, args: Any, kwargs: Any, out: Any) -> None:
+    while isinstance(out, tuple):
+        out = out[0]
+    mode = args[3] if len(args) > 3 else kwargs.get("mode", "x0")
+    part = "encoder" if mode == "features" else "whole"
+    passes[f"{part} {'with a graph' if out.requires_grad else 'without'}"] += 1
 
 
 def sampling() -> dict[str, float]:
@@ -91,7 +143,11 @@ def saving(folder: str) -> dict[str, float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    found = sampling()
+    found = cycle()
+    if sys.argv[1:] == ["cycle"]:
+        print(json.dumps(found))
+        return
+    found |= sampling()
     print(f"sampling: student {found['student_over_teacher_images_per_s']:.1f} x the teacher's images/s at 35 calls")
     with tempfile.TemporaryDirectory(prefix="bench", dir="/tmp") as folder:
         found |= stepping(folder)

@@ -388,6 +388,22 @@ def test_shared_draws_save_one_encoder_pass_a_step():
     assert turn["fake", "raw+features", True] == 1 and turn["fake", "features", True] == 2
 
 
+def test_the_teachers_features_take_no_gradient_through_the_critic():
+    method = DMD2(gan_weight=0.05, gan_features="teacher")
+    turn, critic = passes(method, teacher=toy.denoiser(1))
+    assert critic == {
+        ("student", "x0", False): 1,
+        ("fake", "raw", True): 1,  # the critic denoises alone
+        ("teacher", "features", False): 2,  # of real and generated
+        ("disc", "head", True): 1,
+    }
+    assert turn["teacher", "features", True] == 1 and turn["fake", "features", True] == 0
+    nets = a_team(method, teacher=toy.denoiser(1))
+    batch = method.prepare(nets, a_batch(), ("student",))
+    (dx,) = torch.autograd.grad(method.student_loss(nets, batch)[0]["gan"], batch.x)
+    assert dx.abs().sum() > 0  # through the teacher's encoder to the images
+
+
 def test_without_a_gan_there_is_no_head_and_no_classification():
     method = DMD2(gan_weight=0)
     assert method.roles == ("fake", "student") and "disc" not in method.nets(toy.Make())

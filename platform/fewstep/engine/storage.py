@@ -41,9 +41,7 @@ class Place:
         except ImportError as error:
             protocol = text.partition("://")[0]
             package = known_implementations[protocol]["class"].split(".")[0]
-            raise ValueError(
-                f"{shown}: {protocol}:// needs another package: pip install {package} ({error})"
-            ) from None
+            raise ValueError(f"{shown}: {protocol}:// needs another package: pip install {package} ({error})") from None
         except ValueError as error:
             raise ValueError(f"{shown}: {error}; give a path, or a URL such as s3://bucket/folder") from None
 

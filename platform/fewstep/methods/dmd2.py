@@ -48,14 +48,22 @@ class DMD2(Method):
     """Network calls of the student (section 4.4)."""
     backward_simulation: bool = True
     """Train a later step on the student's own earlier steps (section 4.5), not on noised real images."""
+    gan_features: Literal["critic", "teacher"] = "critic"
+    """Features that the discriminator reads: the critic's, which learns them (section 4.3), or the frozen teacher's, as
+    latent adversarial distillation has it (arXiv:2403.12015), for which no gradient passes through the critic."""
     taps: tuple[str, ...] = ("middle",)
-    """Where the discriminator reads the critic: names of the network's taps, one head over all of them."""
+    """Where the discriminator reads them: names of the network's taps, one head over all of them."""
     share_draws: bool = True
     """The critic's denoising and classification of a generated image at one noise draw, hence one pass, not two. The
     estimator's mean is the same; false is the published form."""
 
     headline: ClassVar[tuple[str, ...]] = ("health/match_gradient", "critic/denoise")
     cure: ClassVar[str] = "Raise method.critic_updates_per_student_update, or lower optim.student.lr"
+
+    @property
+    def judge(self) -> str:
+        """The role whose features the discriminator reads."""
+        return "fake" if self.gan_features == "critic" else "teacher"
 
     @property
     def adversarial(self) -> bool:
@@ -133,7 +141,11 @@ class DMD2(Method):
             if not self.weighs:
                 gradient, normaliser = matching_gradient(x, real, nets["fake"](x_t, level, batch.cond))
                 return {"gradient": gradient, "normaliser": normaliser}
-            fake, features = nets["fake"](x_t, level, batch.cond, "both", at=self.taps)
+            if self.judge == "fake":
+                fake, features = nets["fake"](x_t, level, batch.cond, "both", at=self.taps)
+            else:
+                fake = nets["fake"](x_t, level, batch.cond)
+                features = nets["teacher"](x_t, level, batch.cond, "features", at=self.taps)
             gradient, normaliser = matching_gradient(x, real, fake)
             return {"gradient": gradient, "normaliser": normaliser, "weight": self.weight(nets, features)}
 
@@ -157,13 +169,13 @@ class DMD2(Method):
         if self.gan_weight:
             level = index_level(draws, "gan/t", schedule, 0, INDICES - 1, x)
             x_t = level.noise(x, draws.normal("gan/eps", x.shape))
-            logits = nets["disc"](nets["fake"](x_t, level, batch.cond, "features", at=self.taps))
+            logits = nets["disc"](nets[self.judge](x_t, level, batch.cond, "features", at=self.taps))
             terms["gan"] = self.gan_weight * gan_generator(logits)
         return terms, health
 
     def critic_loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
-        x, draws, fake = batch.x.detach(), batch.draws, nets["fake"]
-        share = self.share_draws and self.adversarial
+        x, draws, fake, judge = batch.x.detach(), batch.draws, nets["fake"], nets[self.judge]
+        share = self.share_draws and self.adversarial and self.judge == "fake"
         level = index_level(draws, "critic/t", fake.schedule, 0, INDICES - 1, x)
         eps = draws.normal("critic/eps", x.shape)
         if share:
@@ -175,10 +187,10 @@ class DMD2(Method):
             if not share:
                 level = index_level(draws, "critic/fake/t", fake.schedule, 0, INDICES - 1, x)
                 x_t = level.noise(x, draws.normal("critic/fake/eps", x.shape))
-                features = fake(x_t, level, batch.cond, "features", at=self.taps)
+                features = judge(x_t, level, batch.cond, "features", at=self.taps)
             level = index_level(draws, "critic/real/t", fake.schedule, 0, INDICES - 1, x)
             real_t = level.noise(batch.real, draws.normal("critic/real/eps", x.shape))
-            real_features = fake(real_t, level, batch.real_cond, "features", at=self.taps)
+            real_features = judge(real_t, level, batch.real_cond, "features", at=self.taps)
             both = tuple(torch.cat(maps) for maps in zip(real_features, features, strict=True))
             d_real, d_fake = nets["disc"](both).chunk(2)
             terms["gan"] = self.critic_gan_weight * gan_discriminator(d_real, d_fake)
