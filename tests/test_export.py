@@ -154,6 +154,22 @@ def test_labels_are_numbers_or_names_and_outputs_are_diffusers_own(exported, mod
             eval(call, {"pipe": pipe})
 
 
+def test_an_export_that_is_opened_and_saved_again_opens_again(exported, tmp_path, modules):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(exported, trust_remote_code=True)
+    pipe.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/pipeline.py").read_bytes() == (exported / "pipeline.py").read_bytes()
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    a, b = (p([3, 8], generator=torch.Generator().manual_seed(1), output_type="pt").images for p in (pipe, again))
+    assert torch.equal(a, b)
+    ours = (open_sampler(str(folder)) for folder in (exported, tmp_path / "again"))
+    a, b = (make_samples(sampler, 4, batch=4).images for sampler in ours)
+    assert torch.equal(a, b)
+    again.save_pretrained(tmp_path / "again")  # in its own place
+    assert (tmp_path / "again/pipeline.py").read_bytes() == (exported / "pipeline.py").read_bytes()
+    with pytest.raises(ValueError, match="push_to_hub: save to a folder"):
+        pipe.save_pretrained(tmp_path / "hub", push_to_hub=True)
+
+
 def test_the_card_says_what_it_is_and_names_no_place(exported, run):
     card = (exported / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
@@ -260,6 +276,30 @@ def test_an_export_that_gives_other_images_is_not_kept(tmp_path, monkeypatch, ex
         export(net, tmp_path / "mine", **settings, overwrite=True)
     with pytest.raises(ExportError, match="2 names for 10 classes"):
         export(net, tmp_path / "model", **settings, class_names=["a", "b"])
+
+
+def test_images_are_compared_as_people_get_them_within_what_rounding_gives(tmp_path, monkeypatch):
+    net = Denoiser(UNet(unet(in_channels=3, out_channels=3)), DDPM(), "eps")
+    settings = {"calls": calls_at(DDPM(), (999,)), "card": Card(name="x"), "overwrite": True}
+    z = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        x0 = run_calls({"student": net}, settings["calls"], z, None, toy.Given())
+    inside, above = x0.abs() < 0.9, x0 > 2
+    assert x0.abs().max() > 100 and inside.any() and above.any()
+    rounding = 1e-5 * abs(entries(net, settings["calls"])[0]["out"])
+    assert 1.5e-3 < rounding < 1.7e-3
+    trials = ((inside, 0.9 * rounding, True), (inside, 1.1 * rounding, False), (above, 0.9, True))
+    for where, difference, kept in trials:
+        theirs = x0 + difference * where
+        monkeypatch.setattr(exporting, "_in_fresh_process", lambda folder, theirs=theirs: theirs)
+        if kept:
+            worst = export(net, tmp_path / "model", **settings)
+            assert worst == pytest.approx(difference if where is inside else 0, abs=1e-6)
+        else:
+            with pytest.raises(ExportError, match="differ by 0.0017.* more than 0.0015"):
+                export(net, tmp_path / "model", **settings)
+    assert exporting.tolerance([{"out": -0.5}]) == 1e-5
+    assert exporting.tolerance([{"out": 1e3}, {"out": 1.0}]) == 1 / 255
 
 
 def test_an_earlier_export_is_replaced_whole(tmp_path, monkeypatch):

@@ -26,11 +26,12 @@ from ..folders import EXPORT, replace, replaceable
 from .backbones import UNet
 from .card import Card, write_card
 from .denoiser import Denoiser
-from .pretrained import save_denoiser
+from .pretrained import network_of, save_denoiser
 
 PIPELINE = Path(__file__).with_name("pipeline.py")
 INDEX = "model_index.json"
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # of the network's own output, from float32's rounding in another process
+GREY = 1 / 255  # half a grey level, in [-1, 1]
 CHECKED_IMAGES = 4
 
 CHECK = """
@@ -91,8 +92,8 @@ def export(
     """Writes a few-step generator to `folder`, which appears only when it is whole and gives the same images.
 
     calls: the generator's, from noise to clean, all of one network. overwrite: replace an earlier export, in whose
-    folder nothing else lies. Returns the largest difference to the denoiser's own images in [-1, 1], at most 1e-5, in
-    float32 on the CPU.
+    folder nothing else lies. Returns the largest difference to the denoiser's own images, clamped to [-1, 1] as people
+    get them, in float32 on the CPU; it is at most `tolerance`.
     Raises ExportError for a network without a pipeline here and an export that fails to compare, FolderError for a
     folder in the way.
     """
@@ -136,6 +137,7 @@ def _write(net: Denoiser, folder: Path, calls: Sequence[Call], card: Card, class
             "classes": net.classes,
             "class_names": list(class_names) if class_names else None,
             "patch": net.backbone.patch,
+            "network": network_of(net).model_dump(exclude={"config"}),
         },
     }
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
@@ -160,12 +162,22 @@ def _compare(net: Denoiser, folder: Path, calls: Sequence[Call]) -> float:
     cond = net.conditions.listed(torch.arange(CHECKED_IMAGES))
     ours = run_calls({calls[0].role: net}, calls, z, cond, draws)
     theirs = _in_fresh_process(folder)
-    worst = float((theirs - ours).abs().max())
-    if not worst <= TOLERANCE:
+    worst = float((theirs.clamp(-1, 1) - ours.clamp(-1, 1)).abs().max())
+    allowed = tolerance(entries(net, calls))
+    if not worst <= allowed:
         raise ExportError(
-            f"export: its images differ by {worst:.3g} from the generator's, more than {TOLERANCE:g}; not kept"
+            f"export: its images differ by {worst:.3g} from the generator's, more than {allowed:.3g}; not kept"
         )
     return worst
+
+
+def tolerance(numbers: Sequence[dict[str, Any]]) -> float:
+    """The difference in [-1, 1] that an export's images may have: at least 1e-5, at most half a grey level.
+
+    x0 is c_out times the network's output, and so is the rounding: c_out is 157 at the last step of a DDPM that
+    predicts eps. numbers: `entries` of its calls.
+    """
+    return min(TOLERANCE * max(1.0, *(abs(call["out"]) for call in numbers)), GREY)
 
 
 def _in_fresh_process(folder: Path) -> Tensor:

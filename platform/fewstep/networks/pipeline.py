@@ -5,8 +5,12 @@ pipe = DiffusionPipeline.from_pretrained("folder or hub id", trust_remote_code=T
 image = pipe(class_labels=3).images[0]
 """
 
+import inspect
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +29,7 @@ class FewStepPipeline(DiffusionPipeline):
     x was noised to alpha x0 + sigma eps and rescaled. An entry says too how it leads to the next (`then`: "renoise"
     with fresh noise, "step" without), what it takes ("x", or the first "noise"), and what it adds to the time
     embedding (`shift`, or null). sampling: "calls", "classes" (or null), "class_names" (or null), "patch" (side of the
-    pixel blocks folded into channels).
+    pixel blocks folded into channels), "network" (what fewstep.json says of the unet, for the tools that made it).
     """
 
     def __init__(self, unet: UNet2DModel, sampling: dict | None = None):
@@ -34,6 +38,20 @@ class FewStepPipeline(DiffusionPipeline):
             raise ValueError("sampling: missing in model_index.json, which says how this model is called")
         self.register_modules(unet=unet)
         self.register_to_config(sampling=sampling)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As everywhere in diffusers, with this file beside the weights, without which the folder would not open."""
+        if push_to_hub:
+            raise ValueError("push_to_hub: save to a folder, or call pipe.push_to_hub(id), which uploads all files")
+        super().save_pretrained(save_directory, *args, **kwargs)
+        folder, source = Path(save_directory), Path(inspect.getfile(type(self)))
+        if source.resolve() != (folder / "pipeline.py").resolve():
+            shutil.copyfile(source, folder / "pipeline.py")
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index["_class_name"] = ["pipeline", type(self).__name__]
+        (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        if network := self.config.sampling.get("network"):
+            (folder / "fewstep.json").write_text(json.dumps(network, indent=1) + "\n", encoding="utf-8")
 
     def labels(self, class_labels: Labels, num_images: int | None) -> list[Any]:
         """One label an image; without any, the classes in turn. An unconditional model has None for each."""
