@@ -15,6 +15,7 @@ TINY = ["train.steps=2", "train.batch=8", "train.report_every=2", "train.save_ev
 # Words of each job that would write into the folder `mine`. {mine} holds files of somebody else's: photos, notes, and
 # files with the names that the platform gives to its own.
 WRITING = {
+    "chain": ["chain=fashion_mnist_two_stages name=../mine", "chain={mine}/recipe.yaml name=two"],
     "compare": ["runs=[last] out={mine}/report.html", "runs=[last] out={mine}"],
     "distill": [
         "recipe=fashion_mnist out={mine}/.. name=mine",

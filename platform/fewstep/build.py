@@ -138,6 +138,12 @@ def _probe(net: nn.Module) -> tuple[Tensor, Level, Any]:
     return x_t, Level(angle.cos(), angle.sin()), net.conditions.zeros(len(angle))
 
 
+def steps_done(recipe: Recipe) -> int:
+    """Steps of a run's newest checkpoint; 0 where it has none."""
+    path = newest(recipe.checkpoints)
+    return 0 if path is None else read_manifest(path)["step"]
+
+
 def has_average(checkpoint: Path | str) -> bool:
     """Whether a checkpoint holds averaged weights of the student."""
     return any(name.startswith("net.average.") for name in read_manifest(checkpoint)["tensors"])
