@@ -1,4 +1,4 @@
-"""A chain of recipes: each stage finds the runs before it, and a chain that is started again goes on where it stopped."""
+"""A chain of recipes: each stage finds the runs before it; a chain that is started again goes on where it stopped."""
 
 from __future__ import annotations
 
