@@ -145,7 +145,7 @@ def steps_done(recipe: Recipe) -> int:
 
 
 def has_average(checkpoint: Path | str) -> bool:
-    """Whether a checkpoint holds averaged weights of the student."""
+    """True where a checkpoint holds averaged weights of the student."""
     return any(name.startswith("net.average.") for name in read_manifest(checkpoint)["tensors"])
 
 
@@ -165,7 +165,7 @@ def latest(folder: Path | str, known: Sequence[str | None] = ()) -> Path | str |
 
 
 def fingerprints(recipe: Recipe, shards: Shards | None) -> dict[str, str]:
-    """Of recipe, data and teacher: the hashes that tell two runs' ingredients apart."""
+    """Hashes of recipe, data and teacher, which tell two runs' ingredients apart."""
     marks = {"recipe": recipe.fingerprint}
     if shards is not None:
         marks["data"] = f"{fold(*[s.sha256 for s in shards.manifest.shards]):016x}"

@@ -1,4 +1,4 @@
-"""What a recipe would do and need, found out without training: the resolved recipe, parameters, memory a worker."""
+"""A dry run: the resolved recipe, its parameters and its memory a worker, without training."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def memory(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def describe(recipe: Recipe) -> str:
-    """What --dry-run prints. Raises as a real start would for files, shapes and names that do not fit."""
+    """The text that --dry-run prints. Raises as a real start would for files, shapes and names that do not fit."""
     run.check(recipe)
     with build.make_feed(recipe.data, recipe.seed) as feed:
         build.check_data(feed, build.make_teacher(recipe))

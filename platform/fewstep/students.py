@@ -88,7 +88,7 @@ def recipe_of(ref: str) -> Recipe | None:
 
 
 def open_sampler(ref: str, steps: int = 18, guidance: float = 1.0, device: torch.device | str = "cpu") -> build.Sampler:
-    """How images are made from a run, a checkpoint or an export as distilled, or from a teacher by Heun's solver.
+    """The sampler of a run, a checkpoint or an export, as distilled; of a teacher, Heun's solver.
 
     steps, guidance: of the solver, for a teacher alone. Raises ValueError naming the file at fault.
     """

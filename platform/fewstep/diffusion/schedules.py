@@ -194,7 +194,7 @@ Schedule = EDM | DDPM | Flow | Trig
 
 
 def ends_in_noise(schedule: Schedule) -> bool:
-    """Whether nothing of the image is left at t_max: alpha below a millionth of sigma."""
+    """True where nothing of the image is left at t_max: alpha is below a millionth of sigma."""
     top = schedule.level(torch.tensor([schedule.t_max]), 1)
     return bool(top.alpha < 1e-6 * top.sigma)
 

@@ -54,7 +54,7 @@ class Train(Strict):
     keep_best_by: str | None = None
     """The score that says which are best, one of evaluate.metrics."""
     keep_best_mode: Literal["min", "max"] = "min"
-    """Whether low or high scores are good."""
+    """Direction of the score: min where low is good, max where high is good."""
     keep_every_images: Annotated[int, Field(ge=1)] | None = None
     """Keep for ever the first checkpoint after each multiple of so many images."""
 
@@ -99,7 +99,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Report:
-    """What happened since the last report.
+    """Metrics and events since the last report.
 
     images: real images seen so far. checkpoint: of this step, which may still be on its way to the disk, or None.
     After an event of kind roll_back, training goes on from that event's step.
@@ -291,7 +291,7 @@ class Engine:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done."""
+        """True when the last step is done."""
         return self.step >= self.train.steps
 
     def stop(self) -> None:
@@ -395,7 +395,7 @@ class Engine:
         self.step += 1
 
     def _follow(self, phase: Phase) -> None:
-        """What follows an update: the averages of what it trained, and the method's own rule."""
+        """Runs after an update: the averages of the roles that it trained, then the method's own rule."""
         for role, (source, profile) in self.averages.items():
             if source in phase.trains:
                 average(self.nets[role], self.nets[source], profile.at(self.updates[phase.name]))
@@ -490,13 +490,13 @@ class Engine:
     # The guard
 
     def _look(self) -> Alarm | None:
-        """What the guard says, every so many steps; the same on all ranks."""
+        """The guard's alarm, or None; asked every `look_every` steps. All ranks get the same."""
         if self.watch is None or self.step % self.look_every:
             return None
         return self.watch.look(self.step, self.health.read(self.world))
 
     def _answer(self, alarm: Alarm) -> tuple[Event, ...]:
-        """What the guard's policy does about an alarm. Raises Collapsed."""
+        """Applies the guard's policy to an alarm. Raises Collapsed."""
         policy, collapse = self.watch.guard.policy, Event("collapse", alarm.step, alarm.reason)
         cure = self.method.cure
         if policy == "warn":
@@ -536,7 +536,7 @@ class Engine:
         return self.saver.save(self._parts(), self.optims, manifest)
 
     def _progress(self) -> dict[str, Any]:
-        """What a resumed run goes on with beside its tensors."""
+        """The state of a run beside its tensors."""
         return {"step": self.step, "updates": self.updates, "rates": self.rates, "roll_backs": self.roll_backs}
 
     def wait(self) -> None:

@@ -21,12 +21,12 @@ Kind = Literal["trained", "averaged", "frozen"]
 
 
 class Layout(Strict):
-    """How networks are laid out over the ranks, and what is traded for memory and speed."""
+    """Layout of networks over the ranks, and trades between memory and speed."""
 
     placement: Placement = "replicate"
     """Networks whole on each worker, sharded over all, or sharded inside a node and replicated across (hybrid)."""
     teacher_placement: Placement | None = None
-    """Of the teacher and other frozen networks; null: as the others."""
+    """Placement of the teacher and other frozen networks; null: as the others."""
     checkpoint_activations: bool = False
     """Networks keep the inputs of their blocks only, and run each block again in the backward pass: about a third more
     arithmetic for a fraction of the memory."""

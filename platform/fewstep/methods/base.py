@@ -135,11 +135,11 @@ class Method(Strict):
         return {}
 
     def prepare(self, nets: Nets, batch: Batch, trains: tuple[str, ...]) -> Batch:
-        """What the phases of a step share, made once before its first phase, which trains `trains`."""
+        """Makes what the phases of a step share, once, before its first phase; `trains`: the roles of that phase."""
         return batch
 
     def after(self, nets: Nets, phase: Phase, step: int) -> None:
-        """What follows an update, without gradients; a function of the networks and the step only."""
+        """Runs after an update, without gradients. It may depend on the networks and the step only."""
 
     def calls(self, net: Any) -> tuple[Call, ...]:
         """The calls of the trained few-step generator, from noise to clean; () for a diffusion model, which a solver

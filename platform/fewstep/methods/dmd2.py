@@ -52,7 +52,7 @@ class DMD2(Method):
     """Features that the discriminator reads: the critic's, which learns them (section 4.3), or the frozen teacher's, as
     latent adversarial distillation has it (arXiv:2403.12015), for which no gradient passes through the critic."""
     taps: tuple[str, ...] = ("middle",)
-    """Where the discriminator reads them: names of the network's taps, one head over all of them."""
+    """Names of the network's taps that the discriminator reads, with one head over all of them."""
     share_draws: bool = True
     """The critic's denoising and classification of a generated image at one noise draw, hence one pass, not two. The
     estimator's mean is the same; false is the published form."""
@@ -67,7 +67,7 @@ class DMD2(Method):
 
     @property
     def adversarial(self) -> bool:
-        """Whether there is a discriminator."""
+        """True where there is a discriminator."""
         return self.gan_weight > 0 or self.weighs
 
     def nets(self, make: Make) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class DMD2(Method):
 
     @property
     def weighs(self) -> bool:
-        """Whether there is a `weight`, of the critic's features at the matched samples."""
+        """True for a variation whose matching gradient has a `weight`."""
         return False
 
     def matching(self, nets: Nets, batch: Batch) -> Terms:

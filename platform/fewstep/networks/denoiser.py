@@ -62,7 +62,7 @@ class Denoiser(nn.Module):
 
     @property
     def precision(self) -> str:
-        """Of the blocks: "fp32" or "bf16"."""
+        """Arithmetic of the blocks: "fp32" or "bf16"."""
         return self._precision
 
     def float(self) -> Denoiser:
@@ -104,7 +104,7 @@ class Denoiser(nn.Module):
         return 1.0, (t * self.time_scale).float()
 
     def target(self, level: Level, x0: Tensor, eps: Tensor) -> Tensor:
-        """What the network should predict (mode "raw") for x_t = alpha x0 + sigma eps, all (B, ...).
+        """The training target of the network's own output (mode "raw") for x_t = alpha x0 + sigma eps, all (B, ...).
 
         The mean squared error to it is the published loss of each prediction. Nothing cancels in it near t = 0.
         """

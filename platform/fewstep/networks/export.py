@@ -51,7 +51,7 @@ class ExportError(ValueError):
 
 
 def entries(denoiser: Denoiser, calls: Sequence[Call]) -> list[dict[str, Any]]:
-    """What the pipeline does at each call, as numbers: the denoiser's own arithmetic at a batch of one, float32.
+    """The pipeline's arithmetic at each call, as numbers: the denoiser's own, at a batch of one in float32.
 
     calls: from noise to clean. Keys: alpha, sigma (of the noising); start (factor on the first noise); rescale (to
     the network's own schedule), input (factor on what enters it), time (its noise conditioning), skip and out

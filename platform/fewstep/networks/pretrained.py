@@ -50,7 +50,7 @@ class Network(Strict):
     schedule: dict[str, Any] = {"name": "edm"}
     """Name and fields of a schedule (diffusion/schedules.py)."""
     prediction: Literal["eps", "v", "x0", "flow", "edm"] = "edm"
-    """What the network predicts."""
+    """Meaning of the network's output: a row of the prediction table."""
     data_std: Annotated[float, Field(gt=0)] = 0.5
     """EDM's sigma_data."""
     time_scale: Annotated[float, Field(gt=0)] = 1.0
