@@ -34,12 +34,13 @@ class SweepJob(Sweep):
 
 @command(SweepJob, Recipe)
 def main(job: SweepJob, given: dict[str, Any]) -> None:
-    from fewstep.cluster.sweep import sweep
+    from fewstep.cluster.sweep import TuneCluster
+    from fewstep.sweeps.driver import sweep
 
     recipe = open_recipe(job.recipe, ROOT / "jobs" / "recipes", given)
     space = load_space(job.space, ROOT / "tune_spaces")
     own = Sweep.model_validate(job.model_dump(include=set(Sweep.model_fields)))
-    result = sweep(own, space, recipe, ROOT / "dashboards" / "sweep.html", job.dry_run)
+    result = sweep(own, space, recipe, ROOT / "dashboards" / "sweep.html", TuneCluster(), job.dry_run)
     if result is not None:
         print(json.dumps(result))
 

@@ -16,15 +16,17 @@ import pytest
 import torch
 
 from fewstep.build import make_engine, make_feed
-from fewstep.cluster import sweep as sweeps
+from fewstep.cluster import sweep as tuned
 from fewstep.cluster.train import localized
 from fewstep.config import ConfigError, plain_errors, read, resolve, validate
 from fewstep.engine.checkpoint import read_weights
 from fewstep.engine.folder import step_of
 from fewstep.recipe import Recipe, load_recipe, open_recipe
 from fewstep.run import read_reports
+from fewstep.sweeps.driver import sweep as run_sweep
+from fewstep.sweeps.population import bounded, mutation
 from fewstep.sweeps.record import FINISHED, SEARCH, Record, Trial
-from fewstep.sweeps.settings import Sweep
+from fewstep.sweeps.settings import Sweep, slots
 from fewstep.sweeps.space import Space, apply, choice, load_space, loguniform
 from fewstep.sweeps.warm import earlier_trials
 from fewstep.tracking import Store
@@ -63,7 +65,7 @@ def sweep(argv: list[str]) -> dict | None:
         job, given = JOB.read(argv)
         own = Sweep.model_validate(job.model_dump(include=set(Sweep.model_fields)))
         recipe, space = open_recipe(job.recipe, RECIPES, given), load_space(job.space, ROOT / "tune_spaces")
-        return sweeps.sweep(own, space, recipe, ROOT / "dashboards" / "sweep.html", job.dry_run)
+        return run_sweep(own, space, recipe, ROOT / "dashboards" / "sweep.html", tuned.TuneCluster(), job.dry_run)
 
 
 def events(folder: Path, kind: str) -> list[dict]:
@@ -115,7 +117,7 @@ def test_a_dry_run_says_what_would_run(tmp_path, capsys):
 )
 def test_as_many_trials_run_at_a_time_as_the_cluster_has_room_for(asked, need, device, cpus, gpus, n, capsys):
     recipe = SimpleNamespace(cluster=SimpleNamespace(workers=1))
-    assert sweeps.slots(recipe, asked, need, device, cpus, gpus) == n
+    assert slots(recipe, asked, need, device, cpus, gpus) == n
     assert (f"parallel: {n} at a time and not {asked}" in capsys.readouterr().out) == (n < asked)
 
 
@@ -138,10 +140,10 @@ def test_a_scheduler_stops_what_lags_behind_the_record(name, tmp_path):
     recipe = load_recipe(words(tmp_path, "evaluate.every_images=16"), RECIPES, "fashion_mnist")
     space = Space("s", "?", {TTUR: choice(1, 2)}, "fd", "min", {"fd": "min"})
     record = record_of(tmp_path, [3.0, 2.0, 1.0], [3.1, 2.1, 1.1], [3.2, 2.2, 1.2])
-    scheduler = sweeps.scheduler_of(Sweep(space="s", scheduler=name, reduction=2), space, recipe, record)
+    scheduler = tuned.scheduler_of(Sweep(space="s", scheduler=name, reduction=2), space, recipe, record)
     decisions = {}
     for who, score in (("good", 0.5), ("bad", 9.0)):
-        trial = sweeps.Told(who, "RUNNING")
+        trial = tuned.EndedTrial(who, "RUNNING")
         scheduler.on_trial_add(None, trial)
         result = {"images": 16, "score": score, "training_iteration": 1, "time_total_s": 1}
         decisions[who] = scheduler.on_trial_result(None, trial, result)
@@ -150,9 +152,9 @@ def test_a_scheduler_stops_what_lags_behind_the_record(name, tmp_path):
 
 def test_a_population_stays_within_its_bounds():
     space = Space("s", "?", {"optim.fake.lr": loguniform(1e-4, 1e-3), TTUR: choice(1, 2)}, "fd", "min", {"fd": "min"})
-    assert sweeps.bounded(space, {"optim.fake.lr": 2e-3, TTUR: 2}) == {"optim.fake.lr": 1e-3, TTUR: 2}
-    assert sweeps.mutation(space, TTUR, 0) == [1, 2]
-    draws = {sweeps.mutation(space, "optim.fake.lr", seed)() for seed in range(5)}
+    assert bounded(space, {"optim.fake.lr": 2e-3, TTUR: 2}) == {"optim.fake.lr": 1e-3, TTUR: 2}
+    assert mutation(space, TTUR, 0) == [1, 2]
+    draws = {mutation(space, "optim.fake.lr", seed)() for seed in range(5)}
     assert len(draws) == 5 and all(1e-4 <= value <= 1e-3 for value in draws)
 
 

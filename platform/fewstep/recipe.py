@@ -288,11 +288,10 @@ class Recipe(Strict):
     def loss_networks(self) -> list[Path]:
         """The frozen networks that losses use: the teacher's, and those that `helpers` or a field of the method names
         by a path. Files, or folders of files."""
-        data = self.model_dump(mode="json")
-        fields = [value for value in flatten(data["method"]).values() if isinstance(value, str)]
+        fields = [value for value in flatten(self.method.model_dump(mode="json")).values() if isinstance(value, str)]
         paths = [value for value in fields if "/" in value or Path(value).suffix]
         paths += [self.teacher] if self.teacher else []
-        return [locate(path) for path in [*paths, *data.get("helpers", {}).values()]]
+        return [locate(path) for path in [*paths, *self.helpers.values()]]
 
     @property
     def seen_by_loss(self) -> list[str]:

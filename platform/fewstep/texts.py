@@ -69,3 +69,9 @@ def reason(error: BaseException) -> str:
 def one_line(error: BaseException, chars: int = 300) -> str:
     """`str(error)` on one line, masked and cut to `chars`; the error's class where it has no text."""
     return masked(" ".join(str(error).split()))[:chars] or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """An error's class and the first line of its text, masked."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {masked(lines[0].strip())}" if lines else type(error).__name__

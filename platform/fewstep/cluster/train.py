@@ -24,6 +24,7 @@ from ..metrics.base import Score, evaluate
 from ..networks.pretrained import locate
 from ..recipe import Recipe
 from ..students import open_student
+from ..texts import first_line
 from ..tracking.provenance import Provenance, provenance
 from ..tracking.store import prepare_store, tracking_uri
 from .gauges import DriverGauges, WorkerGauges
@@ -160,9 +161,9 @@ def _attempt(recipe: Recipe, device: str, config: dict[str, Any]) -> dict[str, A
     except WorkerGroupError as error:
         raise _cause(error.worker_failures) from error
     except ControllerError as error:
-        raise Lost(f"cluster: Ray Train's controller failed: {reason_of(error.controller_failure)}") from error
+        raise Lost(f"cluster: Ray Train's controller failed: {first_line(error.controller_failure)}") from error
     except ray.exceptions.RayActorError as error:
-        raise Lost(f"cluster: Ray Train's controller died: {reason_of(error)}") from error
+        raise Lost(f"cluster: Ray Train's controller died: {first_line(error)}") from error
 
 
 class Sealed:
@@ -187,14 +188,8 @@ def _cause(failures: Mapping[int, Exception]) -> Exception:
             return error
     died = {rank: error for rank, error in failures.items() if isinstance(error, WorkerHealthCheckFailedError)}
     for rank, error in (died or ({} if own else causes)).items():
-        return Lost(f"cluster: rank {rank} of the workers was lost: {reason_of(error)}")
+        return Lost(f"cluster: rank {rank} of the workers was lost: {first_line(error)}")
     return next(iter(own.values()))
-
-
-def reason_of(error: BaseException) -> str:
-    """An error as one line."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
 def record(recipe: Recipe, origin: Provenance, kind: str, reason: str) -> None:

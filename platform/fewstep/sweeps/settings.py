@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..config import ConfigError, Strict
+from ..config import ConfigError, Strict, UserError
 from ..metrics.base import refusal
 from ..recipe import Recipe, SweepName
 from .space import Given, Space, apply, check_space
 
 DEFAULT_TRIALS = 20
 PBT_KEYS = r"optim\.\w+\.lr|method\.(\w+_)?weight"
+
+
+class Unsweepable(UserError, RuntimeError):
+    """The sweep cannot go on as asked; the text says why and how it can."""
 
 
 class Sweep(Strict):
@@ -121,6 +126,22 @@ def devices(recipe: Recipe) -> float:
     """GPUs that a run holds, or CPUs where it trains on them."""
     c = recipe.cluster
     return c.workers * (1 if c.device == "cuda" else c.cpus_per_worker)
+
+
+def slots(recipe: Recipe, asked: int, need: float, device: str, cpus: float, gpus: float) -> int:
+    """How many trials of `need` CPUs each run at a time, at most `asked`. Raises Unsweepable for none."""
+    workers = recipe.cluster.workers
+    by_cpus = math.floor(cpus / need + 1e-9)
+    fits = min(by_cpus, math.floor(gpus / workers)) if device == "cuda" else by_cpus
+    needs = f"a trial needs {need:g} CPUs" + (f" and {workers} GPUs" if device == "cuda" else "")
+    has = f"the cluster has {cpus:g} CPUs and {gpus:g} GPUs"
+    if fits < 1:
+        raise Unsweepable(
+            f"cluster.workers: {needs}, {has}; use fewer workers, a smaller cluster.cpus_per_worker, or add nodes"
+        )
+    if fits < asked:
+        print(f"parallel: {fits} at a time and not {asked}: {needs}, {has}")
+    return min(fits, asked)
 
 
 def check(sweep: Sweep, space: Space, recipe: Recipe) -> None:

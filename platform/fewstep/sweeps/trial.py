@@ -1,0 +1,190 @@
+"""A sweep's trial: a normal run beside a caller that waits for its scores. It needs no cluster of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import run
+from ..engine.folder import checkpoints, complete, newest, step_of
+from ..recipe import Recipe, read_run
+from ..texts import first_line
+from ..watchdog import STOP
+from .record import FAILED, FINISHED
+from .settings import devices
+from .space import apply, values_of
+
+STOP_S = 120.0  # for a stopped run to save and end
+POINTER = "pointer.json"
+LOOK_S = 0.1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The trials' common part.
+
+    recipe: of every trial, as JSON types. tags: of their MLflow runs. short: the space's keys as people read them.
+    metric: the score that schedulers go by. population: the space's keys where a population trains, else None.
+    """
+
+    recipe: dict[str, Any] = field(repr=False)  # it may name a server with its password
+    tags: dict[str, str]
+    short: dict[str, str]
+    metric: str
+    population: list[str] | None
+
+
+class TrialRun:
+    """One trial: a run in a thread of its own, whose scores are the trial's results.
+
+    values, seed: the trial's settings. scored_images: at the newest score that the record has, -1 before the first.
+    fit(recipe, follow, tags=..., shared=True): trains, as cluster.train.fit does. donor: {trial, run, checkpoint} of
+    the member of a population whose weights this one takes over.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        plan: Plan,
+        fit: Callable[..., dict[str, Any]],
+        values: dict[str, Any],
+        seed: int,
+        scored_images: int = -1,
+        donor: dict[str, Any] | None = None,
+    ):
+        self.name, self.plan, self.fit, self.seed = name, plan, fit, seed
+        self.donor, self.scored_images = donor, scored_images
+        self.checkpoint: str | None = None
+        self.recipe = self._own_recipe(values)
+        self.values = values if plan.population is None else values_of(self.recipe, values)
+        self._last: dict[str, Any] | None = None
+        self._events: queue.Queue = queue.Queue()
+        self._thread = threading.Thread(target=self._train, name="fewstep-trial", daemon=True)
+        self._thread.start()
+
+    def _own_recipe(self, values: dict[str, Any]) -> Recipe:
+        """The trial's recipe. In a population its newest generation's, or that of a new one that starts at a donor's
+        checkpoint: a changed rate makes another run."""
+        base = Recipe.model_validate(self.plan.recipe)
+        own: dict[str, Any] = dict(seed=self.seed, name=self.name)
+        if self.plan.population is None:
+            return apply(base, values, **own)
+        folders = generations(Path(base.out), self.name)
+        if self.donor and self.donor["trial"] != self.name:
+            self.scored_images = -1
+            own |= dict(name=f"{self.name}-g{len(folders) + 1}", resume_allow=self.plan.population)
+            return apply(base, values, **own, resume=self._donors_checkpoint(base))
+        if folders:
+            scored = [line["images"] for line in run.report_lines(folders[-1]) if "scores" in line]
+            self.scored_images = max(scored, default=-1)
+            return read_run(folders[-1], base.tracking.uri, base.storage)
+        return apply(base, values, **own)
+
+    def _donors_checkpoint(self, base: Recipe) -> str:
+        """The donor's checkpoint, or its newest where retention has removed that one."""
+        given = self.donor["checkpoint"]
+        if complete(given):
+            return given
+        donor = read_run(Path(base.out) / self.donor["run"], base.tracking.uri, base.storage)
+        return str(newest(donor.checkpoints))
+
+    def _train(self) -> None:
+        tags = self.plan.tags | {"sweep.trial": self.name, "sweep.run": self.recipe.name}
+        tags |= {f"sweep.{self.plan.short[key]}": str(value) for key, value in self.values.items()}
+        if self.donor:
+            tags["sweep.from"] = self.recipe.resume
+        try:
+            self._events.put(("end", self.fit(self.recipe, self._follow, tags=tags, shared=True)))
+        except BaseException as error:  # whatever ends a run is this trial's result, and not the sweep's end
+            self._events.put(("error", error))
+
+    def _follow(self, line: dict[str, Any]) -> None:
+        if "scores" in line:
+            self._events.put(("score", line))
+
+    def next_result(self) -> dict[str, Any]:
+        """Waits for the run's next score, or its end.
+
+        Returns {run, values, images, spent, hours}; with a score at, scores, score and seen_by_loss; at the end state,
+        done, and run_id or reason. The last step's score comes with the end.
+        """
+        while True:
+            kind, news = self._events.get()
+            if kind == "score" and news["images"] > self.scored_images:
+                if news["step"] == self.recipe.train.steps:
+                    self._last = news
+                    continue
+                if self.plan.population is not None:
+                    self._await_checkpoint(news["step"])
+                return self._result(news)
+            if kind == "end":
+                done = {"state": FINISHED, "run_id": news["run_id"], "done": True}
+                if not news["finished"]:
+                    done |= {"state": FAILED, "reason": f"asked to stop at step {news['step']}; retry=true goes on"}
+                return self._result(self._last) | done
+            if kind == "error":
+                return self._result(None) | {"state": FAILED, "reason": first_line(news), "done": True}
+
+    def _result(self, line: dict[str, Any] | None) -> dict[str, Any]:
+        images, hours = spent(Path(self.recipe.out), self.name)
+        result = {"run": self.recipe.name, "spent": images, "hours": hours, "values": self.values}
+        if line is None:
+            return result | {"images": images}
+        self.scored_images = line["images"]
+        score = (line["scores"] | {"hours": hours}).get(self.plan.metric, math.nan)
+        result |= {"images": line["images"], "at": line["step"], "scores": line["scores"], "score": score}
+        return result | {"seen_by_loss": line.get("seen_by_loss", [])}
+
+    def _await_checkpoint(self, step: int) -> None:
+        """Waits for the weights that made a score, so that another member of the population can take them over."""
+        while self._thread.is_alive():
+            found = [c for c in checkpoints(self.recipe.checkpoints) if step_of(c) == step]
+            if found:
+                self.checkpoint = str(found[0])
+                return
+            time.sleep(LOOK_S)
+
+    def write_pointer(self, folder: Path) -> None:
+        """Writes which checkpoint a member of the population could start from."""
+        pointer = {"trial": self.name, "run": self.recipe.name, "checkpoint": self.checkpoint}
+        (folder / POINTER).write_text(json.dumps(pointer))
+
+    def stop(self) -> None:
+        """Asks a run that still trains to stop, which saves and ends it in MLflow as stopped, and waits for that."""
+        if self._thread.is_alive():
+            self.recipe.folder.mkdir(parents=True, exist_ok=True)
+            (self.recipe.folder / STOP).touch()
+            self._thread.join(STOP_S)
+
+
+def read_pointer(folder: Path) -> dict[str, Any]:
+    """The donor that `TrialRun.write_pointer` wrote."""
+    return json.loads((folder / POINTER).read_text())
+
+
+def generations(folder: Path, name: str) -> list[Path]:
+    """The folders of a trial's runs, oldest first: `<name>`, and `<name>-g2`, ... where a population changed it."""
+    found = [folder / name, *sorted(folder.glob(f"{name}-g*"), key=lambda p: int(p.name.rpartition("-g")[2]))]
+    return [path for path in found if (path / "recipe.yaml").is_file()]
+
+
+def spent(folder: Path, name: str) -> tuple[int, float]:
+    """Images that a trial's runs trained on, and the hours it took times the devices they held."""
+    images = hours = 0.0
+    for path in generations(folder, name):
+        recipe = read_run(path)
+        before = None
+        for report in run.read_reports(path):
+            first = max(report["images"] - recipe.train.report_every * recipe.train.batch, 0)
+            seen = report["images"] - (first if before is None else before)
+            before = report["images"]
+            images += seen
+            hours += devices(recipe) * seen / report["metrics"]["images_per_s"] / 3600
+    return int(images), hours
