@@ -661,6 +661,13 @@ def test_latents_arrive_as_stored(tmp_path, dtype):
         MemoryFeed(shards, flip=True)
 
 
+def test_columns_are_found_by_name_and_by_place(tmp_path):
+    rows = next(MemoryFeed(write(tmp_path / "set")).batches(0, 8))
+    assert list(rows) == ["real", "label"] and rows[0] is rows["real"] and rows[1] is rows["label"]
+    with pytest.raises(KeyError):
+        rows["caption"]
+
+
 def test_captions_follow_their_images_and_labels_may_be_missing(tmp_path):
     with ShardWriter(tmp_path / "set", (1, 4, 4), captions=True, group_rows=7) as writer:
         for i in range(30):

@@ -42,6 +42,15 @@ Read = tuple[Piece, pa.Table | ShardError]  # what a piece holds, or why it cann
 T = TypeVar("T")
 
 
+class Rows(dict[str, Any]):
+    """A batch's columns by name; a whole number gives the column at that place, as of a table: 0 are the images."""
+
+    def __missing__(self, key: Any) -> Any:
+        if isinstance(key, int):
+            return list(self.values())[key]
+        raise KeyError(key)
+
+
 class Feed(ABC):
     """What training sees of a set: `batches`, and what the batches hold.
 
@@ -153,10 +162,12 @@ class Feed(ABC):
         if self.flip:
             mirrored = torch.from_numpy(self.plan.flips(epochs, rows))
             images[mirrored] = images[mirrored].flip(-1)
-        columns = {"real": images}
+        columns = Rows(real=images)
         if self.classes:
             columns["label"] = torch.from_numpy(np.array(found, np.int64))
-        return columns | {"caption": texts} if self.with_captions else columns
+        if self.with_captions:
+            columns["caption"] = texts
+        return columns
 
 
 class MemoryFeed(Feed):
