@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL import Image
 from test_networks import TEXT, unet
 from torch import nn
 
-from fewstep.build import make_samples
+from fewstep.build import describe_net, make_samples
 from fewstep.config import validate
 from fewstep.diffusion.samplers import Call, calls_at, run_calls, to_uint8
 from fewstep.diffusion.schedules import DDPM, EDM, Flow, Trig
@@ -33,7 +34,7 @@ from fewstep.networks.card import Card
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.export import ExportError, entries, export
 from fewstep.networks.pipeline import FewStepPipeline
-from fewstep.networks.pretrained import open_teacher, save_denoiser
+from fewstep.networks.pretrained import network_of, open_teacher, save_denoiser
 from fewstep.recipe import Recipe
 from fewstep.students import export_run, few_step_calls, open_sampler, open_student
 
@@ -120,6 +121,34 @@ def test_the_cards_snippet_gives_the_students_images(exported, run, modules):
 def sigmas() -> list[float]:
     """Of two student calls: the ramp's thousandths 999 and 499."""
     return EDM().ramp(torch.tensor([999, 499]) / 999).tolist()
+
+
+def test_a_finished_run_needs_no_teacher(run, tmp_path, monkeypatch):
+    describe_net(run, student())
+    copy = Path(shutil.copytree(run, tmp_path / "runs" / run.name))
+    (run / "network.json").unlink()
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"teacher": str(tmp_path / "gone")}))
+    a, b = open_student(copy), open_student(run)
+    assert a.net.state_dict().keys() == b.net.state_dict().keys()
+    assert all(torch.equal(p, q) for p, q in zip(a.net.parameters(), b.net.parameters(), strict=True))
+    assert network_of(a.net) == network_of(b.net) and not a.net.training
+    x, at = torch.randn(2, 1, 16, 16), Call(1.0, 2.0).level(torch.empty(2, 1, 1, 1))
+    assert torch.equal(a.net(x, at, torch.tensor([1, 2])), b.net(x, at, torch.tensor([1, 2])))
+    file, good = copy / "network.json", (copy / "network.json").read_text()
+    for content, says in {
+        "[]": "expected an object {...}, got []",
+        "{}": "network: missing, and it has no default",
+        good.replace('"norm_num_groups": 4', '"norm_num_groups": 0'): "network.config: UNet2DModel: ZeroDivisionError",
+        good.replace('"classes": 10', '"classes": 7'): "classes: 7, but num_class_embeds is 11",
+    }.items():
+        file.write_text(content)
+        with pytest.raises(ValueError, match=re.escape(says)) as error:
+            open_student(copy)
+        assert str(error.value).startswith(f"{file}: ") and "\n" not in str(error.value)
+    file.unlink()
+    with pytest.raises(ValueError, match="no folder .*gone"):
+        open_student(copy)
 
 
 def test_diffusers_asks_before_it_runs_the_pipelines_code(exported, modules):

@@ -33,6 +33,7 @@ def test_a_teacher_is_trained_scored_and_sampled(ray_cluster, store, tmp_path, c
     taught = closing(capsys)
     teacher = tmp_path / "runs" / "small" / "teacher"
     assert taught["teacher"] == str(teacher)
+    assert json.loads((teacher.parent / "network.json").read_text())["network"]["classes"] == 10
 
     job("evaluate", f"model={teacher}", "steps=[2,3]", "images=20", "batch=10", "metrics=[fd_fashion]")
     scores = closing(capsys)["scores"]

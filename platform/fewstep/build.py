@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .config import resolve, resolve_ref
+from .config import ConfigError, Strict, read_json, resolve, resolve_ref, validate
 from .data.feed import Feed, open_feed
 from .data.shards import Shards
 from .diffusion.draws import Draws, fold
@@ -27,12 +27,15 @@ from .engine.manifest import read_manifest
 from .engine.train import Engine, NoData
 from .engine.world import World
 from .files import sha256_of
+from .folders import write_private
 from .metrics.base import Measure, Samples
 from .networks.conditions import Conditions
 from .networks.denoiser import Denoiser
 from .networks.lora import Lora, merge
-from .networks.pretrained import locate, new_denoiser, new_head, open_teacher
+from .networks.pretrained import Network, empty_denoiser, locate, network_of, new_denoiser, new_head, open_teacher
 from .recipe import Data, Recipe, check_secrets, read_run
+
+DESCRIBED = "network.json"
 
 
 def make_teacher(recipe: Recipe) -> Denoiser:
@@ -115,20 +118,57 @@ def open_net(folder: str) -> Denoiser:
     path = latest(resolve_ref(folder))
     if path is None:
         raise ValueError(f"run: no checkpoint below {folder!r}; give the folder of a run")
-    return student_net(read_run(resolve(folder)), path)
+    return student_net(read_run(resolve(folder)), path, folder=resolve(folder))
 
 
-def student_net(recipe: Recipe, checkpoint: Path | str, average: bool | None = None) -> Denoiser:
+def student_net(
+    recipe: Recipe, checkpoint: Path | str, average: bool | None = None, folder: Path | None = None
+) -> Denoiser:
     """The student in a checkpoint of a recipe's run, frozen; an adapter is merged into its base.
 
-    average: its averaged weights; None: where it has them. Raises ValueError.
+    average: its averaged weights; None: where it has them. folder: the run's, which may describe the student; else the
+    teacher is opened for the shapes. Raises ValueError.
     """
     if average is None:
         average = has_average(checkpoint)
-    net = recipe.method.nets(Maker(recipe, make_teacher(recipe)))["student"]
+    net = None if folder is None else described_net(folder, recipe.precision)
+    if net is None:
+        net = recipe.method.nets(Maker(recipe, make_teacher(recipe)))["student"]
     load_net(net, read_weights(checkpoint, "net.average" if average else "net.student"), str(checkpoint))
     net = merge(net, *_probe(net)) if isinstance(net, Lora) else net
     return net.eval().requires_grad_(False)
+
+
+class Described(Strict):
+    """The student of a run in `network.json`, so that a finished run needs no teacher."""
+
+    network: Network
+    """The network."""
+    extra: list[str] = []
+    """Further scalars that it takes."""
+
+
+def describe_net(folder: Path, student: nn.Module) -> None:
+    """Writes `network.json` into a run's folder; nothing for an adapter, which is not whole without its base."""
+    if isinstance(student, Denoiser):
+        described = Described(network=network_of(student), extra=list(student.extras))
+        write_private(folder / DESCRIBED, described.model_dump_json(indent=1) + "\n")
+
+
+def described_net(folder: Path, precision: str) -> Denoiser | None:
+    """A network as the student of a run, to be filled; None where the run's folder does not describe it.
+
+    Raises ConfigError naming the file.
+    """
+    path = folder / DESCRIBED
+    if not path.is_file():
+        return None
+    try:
+        described = validate(Described, read_json(path))
+        return empty_denoiser(described.network, precision).add_extra(*described.extra)
+    except ValueError as error:
+        text = "; ".join(str(error).splitlines())
+        raise ConfigError(text if text.startswith(str(path)) else f"{path}: {text}") from None
 
 
 def _probe(net: nn.Module) -> tuple[Tensor, Level, Any]:

@@ -229,6 +229,7 @@ def run(
         return {}
     claim(folder, "run")
     write_private(folder / "recipe.yaml", yaml.safe_dump(recipe.written, sort_keys=False))
+    build.describe_net(folder, engine.nets["student"])
     reports = Reports(folder, engine.step)
     with open_tracker(recipe, origin) as tracker:
         tracker.rewind(engine.step)

@@ -76,7 +76,7 @@ def open_student(
     if average and not kept:
         raise ValueError(f"average: {checkpoint} holds none, as train.average_decay was null; give average=false")
     averaged = kept if average is None else average
-    net = build.student_net(recipe, checkpoint, averaged)
+    net = build.student_net(recipe, checkpoint, averaged, folder)
     return Student(net, recipe, folder, checkpoint, manifest["step"], averaged)
 
 

@@ -97,14 +97,7 @@ def new_denoiser(network: Network, precision: str = "fp32") -> Denoiser:
     config = dict(network.config)
     if network.classes is not None and network.model == "UNet2DModel":
         config.setdefault("num_class_embeds", network.classes + 1)
-    try:
-        model = outline(network.model, config)
-        check_memory(model)
-        _try(_denoiser(model, network, "fp32"))
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"network.config: {network.model}: {error}") from None
+    _check_described(network, config)
     import diffusers
 
     model = getattr(diffusers, network.model)(**config)
@@ -127,11 +120,35 @@ def new_head(denoiser: Denoiser, at: tuple[str, ...] = ("middle",)) -> Head:
     return Head(*(tuple(f.shape[1:]) for f in maps), at=at)
 
 
+def _check_described(network: Network, config: dict[str, Any]) -> None:
+    """Raises ConfigError where a network by its description cannot be built, or is larger than the memory."""
+    try:
+        model = outline(network.model, config)
+        check_memory(model)
+        _try(_denoiser(model, network, "fp32"))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"network.config: {network.model}: {error}") from None
+
+
+def empty_denoiser(network: Network, precision: str = "fp32") -> Denoiser:
+    """A network as `network_of` describes it, with weights of zero, to be filled. Raises ConfigError."""
+    _check_described(network, network.config)
+    model = unfilled(network.model, network.config)
+    state = model.state_dict()
+    model.load_state_dict({key: torch.zeros(value.shape) for key, value in state.items()}, assign=True)
+    return _denoiser(model, network, precision)
+
+
 def network_of(denoiser: Denoiser) -> Network:
     """The network's description, the inverse of building it."""
     backbone = denoiser.backbone
+    # sharding changes the class of a module in place
+    name = next(kind.__name__ for kind in type(backbone.model).__mro__ if kind.__name__ in BACKBONES)
     return Network(
-        model=type(backbone.model).__name__,
+        model=name,
+        config=arguments_of(name, backbone.model.config),
         schedule=to_config(denoiser.schedule),
         prediction=denoiser.prediction,
         data_std=denoiser.data_std,

@@ -71,13 +71,13 @@ def arguments_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in inspect.signature(getattr(diffusers, name)).parameters if key in config}
 
 
-def outline(name: str, arguments: Mapping[str, Any], tensors: int = TENSORS) -> nn.Module:
-    """A model of diffusers on the meta device. tensors: how many parameters it may have.
+def outline(name: str, arguments: Mapping[str, Any], tensors: int | None = None) -> nn.Module:
+    """A model of diffusers on the meta device. tensors: how many parameters it may have; None allows 5,000.
 
     Raises ValueError naming what the model makes of its arguments.
     """
     check_config(arguments)
-    with torch.device("meta"), _on_registration(_at_most(tensors)):
+    with torch.device("meta"), _on_registration(_at_most(tensors or TENSORS)):
         model = _construct(name, arguments)
     held = {**dict(model.named_parameters()), **model.state_dict()}
     computed = sum(buffer.nbytes for key, buffer in model.named_buffers() if key not in held)
