@@ -67,7 +67,7 @@ def main(job: Evaluate) -> None:
     metrics = job.build(world.device, None if recipe is None else job.seen_by(recipe.loss_networks))
     samplers = [open_sampler(job.model, steps, job.guidance, world.device) for steps in job.steps]
     for sampler in samplers:
-        check_samples(metrics, sampler.shape, sampler.classes, job.images)
+        check_samples(metrics, sampler.shape, sampler.conditions.classes, job.images)
     rows, scores = [], []
     for sampler in {s.name: s for s in samplers}.values():  # a student's is the same for any number of steps
         samples = make_samples(sampler, job.images, job.seed, job.batch, world)
