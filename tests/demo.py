@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -54,12 +58,26 @@ def mlflow_history(store: str, run_id: str, key: str) -> list[tuple[int, float]]
     return sorted((m.step, m.value) for m in MlflowClient(store).get_metric_history(run_id, key))
 
 
-def listening() -> list[tuple[str, str, int]]:
-    """(process, address, port) of every socket that this process, or one below it, listens on."""
-    found = []
-    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+def listening(root: psutil.Process | None = None) -> list[tuple[str, str, int]]:
+    """(process, address, port) of every socket that a process, by default this one, or one below it listens on."""
+    root, found = root or psutil.Process(), []
+    for process in (root, *root.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
             for socket in process.net_connections("inet"):
                 if socket.status == psutil.CONN_LISTEN:
                     found.append((process.name(), socket.laddr.ip.removeprefix("::ffff:"), socket.laddr.port))
     return found
+
+
+HOLDS = "import sys; from fewstep.locks import *; hold(Path(sys.argv[1])); print('has it', flush=True); input()"
+
+
+@contextlib.contextmanager
+def another(file: Path) -> Iterator[subprocess.Popen]:
+    """Another process, which has a lock while the body runs, or until it is killed there."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "platform")}
+    command = [sys.executable, "-c", HOLDS, str(file)]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "has it\n"
+        yield other
+        other.kill()

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "platform" / "fewstep"
 # A part imports from lower floors only; parts of one floor do not know each other.
 FLOORS = [
     {"texts"},
-    {"files"},
+    {"files", "locks"},
     {"config", "folders", "diffusion"},
     {"networks", "data", "methods", "metrics"},
     {"engine"},

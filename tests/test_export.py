@@ -16,6 +16,7 @@ import pytest
 import torch
 import toy
 import yaml
+from demo import another
 from diffusers.utils import dynamic_modules_utils
 from PIL import Image
 from test_networks import TEXT, unet
@@ -27,6 +28,7 @@ from fewstep.diffusion.samplers import Call, calls_at, run_calls, to_uint8
 from fewstep.diffusion.schedules import DDPM, EDM, Flow, Trig
 from fewstep.engine.saver import Saver
 from fewstep.folders import FolderError
+from fewstep.locks import LOCK, Busy
 from fewstep.methods import METHODS
 from fewstep.networks import export as exporting
 from fewstep.networks.backbones import TextUNet, UNet
@@ -369,6 +371,12 @@ def test_what_is_no_run_is_named(tmp_path, run, exported):
     (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
     with pytest.raises(ValueError, match="recipe.yaml"):
         open_student(tmp_path)
+
+
+def test_a_run_that_is_at_work_is_exported_elsewhere_only(run):
+    with another(run / LOCK), pytest.raises(Busy, match=rf"^{run}: in use by .*export to another folder with out="):
+        export_run(run)
+    assert not (run / "export").exists()
 
 
 def test_sample_draws_the_classes_asked_for(exported, tmp_path, capsys):

@@ -27,6 +27,7 @@ from .engine.storage import writable
 from .engine.train import Collapsed, Engine, NoData, NonFinite, Report
 from .engine.world import World
 from .folders import EXPORT, NETWORK, FolderError, append_private, claim, replaceable, usable, write_private
+from .locks import hold
 from .metrics.base import Samples, Score, evaluate, refusal
 from .recipe import Recipe
 from .students import export_run
@@ -36,6 +37,7 @@ from .tracking.tracker import Tracker
 from .watchdog import LOOK_S, Watchdog
 
 ROLL_BACK = "roll_back"
+RANK_0_LOCK, WRITER_S = ".lock-rank-0", 60.0
 EVENTS = {Collapsed: "collapse", NonFinite: "non_finite", CheckpointError: "not_saved"}
 GRID_IMAGES, GRID_COLUMNS = 100, 10
 GRID_LEVEL = (
@@ -219,6 +221,10 @@ def run(
     """
     torch.set_num_threads(recipe.cluster.threads)
     folder, services = recipe.folder, services or Services()
+    if world.rank == 0:
+        claim(folder, "run")
+        # the rank 0 of a driver that was killed may live on for a moment, and write
+        hold(folder / RANK_0_LOCK, wait_s=WRITER_S)
     engine = build.make_engine(recipe, feed, world, recipe.checkpoints)
     checkpoint = start_from(recipe)
     if checkpoint is not None:
@@ -227,7 +233,6 @@ def run(
         with Watchdog(engine, folder, 60 * recipe.failure.stall_minutes):
             _train(recipe, engine, None, services)
         return {}
-    claim(folder, "run")
     write_private(folder / "recipe.yaml", yaml.safe_dump(recipe.written, sort_keys=False))
     build.describe_net(folder, engine.nets["student"])
     reports = Reports(folder, engine.step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from .diffusion.samplers import Call
 from .engine.folder import complete
 from .engine.manifest import read_manifest
 from .folders import EXPORT, replaceable
+from .locks import LOCK, locked
 from .networks.card import Card
 from .networks.denoiser import Denoiser
 from .networks.export import INDEX, export
@@ -146,14 +148,16 @@ def export_run(
                 raise ConfigError(f"{scores}: row {i + 1} is no line of a closing table; remove the file, or mend it")
     target = folder / "export" if out is None else resolve(out)
     calls = few_step_calls(recipe.method, student.net)
-    worst = export(
-        student.net,
-        target,
-        calls=calls,
-        card=_card(student, rows, licence),
-        class_names=_class_names(student),
-        overwrite=overwrite,
-    )
+    elsewhere = "export to another folder with out=..."
+    with locked(folder / LOCK, way_out=elsewhere) if out is None else contextlib.nullcontext():
+        worst = export(
+            student.net,
+            target,
+            calls=calls,
+            card=_card(student, rows, licence),
+            class_names=_class_names(student),
+            overwrite=overwrite,
+        )
     return {
         "folder": str(target),
         "step": student.step,

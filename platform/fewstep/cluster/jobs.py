@@ -24,7 +24,7 @@ def train(recipe: Recipe, dry_run: bool = False) -> dict[str, Any] | None:
         print(describe(recipe))
         return None
     with Progress(recipe) as progress:
-        result = fit(recipe, progress)
+        result = fit(recipe, progress, keep_lock=True)  # what the job adds to the folder is still to come
     if not result["finished"]:
         own = [word for word in sys.argv[1:] if not word.startswith("name=")]
         again = masked(shlex.join(["python", sys.argv[0], *own, f"name={recipe.name}"]))

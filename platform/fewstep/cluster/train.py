@@ -20,6 +20,7 @@ from ..config import UserError, resolve, resolve_ref
 from ..engine.train import Collapsed, NoData
 from ..engine.world import World
 from ..folders import claim
+from ..locks import LOCK, hold, locked
 from ..metrics.base import Score, evaluate
 from ..networks.pretrained import locate
 from ..recipe import Recipe
@@ -70,20 +71,34 @@ def fit(
     *,
     tags: Mapping[str, str] = MappingProxyType({}),
     shared: bool = False,
+    keep_lock: bool = False,
 ) -> dict[str, Any]:
     """Trains a recipe on the cluster and returns what run.run returned on rank 0.
 
     follow: called in this process with each line of the run's reports, {step, images} and metrics or scores, soon
     after it was made. tags: more of them for its MLflow run. shared: other runs use the cluster too, so what is free is
-    not this run's to score in: its own workers do.
+    not this run's to score in: its own workers do. keep_lock: other processes stay out of the run's folder until this
+    one ends, and not only until the run does.
     Lost workers, nodes and controllers are met by a restart from the last checkpoint, `failure.max_failures` times.
     SIGTERM ends the run after the step at hand, saved: `finished` is false in what is returned.
-    Raises Unplaceable when the cluster lacks the workers after `cluster.wait_s`, ValueError for what the recipe names
-    and cannot be used, Stalled, Lost, and whatever a worker raised.
+    Raises Busy where another process runs the same run, Unplaceable when the cluster lacks the workers after
+    `cluster.wait_s`, ValueError for what the recipe names and cannot be used, Stalled, Lost, and whatever a worker
+    raised.
     """
     recipe = localized(recipe)
     run.check(recipe)
     claim(recipe.folder, "run")
+    way_out = f"ask it to save and end with: touch {recipe.folder / watchdog.STOP}, or choose another name=..."
+    if keep_lock:
+        hold(recipe.folder / LOCK, way_out=way_out)
+    with locked(recipe.folder / LOCK, way_out=way_out):
+        return _fit(recipe, follow, tags, shared)
+
+
+def _fit(
+    recipe: Recipe, follow: Callable[[dict[str, Any]], None], tags: Mapping[str, str], shared: bool
+) -> dict[str, Any]:
+    """What `fit` does once the run's folder is its own."""
     c = recipe.cluster
     connect(cpus=c.workers * c.cpus_per_worker + 1)
     import ray

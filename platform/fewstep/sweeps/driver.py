@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from .. import run
 from ..folders import claim, usable
+from ..locks import LOCK, locked
 from ..recipe import Recipe, dated_name
 from ..texts import masked
 from ..tracking.provenance import Provenance
@@ -47,7 +48,7 @@ def sweep(
     """Runs a sweep to its end, or goes on with one, and returns the job's last line.
 
     With `dry_run` it checks everything, prints the plan and returns None. template: of report.html.
-    Raises ConfigError and Unsweepable.
+    Raises ConfigError, Unsweepable, and Busy where another process runs the same sweep.
     """
     asked = asked.model_copy(update={"name": asked.name or dated_name(space.name)})
     check(asked, space, base)
@@ -58,12 +59,14 @@ def sweep(
     print(plan_text(asked, space, recipe))
     if dry_run:
         return None
-    try:
-        return _sweep(asked, space, base, recipe, template, cluster)
-    except KeyboardInterrupt:
-        own = [word for word in sys.argv[1:] if not word.startswith("name=")]
-        again = masked(shlex.join(["python", sys.argv[0], *own, f"name={asked.name}"]))
-        raise KeyboardInterrupt(f"interrupted; go on with: {again}") from None
+    claim(Path(recipe.out), "sweep")
+    with locked(Path(recipe.out) / LOCK):
+        try:
+            return _sweep(asked, space, base, recipe, template, cluster)
+        except KeyboardInterrupt:
+            own = [word for word in sys.argv[1:] if not word.startswith("name=")]
+            again = masked(shlex.join(["python", sys.argv[0], *own, f"name={asked.name}"]))
+            raise KeyboardInterrupt(f"interrupted; go on with: {again}") from None
 
 
 def trial_recipe(recipe: Recipe, sweep: Sweep) -> Recipe:
@@ -99,9 +102,8 @@ def plan_text(sweep: Sweep, space: Space, recipe: Recipe) -> str:
 def _sweep(
     sweep: Sweep, space: Space, base: Recipe, recipe: Recipe, template: Path, cluster: Cluster
 ) -> dict[str, Any]:
-    """The sweep, once it is checked."""
+    """The sweep, once it is checked and its folder is its own."""
     folder = Path(recipe.out)
-    claim(folder, "sweep")
     parallel, device = cluster.place(recipe, sweep.parallel)
     recipe = apply(recipe, {"cluster.device": device})
     known = earlier_trials(sweep, space, recipe) if sweep.warm_start else []
