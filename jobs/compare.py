@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "platform"))
 
 from pydantic import Field
 
-from fewstep.config import Strict, command, resolve
+from fewstep.config import Strict, command, resolve_out
 
 
 class Compare(Strict):
@@ -37,7 +37,7 @@ class Compare(Strict):
     rank_seen_by_loss: bool = False
     """Mark the best of scores, too, whose network a loss of their run used."""
     uri: str | None = None
-    """Tracking server; null takes MLFLOW_TRACKING_URI, else mlflow.db in the working directory."""
+    """Tracking server; null takes MLFLOW_TRACKING_URI, else mlflow.db beside the runs."""
     experiment: str | None = None
     """Look for runs in this experiment only."""
 
@@ -45,15 +45,15 @@ class Compare(Strict):
 @command(Compare)
 def main(job: Compare) -> None:
     from fewstep.compare import collect, compare, page
+    from fewstep.engine.storage import writable
     from fewstep.folders import overwritable
     from fewstep.tracking import Store
 
     if bool(job.runs) == bool(job.sweep):
         raise ValueError("runs: give either runs=[name-or-id, ...] or sweep=<parent run>")
-    out = resolve(job.out)
-    if not out.parent.is_dir():
-        raise ValueError(f"out: no folder {str(out.parent)!r}; make it first")
+    out = resolve_out(job.out)
     overwritable(out)
+    writable(out.parent)
     store = Store(job.uri, job.experiment)
     if job.sweep:
         parent = store.find(job.sweep)

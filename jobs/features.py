@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 import torch
 from pydantic import Field
 
-from fewstep.config import Strict, command, resolve
+from fewstep.config import Strict, command, resolve, resolve_out
 from fewstep.data.feed import Feed, open_feed
 from fewstep.diffusion.samplers import to_uint8
 from fewstep.folders import overwritable
@@ -111,7 +111,7 @@ def open_extractor(ref: str, device: str) -> Extractor:
 
 def run(job: Features) -> dict:
     """Trains or opens the extractor, writes the statistics, and returns what the job reports."""
-    out = resolve(job.out)
+    out = resolve_out(job.out)
     if job.extractor is None:
         overwritable(out / "features.safetensors", mark='"info"')
     overwritable(out / "statistics.npz", mark="covariance.npy")

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
-from fewstep.config import Strict, command, resolve
+from fewstep.config import Strict, command, resolve, resolve_out
 from fewstep.data.decode import MAX_PIXELS
 from fewstep.data.source import Reading
 from fewstep.data.sources import SOURCES, pack
@@ -85,12 +85,12 @@ def main(job: Prepare) -> None:
     reading = Reading(job.encoding, job.follow_links, job.classes, job.columns)
     source = SOURCES[job.source](resolve(job.path) if job.path else None, job.split, reading)
     manifest = pack(
-        source, resolve(job.out), limit=job.limit, seed=job.seed, size=job.size, channels=job.channels,
+        source, resolve_out(job.out), limit=job.limit, seed=job.seed, size=job.size, channels=job.channels,
         format=job.format, background=job.background, max_pixels=job.max_pixels, max_corrupt=job.max_corrupt,
         overwrite=job.overwrite,
     )  # fmt: skip
     summary = {
-        "out": str(resolve(job.out)),
+        "out": str(resolve_out(job.out)),
         "rows": manifest.rows,
         "shards": len(manifest.shards),
         "mb": round(sum(shard.bytes for shard in manifest.shards) / 1e6, 2),

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
 
 from fewstep.build import Sampler, grid, make_samples
-from fewstep.config import Strict, command, resolve
+from fewstep.config import Strict, command, resolve_out
 from fewstep.engine.world import World, device_of
 from fewstep.folders import MADE_HERE, overwritable
 from fewstep.students import open_sampler
@@ -70,7 +70,7 @@ def write(picture: torch.Tensor, path: Path) -> None:
 @command(Sample)
 def main(job: Sample) -> None:
     device = device_of(job.device)
-    out, each = resolve(job.out), [resolve(job.each) / f"{i:06d}.png" for i in range(job.images) if job.each]
+    out, each = resolve_out(job.out), [resolve_out(job.each) / f"{i:06d}.png" for i in range(job.images) if job.each]
     for path in (out, *each):
         overwritable(path, "out" if path == out else "each")
     sampler = open_sampler(job.model, job.steps, job.guidance, device=device)

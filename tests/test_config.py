@@ -6,7 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.config import ASSETS, ConfigError, differences, nearest, override, read, resolve, settings, words
+from fewstep.config import (
+    ASSETS,
+    ConfigError,
+    differences,
+    nearest,
+    override,
+    read,
+    resolve,
+    resolve_out,
+    resolve_out_ref,
+    settings,
+    words,
+)
 from fewstep.methods import METHODS
 from fewstep.recipe import Recipe, load_recipe
 from fewstep.sweeps.space import load_space
@@ -301,3 +313,41 @@ def test_a_renamed_key_of_a_space_is_searched_by_its_new_name(tmp_path, renaming
         and domains["optim.disc.lr"].key == "train.report_every"
     )
     assert len(renamings()) == 2
+
+
+@pytest.fixture
+def submitted(tmp_path, monkeypatch) -> tuple[Path, Path]:
+    """The copy of the working directory in which a submitted job runs, which is the current one, and its home."""
+    copy = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    monkeypatch.delenv("FEWSTEP_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return copy, tmp_path / "fewstep"
+
+
+def test_a_submitted_job_writes_to_its_home_and_reads_what_travelled_along_or_lies_there(submitted):
+    copy, home = submitted
+    assert resolve_out("runs") == resolve("runs") == home / "runs"  # a path that is missing, too
+    assert resolve_out("/x") == Path("/x") and resolve_out("~/x") == home.parent / "x"
+    assert (resolve_out_ref("s3://b/x"), resolve_out_ref("x")) == ("s3://b/x", home / "x")
+    (copy / "photos").mkdir()
+    assert (resolve("photos"), resolve_out("photos")) == (copy / "photos", home / "photos")
+    (home / "photos").mkdir(parents=True)
+    with pytest.raises(
+        ConfigError, match=f"'photos' is there twice, as {copy}/photos and as {home}/photos; .*absolute"
+    ):
+        resolve("photos")
+    (copy / "photos").rmdir()
+    (copy / "photos").symlink_to(home / "photos")  # one folder by two names
+    assert resolve("photos") == copy / "photos"
+
+
+def test_a_job_that_is_started_by_hand_reads_and_writes_where_it_is_or_in_fewstep_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FEWSTEP_HOME", raising=False)
+    assert resolve("x") == resolve_out("x") == tmp_path / "x"
+    monkeypatch.setenv("FEWSTEP_HOME", str(tmp_path / "home"))
+    assert resolve("x") == resolve_out("x") == tmp_path / "home" / "x"
+    (tmp_path / "x").touch()
+    assert (resolve("x"), resolve_out("x")) == (tmp_path / "x", tmp_path / "home" / "x")

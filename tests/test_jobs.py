@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from fewstep.tracking import tracking_uri
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -83,3 +85,33 @@ def test_evaluate_knows_before_sampling_what_it_cannot_do(tmp_path, capsys):
     )
     assert str(tmp_path / "none.npz") in refused(capsys, grey, f"reference={tmp_path / 'none.npz'}")
     assert str(tmp_path / "none") in refused(capsys, f"model={tmp_path / 'none'}")
+
+
+def test_a_submitted_job_finds_the_files_of_the_one_before(tmp_path, monkeypatch, capsys):
+    copies = [tmp_path / "runtime_resources" / name for name in "abc"]  # each job has a copy, which Ray removes
+    for i in range(10):
+        folder = copies[0] / "photos" / str(i)
+        folder.mkdir(parents=True)
+        Image.new("L", (28, 28), 20 * i).save(folder / "x.png")
+    for copy in copies[1:]:
+        copy.mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in ("FEWSTEP_HOME", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(variable, raising=False)
+    home = tmp_path / "fewstep"
+
+    monkeypatch.chdir(copies[0])
+    job("prepare", "source=folder", "path=photos", "channels=1", "out=data/photos")
+    assert closing(capsys)["out"] == str(home / "data" / "photos")
+
+    monkeypatch.chdir(copies[1])
+    job("distill", "data.path=data/photos", "evaluate.metrics=[]", "train.batch=8", "--dry-run")
+    assert "data/photos" in capsys.readouterr().out
+
+    monkeypatch.chdir(copies[2])
+    job("sample", "model=shipped:fashion_mnist/teacher", "steps=1", "images=2", "out=pictures/grid.png")
+    assert closing(capsys)["out"] == str(home / "pictures" / "grid.png")
+    assert tracking_uri() == f"sqlite:///{home / 'mlflow.db'}"
+    for copy in copies:
+        assert [path for path in copy.rglob("*") if path.is_file() and path.suffix != ".png"] == []
+    assert {path.name for path in home.iterdir()} == {"data", "pictures", "runs"}

@@ -23,6 +23,8 @@ from .config import (
     read,
     renamed,
     resolve,
+    resolve_out,
+    resolve_out_ref,
     resolve_ref,
     validate,
     with_new_names,
@@ -53,6 +55,8 @@ def _checked(check: Callable[[str], Any]) -> AfterValidator:
 
 LocalPath = Annotated[str, _checked(resolve)]
 PathOrURL = Annotated[str, _checked(resolve_ref)]
+OutPath = Annotated[str, _checked(resolve_out)]
+OutPathOrURL = Annotated[str, _checked(resolve_out_ref)]
 RunName = Annotated[str, _checked(lambda name: name == "" or plain_name(name))]
 SweepName = Annotated[str, _checked(lambda name: name == "" or plain_name(name, room=SUFFIX_BYTES))]
 AnyMethod = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]
@@ -140,7 +144,7 @@ class Tracking(Strict):
     experiment: str = "fewstep"
     """Experiment name."""
     uri: str | None = None
-    """Tracking server; null takes MLFLOW_TRACKING_URI, else mlflow.db in the folder the job was started in."""
+    """Tracking server; null takes MLFLOW_TRACKING_URI, else mlflow.db in the folder where the job writes."""
     model: str | None = None
     """Registered model that the export becomes a version of; null takes the run's recipe name."""
 
@@ -181,9 +185,9 @@ class Recipe(Strict):
     """Scores."""
     tracking: Tracking = Tracking()
     """MLflow."""
-    out: LocalPath = "runs"
+    out: OutPath = "runs"
     """Folder of the runs."""
-    storage: PathOrURL | None = None
+    storage: OutPathOrURL | None = None
     """Folder or URL (s3://bucket/x) for the checkpoints, which all nodes reach; null is the run's own folder."""
     resume: PathOrURL = "auto"
     """auto goes on from the run's last checkpoint; never refuses a run that has any; a path is the checkpoint to start
@@ -270,7 +274,7 @@ class Recipe(Strict):
     @property
     def folder(self) -> Path:
         """Where the run keeps its checkpoints, journal, samples and export."""
-        return resolve(self.out) / self.name
+        return resolve_out(self.out) / self.name
 
     def lora(self, role: str) -> Adapter | None:
         """The adapter that a role trains; None for a role that trains a whole network."""
@@ -281,7 +285,7 @@ class Recipe(Strict):
         """Where the run's checkpoints go: a folder, or a URL when `storage` is one."""
         if self.storage is None:
             return self.folder / "checkpoints"
-        storage = resolve_ref(self.storage)
+        storage = resolve_out_ref(self.storage)
         return storage / self.name if isinstance(storage, Path) else f"{storage.rstrip('/')}/{self.name}"
 
     @property
@@ -379,8 +383,8 @@ def read_run(folder: Path, *known: str | None) -> Recipe:
 
 def find_recipe(ref: str, folder: Path) -> Path:
     """The file of a recipe named by its stem in `folder` or by a path. Raises ConfigError with the names there are."""
-    path = Path(ref)
-    if path.suffix in (".yaml", ".yml"):
+    if ref.endswith((".yaml", ".yml")):
+        path = resolve(ref)
         if path.is_file():
             return path
         raise ConfigError(f"recipe: no file {ref!r}")

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from . import build
-from .config import ConfigError, read_json_lines, resolve, resolve_ref
+from .config import ConfigError, read_json_lines, resolve_out, resolve_ref
 from .data.feed import Feed
 from .diffusion.draws import INDICES, Draws, fold
 from .diffusion.samplers import to_uint8
@@ -454,7 +454,7 @@ def check(recipe: Recipe) -> None:
         )
     for name, kind in (("export", EXPORT), ("teacher", NETWORK)):
         replaceable(recipe.folder / name, kind, overwrite=True, field="name")
-    writable(resolve(recipe.out), "out")
+    writable(resolve_out(recipe.out), "out")
     if recipe.storage is not None:
         writable(recipe.storage, "storage")
     build.make_metrics(recipe)

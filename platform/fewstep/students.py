@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import build
-from .config import ConfigError, read_json, resolve
+from .config import ConfigError, read_json, resolve, resolve_out
 from .data.shards import ShardError, open_shards
 from .diffusion.samplers import Call
 from .engine.folder import complete
@@ -137,7 +137,7 @@ def export_run(
     """
     overwrite = (out is None) if overwrite is None else overwrite
     if out is not None:
-        replaceable(resolve(out), EXPORT, overwrite=overwrite)
+        replaceable(resolve_out(out), EXPORT, overwrite=overwrite)
     student = open_student(run, average, known=known)
     recipe, folder = student.recipe, student.folder
     scores = folder / "scores.json"
@@ -146,7 +146,7 @@ def export_run(
         for i, row in enumerate(rows):
             if not isinstance(row, dict) or not {"sampler", "nfe", "images"} <= row.keys():
                 raise ConfigError(f"{scores}: row {i + 1} is no line of a closing table; remove the file, or mend it")
-    target = folder / "export" if out is None else resolve(out)
+    target = folder / "export" if out is None else resolve_out(out)
     calls = few_step_calls(recipe.method, student.net)
     elsewhere = "export to another folder with out=..."
     with locked(folder / LOCK, way_out=elsewhere) if out is None else contextlib.nullcontext():

@@ -32,9 +32,9 @@ from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
 
-from ..config import resolve
+from ..config import resolve, resolve_out_ref
 from ..engine.storage import Place, reason
-from .session import asks_for_token, connect, home
+from .session import asks_for_token, connect
 
 if TYPE_CHECKING:  # with torch, which a node should not need to be looked at
     from ..metrics.build import Metrics
@@ -95,15 +95,10 @@ def wanted(
     """
     from ..tracking.store import database, tracking_uri
 
-    base = home()
     out = out or (recipe.out if recipe else "runs")
     storage = storage or (recipe.storage if recipe else None)
-    folders = {
-        key: path if "://" in path else str(base / os.path.expanduser(path))
-        for key, path in (("out", out), ("storage", storage))
-        if path
-    }
-    uri = tracking_uri(uri or (recipe.tracking.uri if recipe else None), base)
+    folders = {key: str(resolve_out_ref(path)) for key, path in (("out", out), ("storage", storage)) if path}
+    uri = tracking_uri(uri or (recipe.tracking.uri if recipe else None))
     file = database(uri)
     return Wanted(
         folders=folders,

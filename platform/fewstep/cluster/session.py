@@ -1,4 +1,4 @@
-"""Joining a cluster, or starting a private one on this machine; the folder that a job's files go to."""
+"""Joining a cluster, or starting a private one on this machine."""
 
 from __future__ import annotations
 
@@ -183,14 +183,3 @@ def _loopback() -> str:
 def is_private() -> bool:
     """Whether the cluster that this process is connected to listens on the loopback address only."""
     return ip_address(ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]")).is_loopback
-
-
-def home() -> Path:
-    """The folder that relative paths of a job's output start from: FEWSTEP_HOME, else the working directory.
-
-    A job submitted with --working-dir runs in a copy that Ray removes; its output goes to ~/fewstep.
-    """
-    if os.environ.get("FEWSTEP_HOME"):
-        return Path(os.environ["FEWSTEP_HOME"]).expanduser().absolute()
-    here = Path.cwd()
-    return Path.home() / "fewstep" if "runtime_resources" in here.parts else here

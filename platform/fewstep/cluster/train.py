@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import build, run, watchdog
-from ..config import UserError, resolve, resolve_ref
+from ..config import UserError, resolve, resolve_out, resolve_out_ref, resolve_ref
 from ..engine.train import Collapsed, NoData
 from ..engine.world import World
 from ..folders import claim
@@ -29,7 +29,7 @@ from ..texts import first_line
 from ..tracking.provenance import Provenance, provenance
 from ..tracking.store import prepare_store, tracking_uri
 from .gauges import DriverGauges, WorkerGauges
-from .session import SOURCE, connect, home
+from .session import SOURCE, connect
 from .stream import DATA_CPUS, Published, check_cpus, publish
 
 POLL_S = 0.2
@@ -48,16 +48,15 @@ class Lost(UserError, RuntimeError):
 
 def localized(recipe: Recipe) -> Recipe:
     """The recipe with every path absolute, for workers that run elsewhere, and with its tracking store named."""
-    base = home()
     data = recipe.model_dump(mode="json")
-    data["out"] = str(base / recipe.out)
-    data["tracking"]["uri"] = tracking_uri(recipe.tracking.uri, base)
+    data["out"] = str(resolve_out(recipe.out))
+    data["tracking"]["uri"] = tracking_uri(recipe.tracking.uri)
     if recipe.data is not None:
         data["data"]["path"] = str(resolve(recipe.data.path))
     if recipe.teacher:
         data["teacher"] = str(locate(recipe.teacher))
-    if recipe.storage and "://" not in recipe.storage:
-        data["storage"] = str(base / recipe.storage)
+    if recipe.storage:
+        data["storage"] = str(resolve_out_ref(recipe.storage))
     if recipe.resume not in ("auto", "never"):
         data["resume"] = str(resolve_ref(recipe.resume))
     data["start"] = {role: str(resolve_ref(path)) for role, path in recipe.start.items()}

@@ -5,10 +5,10 @@ A recipe is YAML; `key.sub=value` words override it (values are YAML too); a pyd
 
 from .command import Command, command, plain_errors, words
 from .keys import page
+from .paths import ASSETS, home, resolve, resolve_out, resolve_out_ref, resolve_ref
 from .reading import ConfigError, UserError, as_text, parse_json, read, read_json, read_json_lines
 from .reading import parse_yaml as _yaml
 from .settings import (
-    ASSETS,
     Strict,
     differences,
     fingerprint,
@@ -18,8 +18,6 @@ from .settings import (
     override,
     override_all,
     renamed,
-    resolve,
-    resolve_ref,
     validate,
     with_new_names,
 )
@@ -36,6 +34,7 @@ __all__ = [
     "differences",
     "fingerprint",
     "flatten",
+    "home",
     "nearest",
     "new_name",
     "override",
@@ -48,6 +47,8 @@ __all__ = [
     "read_json_lines",
     "renamed",
     "resolve",
+    "resolve_out",
+    "resolve_out_ref",
     "resolve_ref",
     "validate",
     "with_new_names",

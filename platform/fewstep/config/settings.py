@@ -8,7 +8,6 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
@@ -17,7 +16,6 @@ from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 from ..texts import quoted
 from .reading import DEPTH, ConfigError
 
-ASSETS = Path(__file__).parents[1] / "assets"
 MISTAKES = 20  # that one error lists; more are counted
 INT_MIN, INT_MAX = -(2**63), 2**63 - 1
 M = TypeVar("M", bound=BaseModel)
@@ -56,30 +54,6 @@ class Strict(BaseModel):
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return _plain_numbers(handler(source), cls)
-
-
-def resolve(path: str | Path) -> Path:
-    """Absolute path of a file or folder named by a user; `shipped:x` is x in the package's embedded defaults.
-
-    Raises ConfigError for an empty path, for a URL, and for the home of a user who is not known here.
-    """
-    text = str(path)
-    if text.startswith("shipped:"):
-        return ASSETS / text.removeprefix("shipped:")
-    if url := re.match(r"([A-Za-z][\w+.-]+):/(/?)", text):
-        way = "give a path of this machine" if url[2] else f"a URL has two slashes: {url[1]}://..."
-        raise ConfigError(f"{text!r} is no path; {way}")
-    if not text:
-        raise ConfigError("an empty path; leave the key out, or give a path")
-    try:
-        return Path(text).expanduser().absolute()
-    except RuntimeError as error:
-        raise ConfigError(f"{text!r}: {error}") from None
-
-
-def resolve_ref(ref: str | Path) -> Path | str:
-    """A URL such as s3://bucket/x as it is, and anything else as `resolve` has it."""
-    return str(ref) if "://" in str(ref) else resolve(ref)
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

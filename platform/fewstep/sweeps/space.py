@@ -28,7 +28,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..config import ConfigError, nearest, new_name, override_all, renamed, validate
+from ..config import ConfigError, nearest, new_name, override_all, renamed, resolve, validate
 from ..metrics.base import MODES, better
 from ..recipe import ASIDE, REPORTING, Recipe
 from ..texts import quoted, shown
@@ -388,8 +388,8 @@ class Space:
 
 def find_space(ref: str, folder: Path) -> Path:
     """The file of a space named by its stem in `folder` or by a path. Raises ConfigError with the names there are."""
-    path = Path(ref)
-    if path.suffix == ".py":
+    if ref.endswith(".py"):
+        path = resolve(ref)
         if path.is_file():
             return path
         raise ConfigError(f"space: no file {ref!r}")

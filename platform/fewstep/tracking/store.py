@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+from ..config import home
 from ..texts import has_masked, masked, quoted, revealed
 
 # Read by MLflow when it is imported (telemetry) and at each call (the rest). A server that does not answer must hold
@@ -36,11 +37,11 @@ def tracking_uri(uri: str | None = None, root: Path | None = None) -> str:
     """Absolute URI of the tracking store.
 
     uri: None takes MLFLOW_TRACKING_URI, and when that is unset `sqlite:///<root>/mlflow.db`, which `mlflow ui` shows
-    without options when it is started in `root`. root: default the working directory, so call this in the driver: a
-    training worker has another one. Raises ValueError for a store that is neither a server nor an SQL database, and for
-    a URI that was written down without its password.
+    without options when it is started in `root`. root: default `home`, where jobs write, so call this in the driver: a
+    training worker has another one. Raises ValueError for a store that is neither a server nor an SQL database, and
+    for a URI that was written down without its password.
     """
-    base = (root or Path.cwd()).absolute()
+    base = (root or home()).absolute()
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{base / 'mlflow.db'}"
     if urlsplit(uri).scheme.partition("+")[0] not in SCHEMES:
         raise ValueError(
