@@ -46,6 +46,7 @@ CYCLES = {
     "published": ["method.share_draws=false"],
     "default": [],
     "teacher_features": ["method.gan_features=teacher"],
+    "teacher_features_at_the_matching_draw": ["method.gan_features=teacher", "method.gan_draw=match"],
 }
 
 

@@ -404,6 +404,35 @@ def test_the_teachers_features_take_no_gradient_through_the_critic():
     assert dx.abs().sum() > 0  # through the teacher's encoder to the images
 
 
+@pytest.mark.parametrize("role, guidance", [("critic", 1.0), ("teacher", 1.0), ("teacher", 2.0)])
+def test_the_students_adversarial_term_may_share_the_matching_terms_pass(role, guidance):
+    own = DMD2(gan_weight=0.05, gan_features=role, guidance=guidance)
+    method = own.model_copy(update={"gan_draw": "match"})
+    teacher, start = toy.denoiser(1, classes=4), toy.denoiser(2, classes=4)
+    nets = a_team(method, teacher=teacher, student=start, fake=toy.denoiser(3, classes=4))
+    draws = Draws(0, 0)
+    cond = torch.arange(8) % 4
+    real = toy.Mixture().sample(8)[0]
+    batch = Batch(real, cond, draws.normal("z", real.shape), cond, draws, Labels(4, 4))
+    batch = method.prepare(nets, batch, ("student",))
+    calls = Calls(nets)
+    terms, _ = method.student_loss(nets, batch)
+    judge = "fake" if role == "critic" else "teacher"
+    assert len(calls.of("fake")) == 1 and len(calls.of("teacher")) == (1 if guidance == 1 else 2)
+    levels = {c.args[1].sigma.flatten()[0].item() for c in calls.seen if c.role != "disc"}
+    assert len(levels) == 1 and calls.of("disc")  # one draw for all
+    plain, _ = own.student_loss(nets, batch)
+    assert torch.equal(plain["match"], terms["match"])
+    (dx,) = torch.autograd.grad(terms["gan"], batch.x)
+    assert dx.abs().sum() > 0 and all(p.grad is None for p in nets[judge].parameters())
+
+
+def test_a_shared_draw_needs_a_matching_term_without_a_weight():
+    for settings in ({"matching_weight": 0}, {"name": "f_distill"}):
+        with pytest.raises(ValueError, match="gan_draw: match shares the pass"):
+            METHODS[settings.pop("name", "dmd2")](gan_draw="match", **settings)
+
+
 def test_without_a_gan_there_is_no_head_and_no_classification():
     method = DMD2(gan_weight=0)
     assert method.roles == ("fake", "student") and "disc" not in method.nets(toy.Make())

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -53,12 +53,21 @@ class DMD2(Method):
     latent adversarial distillation has it (arXiv:2403.12015), for which no gradient passes through the critic."""
     taps: tuple[str, ...] = ("middle",)
     """Names of the network's taps that the discriminator reads, with one head over all of them."""
+    gan_draw: Literal["own", "match"] = "own"
+    """Noise draw of the student's adversarial term: its own over all levels, as published, or the matching term's,
+    whose pass it then shares."""
     share_draws: bool = True
     """The critic's denoising and classification of a generated image at one noise draw, hence one pass, not two. The
     estimator's mean is the same; false is the published form."""
 
     headline: ClassVar[tuple[str, ...]] = ("health/match_gradient", "critic/denoise")
     cure: ClassVar[str] = "Raise method.critic_updates_per_student_update, or lower optim.student.lr"
+
+    @model_validator(mode="after")
+    def _draws_fit(self) -> DMD2:
+        if self.gan_draw == "match" and (self.weighs or not self.matching_weight):
+            raise ValueError("gan_draw: match shares the pass of a matching term without a weight; use own")
+        return self
 
     @property
     def judge(self) -> str:
@@ -132,22 +141,27 @@ class DMD2(Method):
         return False
 
     def matching(self, nets: Nets, batch: Batch) -> Terms:
-        """`gradient` (B, ...) of the matching term, its `normaliser` (B,), and where there is one its `weight` (B,)."""
-        x, draws = batch.x.detach(), batch.draws
-        level = index_level(draws, "match/t", nets["teacher"].schedule, *self.match_range, x, self.match_power)
+        """The matching term's `gradient` (B, ...) and `normaliser` (B,); its `weight` (B,) where there is one; and the
+        discriminator's `features` where its term shares the noise draw."""
+        shared, cond = self.gan_weight > 0 and self.gan_draw == "match", batch.cond
+        x = batch.x if shared else batch.x.detach()
+        level = index_level(batch.draws, "match/t", nets["teacher"].schedule, *self.match_range, x, self.match_power)
+        x_t, features = level.noise(x, batch.draws.normal("match/eps", x.shape)), None
+        judged, plain = shared or self.weighs, self.guidance == 1 or self.judge == "fake"
+        with torch.set_grad_enabled(shared):
+            if judged and plain:
+                judged_x0, features = nets[self.judge](x_t, level, cond, "both", at=self.taps)
+            elif judged:
+                features = nets["teacher"](x_t, level, cond, "features", at=self.taps)
         with torch.no_grad():
-            x_t = level.noise(x, draws.normal("match/eps", x.shape))
-            real = guided(nets["teacher"], x_t, level, batch.cond, self.guidance, batch.null)
-            if not self.weighs:
-                gradient, normaliser = matching_gradient(x, real, nets["fake"](x_t, level, batch.cond))
-                return {"gradient": gradient, "normaliser": normaliser}
-            if self.judge == "fake":
-                fake, features = nets["fake"](x_t, level, batch.cond, "both", at=self.taps)
+            if judged and plain and self.judge == "teacher":
+                real = judged_x0
             else:
-                fake = nets["fake"](x_t, level, batch.cond)
-                features = nets["teacher"](x_t, level, batch.cond, "features", at=self.taps)
-            gradient, normaliser = matching_gradient(x, real, fake)
-            return {"gradient": gradient, "normaliser": normaliser, "weight": self.weight(nets, features)}
+                real = guided(nets["teacher"], x_t, level, cond, self.guidance, batch.null)
+            fake = judged_x0 if judged and self.judge == "fake" else nets["fake"](x_t, level, cond)
+            gradient, normaliser = matching_gradient(x.detach(), real.detach(), fake.detach())
+            found = {"gradient": gradient, "normaliser": normaliser}
+            return found | {"weight": self.weight(nets, features)} if self.weighs else found | {"features": features}
 
     def measure(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
         """The matching term's weight, to be averaged over the global batch."""
@@ -166,7 +180,9 @@ class DMD2(Method):
             terms["match"] = self.matching_weight * surrogate(x, gradient)
             norm = gradient.flatten(1).norm(dim=1).mean()
             health |= {"match_gradient": norm, "match_normaliser": normaliser.mean()}
-        if self.gan_weight:
+        if self.gan_weight and self.gan_draw == "match":
+            terms["gan"] = self.gan_weight * gan_generator(nets["disc"](found["features"]))
+        elif self.gan_weight:
             level = index_level(draws, "gan/t", schedule, 0, INDICES - 1, x)
             x_t = level.noise(x, draws.normal("gan/eps", x.shape))
             logits = nets["disc"](nets[self.judge](x_t, level, batch.cond, "features", at=self.taps))
