@@ -1,4 +1,4 @@
-"""Recipe: everything that decides a run, checked as a whole before anything starts."""
+"""The recipe: all settings of a run, validated as a whole before anything starts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from .metrics.build import Metrics
 from .networks.pretrained import Network, locate
 from .texts import has_masked, masked, revealed
 
-# what does not decide a run's numbers: of a recipe, and of its `train`
+# keys that do not change a run's numbers: ASIDE at the top of a recipe, REPORTING below `train`
 ASIDE = "recipe name out tracking evaluate cluster storage resume resume_allow failure".split()
 SECRETS = ("MLFLOW_TRACKING_URI", "FEWSTEP_STORAGE")  # environment variables that hold URLs with their secrets
 SUFFIX_BYTES = 12  # what a sweep appends to its name for those of its trials
@@ -49,7 +49,7 @@ REPORTING = "report_every save_every keep keep_best keep_best_by keep_best_mode 
 
 
 def _checked(check: Callable[[str], Any]) -> AfterValidator:
-    """A validator that keeps a text as it is where `check` does not raise."""
+    """Returns a validator that calls `check` on a text and leaves the text unchanged."""
     return AfterValidator(lambda text: (check(text), text)[1])
 
 
@@ -72,70 +72,70 @@ class Data(Strict):
     max_corrupt: Annotated[float, Field(ge=0, le=1)] = 0.001
     """Share of rows that may be corrupt, alone or with their shard, before the run stops; they are replaced."""
     memory_mib: Annotated[int, Field(ge=0)] = 512
-    """A set whose decoded images fit is held in memory by each worker; a larger one streams."""
+    """Memory in MiB for decoded images. Each worker keeps a set that fits in memory; a larger set streams."""
 
 
 class Adapter(Strict):
     """A low-rank adapter (LoRA, Hu et al. 2021, arXiv:2106.09685)."""
 
     rank: Annotated[int, Field(ge=1)] = 16
-    """Rank of each layer's change, at most."""
+    """Largest rank of a layer's change."""
     alpha: Annotated[float, Field(gt=0)] | None = None
-    """The change is scaled by alpha / rank; null takes the rank, a factor of 1."""
+    """The change is scaled by alpha / rank. null takes alpha = rank, a factor of 1."""
     targets: list[str] = ["attention"]
-    """Layers that are adapted: attention, all, or ends of layer paths such as to_q, with * for any letters."""
+    """Layers with an adapter: attention, all, or ends of layer paths such as to_q, with * for any letters."""
 
 
 class Role(Strict):
-    """How a role's network is made."""
+    """The network of a role: a whole copy of the teacher, or an adapter."""
 
     lora: Adapter | None = None
-    """An adapter of the frozen teacher that trains instead of a whole copy; null trains a copy."""
+    """Train an adapter of the frozen teacher. null trains a whole copy."""
 
 
 class Cluster(Layout):
-    """Workers of Ray Train and what each gets."""
+    """Workers of Ray Train and their resources."""
 
     workers: Annotated[int, Field(ge=1)] = 1
     """Training processes."""
     workers_min: Annotated[int, Field(ge=1)] | None = None
-    """Elastic: as few as these while the cluster has no more, and more when it has; null waits for all."""
+    """Elastic training: fewest workers to train with while the cluster has no more. null waits for all."""
     device: Literal["cpu", "cuda"] | None = None
-    """Null takes cuda where the cluster has GPUs."""
+    """Device of the workers. null takes cuda where the cluster has GPUs."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
-    """Logical CPUs a worker holds."""
+    """Logical CPUs per worker."""
     threads: Annotated[int, Field(ge=1)] = 1
-    """Threads of a worker's CPU arithmetic; part of what makes two runs equal bit for bit."""
+    """CPU threads per worker. Two runs are equal bit for bit only with equal threads."""
     wait_s: Annotated[float, Field(gt=0)] = 60
-    """How long to wait for the cluster to have the workers, before saying what is short."""
+    """Longest wait in seconds for the cluster to have the workers. After it an error names what is short."""
 
 
 class Failure(Strict):
-    """What a run does when something goes wrong. Mistakes in a recipe, in data or in numbers are not tried again."""
+    """Reaction to failures. Errors in a recipe, in data or in numbers are not retried."""
 
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Restarts from the last checkpoint after lost workers, a lost node or a lost controller."""
     stall_minutes: Annotated[float, Field(gt=0)] = 15
-    """No step for so long ends the run, saying where each rank is."""
+    """Minutes without a step after which the run ends. The error lists the place of each rank."""
     collapse: Guard = Guard()
-    """What to do when the health of the student says that it collapsed."""
+    """The guard: limits of the student's health signals, and the reaction to a collapse."""
 
 
 class Evaluate(Metrics):
-    """Scores of the student; at the end of the run, and every so many images if asked."""
+    """Scores of the student at the end of the run and, with `every_images`, during training."""
 
     images: Annotated[int, Field(ge=2)] = 2000
-    """Sample count."""
+    """Number of samples to score."""
     every_images: Annotated[int, Field(ge=1)] | None = None
-    """Images between scores during training, taken at the next report; null scores only the last checkpoint."""
+    """Images between scores during training, made at the next report. null scores only the last checkpoint."""
     batch: Annotated[int, Field(ge=1)] = 250
-    """Images sampled at once, over all workers."""
+    """Batch size of sampling, over all workers."""
     teacher_steps: list[Annotated[int, Field(ge=1)]] = []
-    """Heun steps at which the teacher is scored beside the student at the end (2 steps - 1 calls an image)."""
+    """Numbers of Heun steps at which the teacher is scored at the end (NFE is 2 steps - 1)."""
     rank_seen_by_loss: bool = False
-    """Let scores choose checkpoints and trials though a loss of the run used their network."""
+    """Allow scores to rank checkpoints and trials even if a loss of the run used the metric's network."""
     grid_every_images: Annotated[int, Field(ge=1)] | None = None
-    """Images between sample grids in the tracker; null draws them at the start and at the end only."""
+    """Images between sample grids in the tracker. null draws them at the start and at the end only."""
 
 
 class Tracking(Strict):
@@ -144,41 +144,41 @@ class Tracking(Strict):
     experiment: str = "fewstep"
     """Experiment name."""
     uri: str | None = None
-    """Tracking server; null takes MLFLOW_TRACKING_URI, else mlflow.db in the folder where the job writes."""
+    """Tracking server. null takes MLFLOW_TRACKING_URI, else mlflow.db in the folder where the job writes."""
     model: str | None = None
-    """Registered model that the export becomes a version of; null takes the run's recipe name."""
+    """Registered model that gets the export as a new version. null takes the recipe's name."""
 
 
 class Recipe(Strict):
     """One run: teacher, data, method, optimisers, training, evaluation."""
 
     recipe: str
-    """The recipe's name (its file's)."""
+    """The recipe's name, which is the stem of its file."""
     name: RunName = ""
-    """The run's name and folder below `out`; an existing one is resumed. Empty makes a new one from recipe and time."""
+    """The run's name and folder below `out`. An existing run is resumed. Empty makes a name of recipe and time."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of all randomness: weights, draws, data order, samples."""
+    """Seed of all randomness: weights, draws, data order, samples."""
     teacher: str | None = None
-    """Folder of a diffusers pipeline or of a network written here; shipped:fashion_mnist/teacher is embedded."""
+    """Folder of a diffusers pipeline or of a network of this project. shipped:fashion_mnist/teacher is embedded."""
     network: Network | None = None
-    """Instead of a teacher: a new network, which jobs/teach.py trains."""
+    """A new network to train instead of distilling a teacher; jobs/teach.py uses it."""
     start: dict[str, PathOrURL] = {}
-    """Role: run folder whose last checkpoint it starts from (a second stage), or one of that run's networks, such as
-    runs/a/net.student; optimisers start anew."""
+    """Initial weights by role, for a second stage: a run folder, whose last checkpoint is taken, or one network of that
+    run, such as runs/a/net.student. Optimisers start anew."""
     roles: dict[str, Role] = {}
-    """Role: how its network is made, such as {student: {lora: {rank: 16}}}; by default a whole copy of the teacher."""
+    """Networks by role, such as {student: {lora: {rank: 16}}}. The default is a whole copy of the teacher."""
     helpers: dict[str, str] = {}
-    """Name: folder or file of a frozen network that the method asks for by that name."""
+    """Frozen networks of the method, by name: a folder or file each."""
     data: Data | None = None
-    """Real images; null for a method that trains on conditions alone."""
+    """Real images. null for a method that trains on conditions alone."""
     method: AnyMethod
-    """The paper, by name, and its hyperparameters."""
+    """The method by its name, and its hyperparameters."""
     optim: dict[str, Optim]
-    """An optimiser for each role that trains."""
+    """Optimisers by role: one for each role that trains."""
     train: Train
-    """Length and batch."""
+    """Length, batch, gradient accumulation, EMA and checkpoints."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the networks; weights, optimisers and losses are float32."""
+    """Precision of the networks' arithmetic. Weights, optimisers and losses are float32."""
     cluster: Cluster = Cluster()
     """Workers."""
     evaluate: Evaluate = Evaluate()
@@ -188,14 +188,14 @@ class Recipe(Strict):
     out: OutPath = "runs"
     """Folder of the runs."""
     storage: OutPathOrURL | None = None
-    """Folder or URL (s3://bucket/x) for the checkpoints, which all nodes reach; null is the run's own folder."""
+    """Folder or URL (s3://bucket/x) of the checkpoints. All nodes must reach it. null is the run's own folder."""
     resume: PathOrURL = "auto"
-    """auto goes on from the run's last checkpoint; never refuses a run that has any; a path is the checkpoint to start
-    from when the run has none."""
+    """auto resumes from the run's last checkpoint. never refuses a run that has checkpoints. A path names the
+    checkpoint to start from if the run has none."""
     resume_allow: list[str] = []
     """Dotted keys that may differ from the checkpoint's recipe, such as train.steps."""
     failure: Failure = Failure()
-    """What happens when something goes wrong."""
+    """Restarts, stalls and the guard."""
 
     @model_validator(mode="before")
     @classmethod
@@ -205,7 +205,7 @@ class Recipe(Strict):
     @model_validator(mode="before")
     @classmethod
     def _clip_of_roles(cls, data: Any) -> Any:
-        """train.clip of the last release, which every role without a clip of its own takes."""
+        """Moves train.clip, a key of the last release, to every role without an own clip."""
         train, optim = (data.get(key) for key in ("train", "optim")) if isinstance(data, dict) else (None, None)
         if not isinstance(train, dict) or "clip" not in train or not isinstance(optim, dict):
             return data
@@ -273,16 +273,16 @@ class Recipe(Strict):
 
     @property
     def folder(self) -> Path:
-        """Where the run keeps its checkpoints, journal, samples and export."""
+        """The run's folder, with its checkpoints, journal, samples and export."""
         return resolve_out(self.out) / self.name
 
     def lora(self, role: str) -> Adapter | None:
-        """The adapter that a role trains; None for a role that trains a whole network."""
+        """Returns the adapter of a role, or None for a role that trains a whole network."""
         return self.roles[role].lora if role in self.roles else None
 
     @property
     def checkpoints(self) -> Path | str:
-        """Where the run's checkpoints go: a folder, or a URL when `storage` is one."""
+        """The folder of the run's checkpoints, or a URL if `storage` is one."""
         if self.storage is None:
             return self.folder / "checkpoints"
         storage = resolve_out_ref(self.storage)
@@ -290,8 +290,10 @@ class Recipe(Strict):
 
     @property
     def loss_networks(self) -> list[Path]:
-        """The frozen networks that losses use: the teacher's, and those that `helpers` or a field of the method names
-        by a path. Files, or folders of files."""
+        """Files and folders of the frozen networks that losses use.
+
+        They are the teacher, the `helpers`, and each path in a field of the method.
+        """
         fields = [value for value in flatten(self.method.model_dump(mode="json")).values() if isinstance(value, str)]
         paths = [value for value in fields if "/" in value or Path(value).suffix]
         paths += [self.teacher] if self.teacher else []
@@ -304,43 +306,43 @@ class Recipe(Strict):
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """What decides a run's numbers: two recipes that differ only in name, place or reporting share it."""
+        """The settings that change a run's numbers: all but names, places and reporting."""
         data = masked(self.model_dump(mode="json", exclude=set(ASIDE)))
         data["train"] = {key: value for key, value in data["train"].items() if key not in REPORTING}
         return data
 
     @property
     def model_name(self) -> str:
-        """The registered model that the export becomes a version of: `tracking.model`, else the recipe's own name."""
+        """Name of the registered model: `tracking.model`, else the recipe's name."""
         return self.tracking.model or cleaned_name(self.recipe)
 
     @property
     def urls(self) -> tuple[str | None, ...]:
-        """What `with_secrets` takes, to give another recipe of the same places its secrets."""
+        """URLs with their secrets, as arguments of `with_secrets` for another recipe with the same places."""
         return self.tracking.uri, self.storage, self.resume, *self.start.values()
 
     @property
     def written(self) -> dict[str, Any]:
-        """All of it in JSON types, as it is written to files and shown: without the secrets of its URLs."""
+        """The whole recipe in JSON types without the secrets of its URLs, as files and the tracker get it."""
         return masked(self.model_dump(mode="json"))
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen letters that stand for `numbers`; a checkpoint's manifest has the same."""
+        """Hash of `numbers`, sixteen letters. A checkpoint's manifest holds it, too."""
         return fingerprint(self.numbers)
 
 
 def dated_name(stem: str) -> str:
-    """The name of a new run or sweep: its file's stem, cleaned where it is no plain name, and the time."""
+    """Returns the name of a new run or sweep: the file's stem as a plain name, and the time."""
     now = time.strftime("%Y%m%d-%H%M%S")
     return f"{cleaned_name(stem, room=SUFFIX_BYTES + len(now) + 1)}-{now}"
 
 
 def with_secrets(recipe: Recipe, *known: str | None) -> Recipe:
-    """The recipe with the secrets that `Recipe.written` left out of its URLs, as far as they are known.
+    """Returns the recipe with the secrets that `Recipe.written` left out of its URLs.
 
-    known: URLs with their secrets. Others are those of the environment's MLFLOW_TRACKING_URI and FEWSTEP_STORAGE. A URL
-    for which none is known stays as it is, and `check_secrets` refuses it.
+    known: URLs with their secrets. MLFLOW_TRACKING_URI and FEWSTEP_STORAGE of the environment are known, too. A URL
+    without a known secret is not changed, and `check_secrets` refuses it.
     """
     known = (*known, *map(os.environ.get, SECRETS))
     tracking = recipe.tracking.model_copy(update={"uri": revealed(recipe.tracking.uri, *known)})
@@ -355,7 +357,7 @@ def with_secrets(recipe: Recipe, *known: str | None) -> Recipe:
 
 
 def check_secrets(recipe: Recipe) -> None:
-    """Raises ConfigError where a URL lacks a secret that was not written with the recipe, saying how it is given."""
+    """Raises ConfigError for a URL without its secret. The message says how to give the secret."""
     urls = {"tracking.uri": recipe.tracking.uri, "storage": recipe.storage, "resume": recipe.resume}
     urls |= {f"start.{role}": path for role, path in recipe.start.items()}
     wrong = [
@@ -369,9 +371,9 @@ def check_secrets(recipe: Recipe) -> None:
 
 
 def read_run(folder: Path, *known: str | None) -> Recipe:
-    """The recipe that a run's folder holds, with its secrets as of `with_secrets`.
+    """Reads the recipe of a run's folder and restores its secrets by `with_secrets(recipe, *known)`.
 
-    Raises ConfigError naming the file for one that is missing or damaged.
+    Raises ConfigError that names the file if it is missing or damaged.
     """
     path = folder / "recipe.yaml"
     data = read(path)
@@ -382,7 +384,7 @@ def read_run(folder: Path, *known: str | None) -> Recipe:
 
 
 def find_recipe(ref: str, folder: Path) -> Path:
-    """The file of a recipe named by its stem in `folder` or by a path. Raises ConfigError with the names there are."""
+    """Finds a recipe's file by its stem in `folder` or by a path. Raises ConfigError that lists the known names."""
     if ref.endswith((".yaml", ".yml")):
         path = resolve(ref)
         if path.is_file():
@@ -396,17 +398,19 @@ def find_recipe(ref: str, folder: Path) -> Path:
 
 
 def load_recipe(argv: list[str], folder: Path, default: str) -> Recipe:
-    """The recipe that the words `recipe=name key.sub=value ...` ask for. Raises ConfigError with every mistake."""
-    given = words(argv)
-    return open_recipe(str(given.pop("recipe", default)), folder, given)
+    """Reads the recipe of a command line `recipe=name key.sub=value ...`. Raises ConfigError with every mistake."""
+    overrides = words(argv)
+    return open_recipe(str(overrides.pop("recipe", default)), folder, overrides)
 
 
-def open_recipe(ref: str, folder: Path, given: Mapping[str, Any]) -> Recipe:
-    """The recipe that is found as `find_recipe` does, changed by {dotted key: value}. Without a name it gets one of its
-    file's name and the time. Raises ConfigError with every mistake."""
+def open_recipe(ref: str, folder: Path, overrides: Mapping[str, Any]) -> Recipe:
+    """Reads the recipe that `find_recipe` finds and applies the overrides, {dotted key: value}.
+
+    A recipe without a name gets one of its file's stem and the time. Raises ConfigError with every mistake.
+    """
     path = find_recipe(ref, folder)
     data = {"recipe": path.stem} | with_new_names(read(path))
-    recipe = validate(Recipe, override_all(data, renamed(given)))
+    recipe = validate(Recipe, override_all(data, renamed(overrides)))
     if not recipe.name:
         recipe = recipe.model_copy(update={"name": dated_name(recipe.recipe)})
     recipe = with_secrets(recipe)

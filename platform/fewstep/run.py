@@ -1,4 +1,4 @@
-"""One run from start to end, on one rank of a world: train, report, score, draw; Ray or not."""
+"""Runs a recipe from start to end on one rank: train, report, score, draw grids. It works with and without Ray."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ ROLL_BACK = "roll_back"
 RANK_0_LOCK, WRITER_S = ".lock-rank-0", 60.0
 EVENTS = {Collapsed: "collapse", NonFinite: "non_finite", CheckpointError: "not_saved"}
 GRID_IMAGES, GRID_COLUMNS = 100, 10
-GRID_LEVEL = (
-    INDICES // 2
-)  # where the fake score's denoising is drawn: half-way up the ramp, shape known and texture not
+GRID_LEVEL = INDICES // 2  # noise level of the fake score's grid: half-way up the ramp, where texture is lost
 
 
 NOT_SCORES = ("who", "sampler", "nfe", "images", "images_per_s", "seen_by_loss")  # keys of a row beside its scores
@@ -50,7 +48,7 @@ NOT_SCORES = ("who", "sampler", "nfe", "images", "images_per_s", "seen_by_loss")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the closing table: a sampler, its calls an image, its speed and its scores."""
+    """One row of the closing table: a sampler, its NFE (network calls an image), its speed and its scores."""
 
     who: str
     sampler: str
@@ -62,14 +60,16 @@ class Row:
 
     @classmethod
     def of(cls, who: str, samples: Samples, scores: list[Score]) -> Row:
-        """The line of a set of samples and its scores."""
+        """Returns the row of a set of samples and its scores."""
         speed = len(samples) / samples.seconds
         values = {s.name: s.value for s in scores}
         return cls(who, samples.sampler, samples.calls, len(samples), speed, values, _seen(scores))
 
     def to_dict(self) -> dict[str, Any]:
-        """Flat JSON types: `nfe`, `images`, `images_per_s`, and each score under its name; `seen_by_loss` lists the
-        scores whose network a loss of the run used."""
+        """Returns a flat dict of JSON types: `nfe`, `images`, `images_per_s`, and each score under its name.
+
+        `seen_by_loss` lists the scores whose network a loss of the run used.
+        """
         head = {"sampler": self.sampler, "nfe": self.nfe, "images": self.images, "images_per_s": self.images_per_s}
         return head | self.scores | {"seen_by_loss": list(self.seen_by_loss)}
 
@@ -79,7 +79,7 @@ def _seen(scores: list[Score]) -> tuple[str, ...]:
 
 
 class Reports:
-    """The run's own record, `reports.jsonl`: one line a report, which a driver follows and a person can read."""
+    """The file `reports.jsonl` of a run: one JSON line per report. A driver follows it and a person can read it."""
 
     def __init__(self, folder: Path, resumed_step: int):
         self.path, self.lock = folder / "reports.jsonl", threading.Lock()
@@ -93,7 +93,7 @@ class Reports:
         self._write(line)
 
     def score(self, step: int, images: int, scores: list[Score]) -> None:
-        """The student's scores at a step, which may come after later reports."""
+        """Writes the student's scores at a step. Later reports may already be in the file."""
         line = {"step": step, "images": images, "scores": {score.name: score.value for score in scores}}
         self._write(line | {"seen_by_loss": list(_seen(scores))})
 
@@ -103,9 +103,9 @@ class Reports:
 
 
 def report_lines(folder: Path) -> list[dict[str, Any]]:
-    """All reports of a run's folder as they were made; a line still being written is left for the next time.
+    """Returns all reports of a run's folder in the order of writing. An unfinished last line is skipped.
 
-    Raises ConfigError naming the file and the line of one that is damaged.
+    Raises ConfigError that names the file and the line of a damaged report.
     """
     path = folder / "reports.jsonl"
     if not path.is_file():
@@ -123,9 +123,9 @@ def report_lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_reports(folder: Path, scores: bool = False) -> list[dict[str, Any]]:
-    """The reports that led to where the run is, in the order they were made: what a roll-back undid is left out.
+    """Returns the reports of the run's current course in order. Reports that a roll-back undid are left out.
 
-    scores: with the lines that hold scores, and no metrics.
+    scores: also return the lines that hold scores and no metrics.
     """
     kept: list[dict[str, Any]] = []
     for line in report_lines(folder):
@@ -138,11 +138,12 @@ def read_reports(folder: Path, scores: bool = False) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Services:
-    """What whoever runs a recipe offers beside its ranks; a bare process offers nothing.
+    """Callbacks that the caller of `run` offers to the ranks. The defaults are those of a bare process.
 
-    preempted: asked by all ranks at each report, and the same on all; true ends the run, saved, to go on later.
-    score: a checkpoint's scores, made elsewhere while training goes on; called from a thread of rank 0.
-    report: shown each report by every rank, with its engine.
+    preempted: every rank calls it at each report and gets the same answer. True saves and ends the run, to be resumed.
+    score: returns the scores of a checkpoint, computed in another process. A thread of rank 0 calls it; training goes
+        on meanwhile.
+    report: every rank calls it with its engine and each report.
     """
 
     preempted: Callable[[], bool] = lambda: False
@@ -151,7 +152,10 @@ class Services:
 
 
 class Scorer:
-    """Scores on a thread of rank 0, so that training goes on: the ranks stop for the sampling, or not even for that."""
+    """Scores samples on a thread of rank 0, so that training goes on.
+
+    Training pauses only while the ranks sample. With `Services.score` it does not pause.
+    """
 
     def __init__(self, recipe: Recipe, tracker: Tracker, reports: Reports, engine: Engine, services: Services):
         self.metrics, self.tracker = build.make_metrics(recipe, engine.world.device), tracker
@@ -164,41 +168,41 @@ class Scorer:
         self._thread.start()
 
     def add(self, who: str, samples: Samples, step: int) -> None:
-        """Scores samples of the student or of the teacher; at the last step they make a line of the closing table."""
-        self._queue.put(lambda: self._note(who, evaluate(self.metrics, samples), step, samples))
+        """Queues samples of the student or the teacher. Those of the last step add a row to the closing table."""
+        self._queue.put(lambda: self._record(who, evaluate(self.metrics, samples), step, samples))
 
     def add_checkpoint(self, path: Path | str, step: int) -> None:
-        """Has the student of a checkpoint, once that is complete, sampled and scored elsewhere."""
-        self._queue.put(lambda: self._elsewhere(path, step))
+        """Queues a checkpoint. `Services.score` samples and scores its student once it is complete."""
+        self._queue.put(lambda: self._score_checkpoint(path, step))
 
     def _work(self) -> None:
         while (score := self._queue.get()) is not None:
             try:
                 score()
-            except BaseException as error:  # handed to `close`, which raises it in the run's own thread
+            except BaseException as error:  # `close` raises it in the main thread
                 self.error = error
                 return
 
-    def _elsewhere(self, path: Path | str, step: int) -> None:
+    def _score_checkpoint(self, path: Path | str, step: int) -> None:
         while not complete(path):
             if self.engine.saver.failed:
-                return  # the run ends with the reason
+                return  # the main thread raises this failure
             time.sleep(LOOK_S)
-        self._note("student", self.services.score(str(path)), step)
+        self._record("student", self.services.score(str(path)), step)
 
-    def _note(self, who: str, scores: list[Score], step: int, samples: Samples | None = None) -> None:
+    def _record(self, who: str, scores: list[Score], step: int, samples: Samples | None = None) -> None:
         for score in scores:
-            self.tracker.score(_named(score, who), step=step)
+            self.tracker.score(_tracker_entry(score, who), step=step)
             if who == "student" and score.name == self.best_by and self.engine.saver is not None:
                 self.engine.saver.scored(step, score.value)
         if who == "student":
             images = step * self.engine.train.batch
             self.reports.score(step, images, scores)
-        if step == self.engine.train.steps:  # the closing table is of the last checkpoint only
+        if step == self.engine.train.steps:  # the closing table holds the last checkpoint only
             self.rows.append(Row.of(who, samples, scores))
 
     def close(self) -> list[Row]:
-        """Waits for what is still being scored. Raises what went wrong there."""
+        """Waits for the queued scores and returns the rows. Raises the error of the scoring thread, if any."""
         self._queue.put(None)
         self._thread.join()
         if self.error is not None:
@@ -206,7 +210,7 @@ class Scorer:
         return self.rows
 
 
-def _named(score: Score, who: str) -> dict[str, Any]:
+def _tracker_entry(score: Score, who: str) -> dict[str, Any]:
     entry = score.to_dict()
     return entry | {"name": entry["name"] if who == "student" else f"{who}/{score.sampler}/{entry['name']}"}
 
@@ -214,10 +218,11 @@ def _named(score: Score, who: str) -> dict[str, Any]:
 def run(
     recipe: Recipe, feed: Feed | NoData, world: World, origin: Provenance, services: Services | None = None
 ) -> dict[str, Any]:
-    """Trains a recipe to its end, going on from its last checkpoint if there is one.
+    """Trains a recipe to its end. It resumes from the last checkpoint if there is one.
 
-    Every rank calls it; rank 0 keeps the records. origin: what the tracker says of code, machine and data.
-    Returns, on rank 0, what a job prints: run_id, folder, finished, step, rows of the closing table, grid.
+    Every rank calls it; rank 0 writes the records. origin: provenance of code, machine and data, for the tracker.
+    Returns the job's result on rank 0: run_id, folder, finished, step, rows of the closing table, grid.
+    Returns {} on the other ranks.
     """
     torch.set_num_threads(recipe.cluster.threads)
     folder, services = recipe.folder, services or Services()
@@ -249,7 +254,7 @@ def run(
         if engine.finished:
             write_private(folder / "scores.json", json.dumps(rows, indent=1))
         else:
-            tracker.event("stopped", engine.step, engine.images, "asked to stop; the same words go on from here")
+            tracker.event("stopped", engine.step, engine.images, "asked to stop; the same command line resumes it")
         tracker.flush(timeout_s=30)
         run_id = tracker.run_id
         if not engine.finished:
@@ -259,23 +264,26 @@ def run(
 
 
 def start_from(recipe: Recipe) -> Path | str | None:
-    """The checkpoint that a run goes on from: its own newest, else the one that `resume` names. Raises ValueError."""
+    """Returns the checkpoint that a run starts from, or None for a new run.
+
+    That is the run's own newest checkpoint, else the one that `resume` names. Raises ValueError if `resume` names none.
+    """
     own = checkpoints(recipe.checkpoints)
     if own:
         return own[-1]
     if recipe.resume in ("auto", "never"):
         return None
-    given = resolve_ref(recipe.resume)
-    inside = [given] if complete(given) else [c for c in (build.latest(given),) if c is not None]
-    if not inside:
+    ref = resolve_ref(recipe.resume)
+    checkpoint = ref if complete(ref) else build.latest(ref)
+    if checkpoint is None:
         raise ValueError(
             f"resume: no checkpoint {recipe.resume!r}; give auto, never, a checkpoint step-* or a run's folder"
         )
-    return inside[0]
+    return checkpoint
 
 
 def _train(recipe: Recipe, engine: Engine, book: Book | None, services: Services) -> None:
-    """The training itself, on any rank; `book` is rank 0's."""
+    """Trains on any rank. `book` is None on all ranks but rank 0."""
     if engine.step == 0:
         draw(recipe, engine, book)
         draw_teacher(recipe, engine, book)
@@ -293,7 +301,7 @@ def _train(recipe: Recipe, engine: Engine, book: Book | None, services: Services
 
 
 def open_tracker(recipe: Recipe, origin: Provenance) -> Tracker:
-    """The run's MLflow tracker, with everything that says where its numbers come from."""
+    """Opens the run's MLflow tracker and records the provenance: tags and files."""
     tracker = Tracker.open(
         recipe.folder,
         uri=recipe.tracking.uri,
@@ -310,7 +318,7 @@ def open_tracker(recipe: Recipe, origin: Provenance) -> Tracker:
 
 @dataclass
 class Book:
-    """Where rank 0 puts reports, pictures and scores."""
+    """Outputs of rank 0: reports, pictures and scores, in the run's folder and in the tracker."""
 
     recipe: Recipe
     tracker: Tracker
@@ -327,7 +335,7 @@ class Book:
                 self.tracker.diverge()
 
     def picture(self, name: str, images: torch.Tensor, step: int) -> None:
-        """A grid of uint8 (N, C, H, W), in the tracker and as the run folder's `<name>.png`, the newest one."""
+        """Writes a grid of images, uint8 (N, C, H, W), to the tracker and to `<name>.png` in the run's folder."""
         from PIL import Image
 
         picture = build.grid(images, GRID_COLUMNS).numpy()
@@ -341,10 +349,13 @@ class Book:
 def _score_due(
     recipe: Recipe, engine: Engine, report: Report, before: int, book: Book | None, services: Services
 ) -> None:
-    """Scores and grids that fell due since `before` images. Elsewhere where there is room: then no rank waits; else all
-    ranks sample and rank 0 scores. The last are _finish's."""
+    """Makes the scores and grids that fell due after `before` images.
+
+    With `services.score` another process samples and scores, and no rank waits. Without it all ranks sample and rank 0
+    scores. `_finish` makes those of the last step.
+    """
     e = recipe.evaluate
-    if engine.finished or engine.step < report.step:  # a roll-back will come by here again
+    if engine.finished or engine.step < report.step:  # after a roll-back the run reaches this step again
         return
     if e.metrics and _due(e.every_images, before, report.images):
         if engine.saver is not None:
@@ -363,18 +374,18 @@ def _score_due(
 
 
 def _samples(engine: Engine, sampler: build.Sampler, images: int, seed: int, batch: int) -> Samples | None:
-    """What build.make_samples makes, on all ranks; each batch is a sign of life."""
-    alive = lambda: engine.at(f"step {engine.step}, sampling {sampler.name}")
-    return build.make_samples(sampler, images, seed, batch, engine.world, alive=alive)
+    """Calls build.make_samples on all ranks. Each batch is a heartbeat for the watchdog."""
+    heartbeat = lambda: engine.at(f"step {engine.step}, sampling {sampler.name}")
+    return build.make_samples(sampler, images, seed, batch, engine.world, alive=heartbeat)
 
 
 def _due(every: int | None, before: int, now: int) -> bool:
-    """Whether a multiple of `every` was reached after `before`."""
+    """True if a multiple of `every` lies in (before, now]."""
     return every is not None and now // every > before // every
 
 
 def draw(recipe: Recipe, engine: Engine, book: Book | None) -> None:
-    """Fixed-seed grids of the student and of the fake score's denoising: same noise and labels every time."""
+    """Draws grids of the student and of the fake score's denoising. Noise and labels are the same every time."""
     student = build.student_sampler(recipe.method, engine.sampling)
     samples = _samples(engine, student, GRID_IMAGES, recipe.seed, GRID_IMAGES)
     if book is not None:
@@ -386,7 +397,7 @@ def draw(recipe: Recipe, engine: Engine, book: Book | None) -> None:
 
 
 def draw_teacher(recipe: Recipe, engine: Engine, book: Book | None) -> None:
-    """The teacher's grid by 18 Heun steps from the student's noise and labels: what it is to be compared with."""
+    """Draws the teacher's grid by 18 Heun steps, from the same noise and labels as the student's grid."""
     if "teacher" in engine.nets:
         sampler = build.heun_sampler(engine.nets["teacher"], 18)
         samples = _samples(engine, sampler, GRID_IMAGES, recipe.seed, GRID_IMAGES)
@@ -396,7 +407,10 @@ def draw_teacher(recipe: Recipe, engine: Engine, book: Book | None) -> None:
 
 @torch.no_grad()
 def fake_denoising(recipe: Recipe, engine: Engine, sampler: build.Sampler) -> torch.Tensor:
-    """What the fake score makes of the student's grid noised half-way up the ramp; every rank computes all of it."""
+    """Denoises the student's grid by the fake score, from noise half-way up the ramp. Returns x0 (N, C, H, W).
+
+    Every rank computes the whole grid.
+    """
     fake, device = engine.nets["fake"], engine.world.device
     draws = Draws(fold(recipe.seed, "grid"), 0, device=device)
     z = draws.normal("z", (GRID_IMAGES, *sampler.shape))
@@ -408,7 +422,7 @@ def fake_denoising(recipe: Recipe, engine: Engine, sampler: build.Sampler) -> to
 
 
 def _finish(recipe: Recipe, engine: Engine, book: Book | None) -> None:
-    """The last checkpoint's grids and samples to score, the teacher's beside them."""
+    """Draws the grids of the last step, and queues samples of student and teacher for scoring."""
     e, teacher = recipe.evaluate, engine.nets.get("teacher")
     draw(recipe, engine, book)
     samplers = [("student", build.student_sampler(recipe.method, engine.sampling))]
@@ -421,13 +435,13 @@ def _finish(recipe: Recipe, engine: Engine, book: Book | None) -> None:
 
 
 def publish(recipe: Recipe, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Exports a finished run's student and registers it in MLflow; what `export_run` returns, or None if that failed.
+    """Exports a finished run's student and registers it in MLflow. Returns what `export_run` returns.
 
-    A failure is one line on standard error: the run is finished all the same.
+    A failure prints one line on standard error, because the run is finished anyway. A failed export returns None.
     """
     try:
         export = export_run(recipe.folder, rows, known=recipe.urls)
-    except Exception as error:  # hours of training are done, and whatever went wrong can be done again
+    except Exception as error:  # the training is done, and the export can be repeated
         again = f"python jobs/export.py run={shlex.quote(str(recipe.folder))}"
         print(f"not exported: {one_line(error)}; the run is finished, try again with: {again}", file=sys.stderr)
         return None
@@ -445,7 +459,7 @@ def register(recipe: Recipe, export: Path) -> None:
 
 
 def check(recipe: Recipe) -> None:
-    """What can be checked before anything starts: folders, metrics, resume. Raises ValueError naming the field."""
+    """Checks folders, metrics and resume before anything starts. Raises ValueError that names the field."""
     usable(recipe.folder, "run")
     if (name := foreign(recipe.checkpoints)) is not None:
         raise FolderError(

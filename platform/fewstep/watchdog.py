@@ -1,4 +1,4 @@
-"""The watchdog: a thread beside a rank's training that ends a run where nothing moves, and says where each rank was."""
+"""The watchdog: a thread on each rank that ends a stalled run and records the place of each rank."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from .engine.train import Engine
 from .files import write_file
 
 LOOK_S = 0.5
-GRACE_S = 3.0  # for the other ranks to say where they are, before one that ends takes them all down
+GRACE_S = 3.0  # time for the other ranks to write their places; the first process that ends takes all down
 EXIT_STALLED = 75
 STOP = "stop"
-ASKED = threading.Event()  # this process was asked to stop
+STOP_REQUEST = threading.Event()  # set by SIGTERM
 
 
 class Stalled(UserError, RuntimeError):
-    """No step for longer than `failure.stall_minutes`; the text says where each rank was."""
+    """No step for longer than `failure.stall_minutes`. The message lists the place of each rank."""
 
 
 class Watchdog:
-    """Watches one rank. Use as a context manager around what the ranks do together, from the thread that does it.
+    """Watches one rank. Use it as a context manager around the training, in the thread that trains.
 
-    folder: the run's. limit_s: how long the rank may stay at one place. A rank that exceeds it writes
-    `<folder>/stall/rank-N.json`, with its place and its stack, and ends its process: nothing else ends a collective
-    that waits for ever. A file `<folder>/stop`, or `on_sigterm`, asks the run to finish its step, save and end.
+    folder: the run's folder. limit_s: longest time in seconds without a heartbeat. A rank that exceeds it writes
+    `<folder>/stall/rank-N.json` with its place and its stack, and ends its process. Nothing else can end a collective
+    that waits for ever. A file `<folder>/stop`, or SIGTERM after `on_sigterm`, makes the run finish its step, save and
+    end.
     """
 
     def __init__(self, engine: Engine, folder: Path, limit_s: float):
         self.engine, self.folder, self.limit_s = engine, folder, limit_s
-        self.trained_by = threading.get_ident()
+        self.training_thread = threading.get_ident()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._work, name="fewstep-watchdog", daemon=True)
 
@@ -54,48 +55,50 @@ class Watchdog:
 
     def _work(self) -> None:
         while not self._done.wait(LOOK_S):
-            if ASKED.is_set() or (self.folder / STOP).exists():
+            if STOP_REQUEST.is_set() or (self.folder / STOP).exists():
                 self.engine.stop()
-            still_s = time.monotonic() - self.engine.place_since
-            if still_s > self.limit_s:
-                self._end(still_s)
+            silence_s = time.monotonic() - self.engine.place_since
+            if silence_s > self.limit_s:
+                self._end(silence_s)
 
-    def _end(self, still_s: float) -> None:
+    def _end(self, silence_s: float) -> None:
         world = self.engine.world
-        frame = sys._current_frames().get(self.trained_by)
-        where = {
+        frame = sys._current_frames().get(self.training_thread)
+        record = {
             "rank": world.rank,
             "ranks": world.size,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "place": self.engine.place,
-            "still_s": round(still_s, 1),
+            "still_s": round(silence_s, 1),
             "stack": traceback.format_stack(frame),
         }
         path = self.folder / "stall" / f"rank-{world.rank:05d}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps(where, indent=1))
+        write_file(path, json.dumps(record, indent=1))
         time.sleep(GRACE_S)
         os._exit(EXIT_STALLED)
 
 
 def on_sigterm() -> None:
-    """SIGTERM asks this process to finish its step, save and end. The main thread calls it."""
-    signal.signal(signal.SIGTERM, lambda *_: ASKED.set())
+    """Makes SIGTERM end the run after its step, with a checkpoint. Call it in the main thread."""
+    signal.signal(signal.SIGTERM, lambda *_: STOP_REQUEST.set())
 
 
 def clear(folder: Path) -> None:
-    """Forgets the requests and the stalls of an earlier attempt at a run."""
+    """Removes the stop file and the stall records of an earlier attempt at a run."""
     (folder / STOP).unlink(missing_ok=True)
     shutil.rmtree(folder / "stall", ignore_errors=True)
 
 
 def stall(folder: Path) -> str | None:
-    """Where each rank was when the run stalled, as a text, or None when it did not."""
-    found: list[dict[str, Any]] = [json.loads(p.read_text()) for p in sorted((folder / "stall").glob("rank-*.json"))]
-    if not found:
+    """Returns the place of each rank in a stalled run as a text, or None if the run did not stall."""
+    records: list[dict[str, Any]] = [json.loads(p.read_text()) for p in sorted((folder / "stall").glob("rank-*.json"))]
+    if not records:
         return None
-    lines = [f"rank {w['rank']} ({w['host']}, process {w['pid']}): {w['place']}, for {w['still_s']:g} s" for w in found]
-    silent = sorted(set(range(found[0]["ranks"])) - {w["rank"] for w in found})
-    lines += [f"rank {rank}: no word from it" for rank in silent]
+    lines = [
+        f"rank {r['rank']} ({r['host']}, process {r['pid']}): {r['place']}, for {r['still_s']:g} s" for r in records
+    ]
+    silent = sorted(set(range(records[0]["ranks"])) - {r["rank"] for r in records})
+    lines += [f"rank {rank}: no record" for rank in silent]
     return "\n".join([*lines, f"their stacks: {folder / 'stall'}"])
