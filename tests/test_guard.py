@@ -48,7 +48,7 @@ def health(brightness=0.0, saturation=0.0, diversity=0.9, accuracy=0.6, real_std
 def alarms(looks, guard: Guard | None = None):
     """The alarms of a sequence of looks at steps 5, 10, 15, ..."""
     watch = Watch(guard or Guard())
-    found = [watch.look(5 * (i + 1), metrics) for i, metrics in enumerate(looks)]
+    found = [watch.check(5 * (i + 1), metrics) for i, metrics in enumerate(looks)]
     return [alarm for alarm in found if alarm]
 
 
@@ -138,24 +138,24 @@ def test_a_collapse_is_told_once_and_the_next_after_a_calm_window():
 
 def test_reset_forgets_all():
     watch = Watch(Guard())
-    assert watch.look(5, health(diversity=1.0, brightness=-0.3)) is None
-    assert watch.look(10, health(saturation=0.6)) is not None
+    assert watch.check(5, health(diversity=1.0, brightness=-0.3)) is None
+    assert watch.check(10, health(saturation=0.6)) is not None
     watch.reset(3)
-    assert watch.look(8, health(diversity=0.3, brightness=0.3)) is None  # neither diversity nor brightness fell from 5
-    assert watch.look(13, health(diversity=0.3, brightness=0.3, saturation=0.6)).since == 9
+    assert watch.check(8, health(diversity=0.3, brightness=0.3)) is None  # neither diversity nor brightness fell from 5
+    assert watch.check(13, health(diversity=0.3, brightness=0.3, saturation=0.6)).since == 9
 
 
 def test_its_memory_goes_through_json_at_any_look():
     values = ((0.0, 0.9), (-0.2, 0.8), (0.1, 0.9), (0.25, 0.4), (0.7, 0.3))
     looks = [health(brightness=b, diversity=d) for b, d in values]
     whole = Watch(Guard())
-    expected = [whole.look(5 * i, metrics) for i, metrics in enumerate(looks, 1)]
+    expected = [whole.check(5 * i, metrics) for i, metrics in enumerate(looks, 1)]
     assert any(expected)
     for cut in range(len(looks)):
         first, second = Watch(Guard()), Watch(Guard())
-        found = [first.look(5 * i, metrics) for i, metrics in enumerate(looks[:cut], 1)]
+        found = [first.check(5 * i, metrics) for i, metrics in enumerate(looks[:cut], 1)]
         second.load(json.loads(json.dumps(first.state)))
-        found += [second.look(5 * i, metrics) for i, metrics in enumerate(looks[cut:], cut + 1)]
+        found += [second.check(5 * i, metrics) for i, metrics in enumerate(looks[cut:], cut + 1)]
         assert found == expected
     with pytest.raises(ValueError, match="lokes"):
         whole.load({"lokes": 3})
@@ -222,7 +222,7 @@ def recorded() -> dict[str, list[tuple[int, dict]]]:
 
 def first_alarm(run, guard: Guard | None = None):
     watch = Watch(guard or Guard())
-    return next((alarm for step, metrics in run if (alarm := watch.look(step, metrics))), None)
+    return next((alarm for step, metrics in run if (alarm := watch.check(step, metrics))), None)
 
 
 LIMITS = {

@@ -532,7 +532,8 @@ def test_a_failed_write_is_known_at_once_and_raised_when_waited_for(tmp_path, mo
             time.sleep(0.01)
         text = (
             f"{second}: not saved (rank 0: {tmp_path}/.step-00000002/rank-00000.safetensors: Read-only file system); "
-            "the checkpoints before it are intact. Mend that, or let storage=... name another place, and start again"
+            "the checkpoints before it are intact. "
+            "Repair that or choose another place with storage=..., and start again"
         )
         assert str(saver.failed) == text
         with pytest.raises(CheckpointError) as error:

@@ -1,7 +1,7 @@
-"""The guard: tells a collapsing student by the health signals that its method reports.
+"""The guard: detects a collapse of the student from the health signals that its method reports.
 
-Where the critic cannot keep up with the student, images swing between too dark and too bright, then all become one blob
-(DMD2, section 4.2). Losses do not show it: a matching loss is no measure of convergence.
+If the critic cannot follow the student, images swing between too dark and too bright, and then all images look the same
+(DMD2, section 4.2). Losses do not show this: a matching loss does not measure convergence.
 """
 
 from __future__ import annotations
@@ -15,53 +15,56 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from ..config import Strict
 
-SUSPECT = 0.7  # share of a limit from which on trouble is said to have begun
+SUSPECT = 0.7  # a signal above this share of its limit marks the begin of the trouble
 
 
 class Guard(Strict):
-    """When a student counts as collapsed, and what is done then.
+    """Limits of the student's health signals, and the reaction to a collapse.
 
-    A look judges the means of the signals since the last one. Each limit is given with the worst of healthy runs, the
-    shipped Fashion-MNIST recipes with three seeds each over 100 to 600 steps, and with what three seeds of a run that
-    collapses, one critic update a student update at equal rates, reached within 40 student updates.
+    A check judges the means of the signals since the last check. Each limit's text has two measures. "Healthy" is the
+    worst value of the shipped Fashion-MNIST recipes, three seeds each, over 100 to 600 steps. "Collapse" are the values
+    that three seeds of a collapsing run (one critic update a student update at equal rates) reached within 40 student
+    updates.
     """
 
     policy: Literal["off", "warn", "stop", "roll_back"] = "warn"
-    """On an alarm: report it; end the run; or return to a checkpoint from before it, with a lower rate."""
+    """Reaction to an alarm: warn reports it, stop ends the run, roll_back resumes from an earlier checkpoint with
+    a lower learning rate of the student."""
     every: Annotated[int, Field(ge=1)] = 5
-    """Student updates between looks; a look waits for the device once."""
+    """Student updates between checks. A check waits for the device once."""
     images: Annotated[int, Field(ge=1)] = 160
-    """Images that a look averages at least, however small the batch: of a few images, brightness is noise."""
+    """Fewest images that a check averages, at any batch size. The brightness of a few images is noise."""
     window: Annotated[int, Field(ge=2)] = 8
-    """Looks within which brightness swings, or throughout which the discriminator is right."""
+    """Number of checks over which `swing` and `accuracy` are judged."""
     swing: Annotated[float, Field(gt=0)] = 0.4
-    """Limit of how far the mean's offset from the data's moves within the window, in the data's standard deviations.
-    Healthy 0.22, the noise of a look; collapse 1.01, 1.15, 0.54."""
+    """Limit of the change of the brightness offset within the window, in the data's standard deviations. The offset is
+    the student's mean minus the data's. Healthy 0.22, the noise of a check; collapse 1.01, 1.15, 0.54."""
     brightness: Annotated[float, Field(gt=0)] = 0.6
-    """Limit of that offset itself, for one that grows slowly. Healthy 0.13; collapse 0.64, 0.91, 0.37, later 1.6."""
+    """Limit of the brightness offset itself, for an offset that grows slowly. Healthy 0.13; collapse 0.64, 0.91,
+    0.37, later 1.6."""
     saturation: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Limit of the share of values beyond [-1, 1], above the data's own share. Healthy 0.27, of a black ground;
+    """Limit of the share of values beyond [-1, 1], minus the data's share. Healthy 0.27, from a black background;
     collapse 0.61, 0.76, 0.39, later 0.9."""
     diversity: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Least diversity as a share of the best that the run had: one call of a teacher starts low, and only a loss is
-    told. Healthy 0.88; collapse 0.68, 0.57, 0.95, later 0.06."""
+    """Least diversity, as a share of the run's best. A one-step student starts low, so only a decrease counts.
+    Healthy 0.88; collapse 0.68, 0.57, 0.95, later 0.06."""
     accuracy: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    """Limit of the discriminator's accuracy throughout the window: it judges at all noise levels, the highest of which
-    leave little to tell, unless the images have nothing in common with the data. Healthy 0.71 in any look."""
+    """Limit of the discriminator's accuracy in all checks of the window. High noise levels hide most differences, so
+    only images unlike the data reach it. Healthy 0.71 in any check."""
     rate: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Factor on the student's learning rate at each roll-back. With 0.2 such a run went on quietly from step 10:
+    """Factor on the student's learning rate at each roll-back. With 0.2 a collapsing run was stable from step 10 on:
     fd_fashion 3.0 after 300 steps (n = 1,000), against 39 after 80 without the guard."""
     max_roll_backs: Annotated[int, Field(ge=0)] = 3
-    """Roll-backs before the run stops."""
+    """Most roll-backs of a run. The next alarm stops it."""
 
     def steps(self, batch: int, slowest: int) -> int:
-        """Steps between looks, of runs of this global batch whose slowest phase has an update every `slowest` steps."""
+        """Returns the steps between checks. batch: global batch. slowest: steps per update of the slowest phase."""
         return slowest * max(self.every, math.ceil(self.images / batch))
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """A collapse, seen at `step`; trouble began at step `since` or after, so what was saved before that is sound."""
+    """A collapse, detected at `step`. It began at step `since` or later, so checkpoints before `since` are sound."""
 
     step: int
     since: int
@@ -70,7 +73,7 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Finding:
-    """One signal at one look. severity: 1 at the limit. since: the first step that it speaks of."""
+    """One signal at one check. severity: signal over limit, 1 at the limit. since: the first step it covers."""
 
     severity: float
     since: int
@@ -79,13 +82,14 @@ class Finding:
 
 @dataclass
 class Watch:
-    """Looks at a run's signals. Its answers depend on nothing but what it was shown, so all ranks agree.
+    """Checks a run's signals. Its alarms depend on the signals alone, so all ranks agree.
 
-    step: of the last look. best: the highest diversity seen. muted: looks without a finding until the next alarm.
-    seen: the window's looks, each its first step and its signals. suspected: signals beyond SUSPECT, and since when.
+    step: step of the last check. best: highest diversity so far. muted: checks below all limits before the next alarm
+    is possible. seen: first step and signals of each check in the window. suspected: first step of each signal beyond
+    SUSPECT.
     """
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")  # of what `load` takes
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")  # `load` refuses unknown keys
 
     guard: Guard
     step: int = 0
@@ -95,35 +99,35 @@ class Watch:
     suspected: dict[str, int] = field(default_factory=dict)
 
     def reset(self, step: int) -> None:
-        """Forgets all; the next look speaks of the steps after `step`."""
+        """Clears the state. The next check covers the steps after `step`."""
         self.load({"step": step})
 
     @property
     def state(self) -> dict[str, Any]:
-        """What it remembers, for a checkpoint's manifest."""
+        """The state in JSON types, for a checkpoint's manifest."""
         return {name: value for name, value in vars(self).items() if name != "guard"}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Remembers what `state` says, and nothing else. Raises ValueError where that is no state of a Watch."""
+        """Replaces the state. Raises ValueError if `state` is not the state of a Watch."""
         vars(self).update(vars(TypeAdapter(Watch).validate_python({"guard": self.guard, **state})))
 
-    def look(self, step: int, metrics: Mapping[str, float]) -> Alarm | None:
-        """Judges the means of the signals since the last look, named "health/<signal>"; what is absent is not judged.
+    def check(self, step: int, metrics: Mapping[str, float]) -> Alarm | None:
+        """Judges the means of the signals since the last check, named "health/<signal>". A missing signal is skipped.
 
-        One alarm a collapse: the next can come after a whole window without a signal beyond its limit.
+        A collapse raises one alarm. The next is possible after a whole window without a signal beyond its limit.
         """
         signals = signals_of(metrics)
         self.best = max(self.best, min(signals.get("diversity", 0.0), 1.0))
         self.seen = [*self.seen[1 - self.guard.window :], (self.step + 1, signals)]
         self.step = step
-        beyond = [f for f in (*self._present(), *self._windowed()) if f.severity >= 1]
+        beyond = [f for f in (*self._current_findings(), *self._window_findings()) if f.severity >= 1]
         armed, self.muted = self.muted == 0, self.guard.window if beyond else max(self.muted - 1, 0)
         if not beyond or not armed:
             return None
         return Alarm(step, min(f.since for f in beyond), "; ".join(f.reason for f in beyond))
 
-    def _present(self) -> list[Finding]:
-        """What one look shows, dated back to where it left what is normal."""
+    def _current_findings(self) -> list[Finding]:
+        """Findings of the last check. `since` is the step at which the signal first passed SUSPECT."""
         guard, (first, signals), found = self.guard, self.seen[-1], {}
         if "brightness" in signals:
             v, limit = signals["brightness"], guard.brightness
@@ -141,8 +145,8 @@ class Watch:
         self.suspected = {name: self.suspected.get(name, first) for name in suspect}
         return [Finding(severity, self.suspected.get(name, first), text) for name, (severity, text) in found.items()]
 
-    def _windowed(self) -> list[Finding]:
-        """What it takes several looks to see."""
+    def _window_findings(self) -> list[Finding]:
+        """Findings over all checks of the window: swing of the brightness, accuracy of the discriminator."""
         guard, found = self.guard, []
         if offsets := [(signals["brightness"], first) for first, signals in self.seen if "brightness" in signals]:
             (low, a), (high, b), limit = min(offsets), max(offsets), guard.swing
@@ -151,13 +155,13 @@ class Watch:
         right = [signals["accuracy"] for _, signals in self.seen if "accuracy" in signals]
         if len(right) == guard.window:
             v, limit = min(right), guard.accuracy
-            text = f"the discriminator's accuracy stays at {v:.2f} or above for {guard.window} looks (limit {limit:g})"
+            text = f"the discriminator's accuracy stays at {v:.2f} or above for {guard.window} checks (limit {limit:g})"
             found.append(Finding(v / limit, self.seen[0][0], text))
         return found
 
 
 def signals_of(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Dimensionless signals of the metrics `health/...` (diffusion/health.py), where they are reported and finite."""
+    """Returns the dimensionless signals of the finite metrics `health/...` (see diffusion/health.py)."""
     m = {k.removeprefix("health/"): v for k, v in metrics.items() if k.startswith("health/") and math.isfinite(v)}
     out = {}
     if {"student_mean", "real_mean"} <= m.keys() and m.get("real_std", 0) > 0:

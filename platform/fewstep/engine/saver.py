@@ -1,4 +1,4 @@
-"""Saver: a run's checkpoints, written behind its training, and the retention of older ones."""
+"""The saver: writes a run's checkpoints while training goes on, and removes old ones."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .world import World
 
 
 class Saver:
-    """Saves a run's checkpoints behind its training, and removes those that need not be kept.
+    """Saves a run's checkpoints while training goes on, and removes those that `keep` does not keep.
 
-    folder: a path or URL that all ranks reach. Every rank makes one, and calls `save` and `wait` together; the
-    collectives behind the training have a process group of their own, as they would get mixed up with the training's.
+    folder: a path or URL that all ranks reach. Every rank makes a saver, and all call `save` and `wait` together. The
+    collectives of a save run at the same time as those of the training, so they have an own process group.
     """
 
     def __init__(self, folder: Ref, world: World | None = None, keep: Keep | None = None):
@@ -50,13 +50,14 @@ class Saver:
         optims: Mapping[str, torch.optim.Optimizer],
         manifest: Mapping[str, Any],
     ) -> Ref:
-        """Begins a checkpoint and returns where it will be; a collective. Waits for the one before it, and for copies.
+        """Starts to write a checkpoint and returns its path or URL; a collective.
 
-        manifest: step, images, updates and recipe (what decides the numbers) of the run, and what else in JSON it needs
-        to go on. Raises CheckpointError, on all ranks, if the one before it failed.
+        It first waits for the checkpoint before it, and returns once the tensors are copied. manifest: step, images,
+        updates and recipe (the settings that change the numbers), and other JSON values that a resumed run needs.
+        Raises CheckpointError on all ranks if the checkpoint before it failed.
         """
         self.wait()
-        manifest = json.loads(json.dumps(manifest))  # a copy: the run goes on
+        manifest = json.loads(json.dumps(manifest))  # a copy, because the run changes its own
         self._path = self.folder / f"step-{manifest['step']:08d}"
         self._images[manifest["step"]] = manifest["images"]
         self._future = dcp.async_save(
@@ -70,7 +71,7 @@ class Saver:
         return self._path.ref
 
     def wait(self) -> None:
-        """Until the checkpoint that was begun is complete. Raises CheckpointError, on all ranks, if it failed."""
+        """Waits until the checkpoint is complete. Raises CheckpointError on all ranks if it failed."""
         if self._future is not None:
             error, self._future = _failure(self._path, self._future), None
             if error is not None:
@@ -78,18 +79,15 @@ class Saver:
 
     @property
     def failed(self) -> CheckpointError | None:
-        """What `wait` would raise, as far as it is known by now."""
+        """The error that `wait` would raise now, or None. It does not wait."""
         return _failure(self._path, self._future) if self._future is not None and self._future.done() else None
 
     def pending(self, step: int) -> None:
-        """A score of this step's checkpoint is on its way: until it is there the checkpoint stays.
-
-        A restart forgets this, as it does the scoring.
-        """
+        """Keeps this step's checkpoint until `scored` is called for it. A restart drops both mark and scoring."""
         self._pending.add(step)
 
     def scored(self, step: int, value: float) -> None:
-        """The score of this step's checkpoint, by which the best are kept; rank 0's counts. Any thread may call it."""
+        """Records the score of a step's checkpoint for `keep_best`. Rank 0's counts. Any thread may call it."""
         if self.world.rank == 0:
             self._scores[step] = value
             self.folder.make()
@@ -97,7 +95,7 @@ class Saver:
         self._pending.discard(step)
 
     def remove_after(self, step: int) -> None:
-        """Removes the checkpoints of later steps: of a course that the run has left. Every rank calls it."""
+        """Removes the checkpoints after `step`, when a run rolls back to it. Every rank calls it."""
         self.wait()
         if self.world.rank == 0:
             for path in checkpoints(self.folder.ref):
@@ -106,18 +104,18 @@ class Saver:
         self.world.barrier()
 
     def _prune(self) -> None:
-        """Removes what need not be kept; on the coordinator, after a checkpoint has become visible."""
-        found = {step_of(path): path for path in checkpoints(self.folder.ref)}
+        """Removes checkpoints that `keep` does not keep. The coordinator calls it after a checkpoint is visible."""
+        paths = {step_of(path): path for path in checkpoints(self.folder.ref)}
         if self.keep.every_images:
-            for step in found.keys() - self._images.keys():
-                self._images[step] = read_manifest(found[step])["images"]
-        images = {step: self._images.get(step, 0) for step in found}
-        for step in found.keys() - self.keep.choose(images, self._scores, self._pending):
-            remove(Place.of(found[step]))
+            for step in paths.keys() - self._images.keys():
+                self._images[step] = read_manifest(paths[step])["images"]
+        images = {step: self._images.get(step, 0) for step in paths}
+        for step in paths.keys() - self.keep.choose(images, self._scores, self._pending):
+            remove(Place.of(paths[step]))
 
 
 def _failure(path: Place, future: Future) -> CheckpointError | None:
-    """Why a checkpoint was not written, once that is known; it waits."""
+    """Waits for a checkpoint and returns its error, or None if it was written."""
     try:
         future.result()
     except CheckpointException as error:
@@ -128,5 +126,5 @@ def _failure(path: Place, future: Future) -> CheckpointError | None:
         return None
     return CheckpointError(
         f"{path}: not saved ({who}); the checkpoints before it are intact. "
-        "Mend that, or let storage=... name another place, and start again"
+        "Repair that or choose another place with storage=..., and start again"
     )

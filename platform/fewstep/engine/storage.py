@@ -1,4 +1,4 @@
-"""Storage: files on a disk, or in whatever fsspec reaches by URL, such as s3://bucket/run."""
+"""Storage: files on a disk, or in any store that fsspec reaches by a URL, such as s3://bucket/run."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from ..files import put_in_place, write_file
 from ..texts import masked, reason
 
 Ref = str | Path
-"""Where something lies: a path of this machine, or a URL."""
+"""A path of this machine, or a URL."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A file or folder. On a disk it can be renamed and so appear at once; an object store only has whole files."""
+    """A file or folder. A disk can rename it, so it appears at once. An object store holds whole files only."""
 
     fs: fsspec.AbstractFileSystem
     path: str
 
     @classmethod
     def of(cls, ref: Ref) -> Place:
-        """The place that a path or URL names. Raises ValueError where no library for its protocol is installed."""
+        """Returns the place of a path or URL. Raises ValueError if no library for its protocol is installed."""
         text, shown = str(ref), masked(str(ref))
         if "://" not in text:
             return cls(LocalFileSystem(), text.rstrip("/") or "/")
         try:
-            # other processes write there too, so a listing is asked for each time
+            # other processes write there, too, so listings are not cached
             return cls(*fsspec.url_to_fs(text.rstrip("/"), use_listings_cache=False))
         except ImportError as error:
             protocol = text.partition("://")[0]
@@ -47,17 +47,17 @@ class Place:
 
     @property
     def local(self) -> bool:
-        """Whether it lies on a disk of this machine, mounted ones included."""
+        """True for a place on a disk of this machine, mounted disks included."""
         return isinstance(self.fs, LocalFileSystem)
 
     @property
     def ref(self) -> Ref:
-        """The path, or the URL, that names it."""
+        """The path or URL of the place."""
         return Path(self.path) if self.local else self.fs.unstrip_protocol(self.path)
 
     @property
     def name(self) -> str:
-        """The last part of its path."""
+        """The last part of the path."""
         return self.path.rsplit("/", 1)[-1]
 
     def __str__(self) -> str:
@@ -68,33 +68,33 @@ class Place:
 
     @property
     def parent(self) -> Place:
-        """The folder it lies in."""
+        """The folder that contains it."""
         return Place(self.fs, self.path.rpartition("/")[0] or ("." if self.local else ""))
 
     def beside(self, name: str) -> Place:
-        """Another name in the same folder."""
+        """Returns the place of another name in the same folder."""
         return self.parent / name
 
     def is_file(self) -> bool:
-        """Whether it is a file that is there."""
+        """True if the place is an existing file."""
         return self.fs.isfile(self.path)
 
     def names(self) -> list[str]:
-        """What lies in this folder, sorted; nothing where it does not exist."""
+        """Returns the sorted names in this folder, or [] if the folder does not exist."""
         try:
-            found = self.fs.ls(self.path, detail=False)
+            paths = self.fs.ls(self.path, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted({str(path).rstrip("/").rsplit("/", 1)[-1] for path in found} - {"", self.name})
+        return sorted({str(path).rstrip("/").rsplit("/", 1)[-1] for path in paths} - {"", self.name})
 
     def make(self) -> None:
-        """Creates the folder; in an object store there is nothing to create."""
+        """Creates the folder. An object store needs none."""
         if self.local:
             os.makedirs(self.path, exist_ok=True)
 
     @contextmanager
     def writing(self) -> Iterator[BinaryIO]:
-        """A new file to write into; at the end it is on the disk and not only in memory."""
+        """Opens a new file for writing. At the end its content is synced to the disk."""
         with open(self.path, "wb") if self.local else self.fs.open(self.path, "wb") as file:
             yield file
             if self.local:
@@ -102,7 +102,7 @@ class Place:
                 os.fsync(file.fileno())
 
     def write(self, data: bytes) -> None:
-        """A small file, whole or not at all."""
+        """Writes a small file atomically."""
         if self.local:
             write_file(self.path, data)
             return
@@ -110,7 +110,7 @@ class Place:
             file.write(data)
 
     def size(self) -> int:
-        """A file's size in bytes. Raises FileNotFoundError naming it, also for what is no file."""
+        """Returns the file's size in bytes. Raises FileNotFoundError that names it, also if it is a folder."""
         try:
             if self.is_file():
                 return self.fs.size(self.path)
@@ -119,7 +119,7 @@ class Place:
         raise FileNotFoundError(2, "No such file", str(self))
 
     def read(self, limit: int | None = None) -> bytes:
-        """A file's content, at most its first `limit` bytes. Raises FileNotFoundError naming it."""
+        """Returns the file's content, at most its first `limit` bytes. Raises FileNotFoundError that names it."""
         size = self.size()
         try:
             cut = limit is not None and limit < size
@@ -129,7 +129,7 @@ class Place:
 
     @contextmanager
     def fetched(self) -> Iterator[str]:
-        """A path of this machine with this file's content: itself, or a copy that is removed afterwards."""
+        """Yields a local path of this file: its own path, or that of a copy that is removed at the end."""
         if self.local:
             yield self.path
             return
@@ -141,9 +141,9 @@ class Place:
             yield f"{folder}/{self.name}"
 
     def rename(self, other: Place, discard: Callable[[Place], None] | None = None) -> None:
-        """Gives a local file or folder the name `other`, and removes what had it; the name survives a power cut.
+        """Renames a local file or folder to `other` and removes the old `other`. The rename is synced to the disk.
 
-        discard: how a folder that had the name is removed; None removes all of it.
+        discard: removes an old folder of that name. None removes it with all its content.
         """
         remove = Place.remove if discard is None else discard
         put_in_place(self.path, other.path, discard=lambda old: remove(Place(self.fs, str(old))))
@@ -157,7 +157,7 @@ class Place:
 
 
 def writable(ref: Ref, field: str = "out") -> None:
-    """Raises ValueError when nothing can be written below a folder: better before hours of training than after.
+    """Raises ValueError if a folder is not writable, so that a run fails before its training and not after.
 
     field: the setting that names the folder.
     """

@@ -493,7 +493,7 @@ class Engine:
         """The guard's alarm, or None; asked every `look_every` steps. All ranks get the same."""
         if self.watch is None or self.step % self.look_every:
             return None
-        return self.watch.look(self.step, self.health.read(self.world))
+        return self.watch.check(self.step, self.health.read(self.world))
 
     def _answer(self, alarm: Alarm) -> tuple[Event, ...]:
         """Applies the guard's policy to an alarm. Raises Collapsed."""
