@@ -80,10 +80,10 @@ def test_positions_run_from_zero_to_one():
         zero_or(loguniform(1e-3, 1)),
     ):
         marks = domain.marks()
-        assert domain.at(marks[0]) == 0 and domain.at(marks[-1]) == pytest.approx(1)
-        places = [domain.at(mark) for mark in marks]
+        assert domain.axis_position(marks[0]) == 0 and domain.axis_position(marks[-1]) == pytest.approx(1)
+        places = [domain.axis_position(mark) for mark in marks]
         assert places == sorted(places)
-    assert loguniform(1e-4, 1).at(1e-2) == pytest.approx(0.5)
+    assert loguniform(1e-4, 1).axis_position(1e-2) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_space_that_does_not_fit_is_refused_by_its_key(domains, text, recipe):
 
 def test_a_metric_that_no_report_carries_is_refused(recipe):
     with pytest.raises(
-        ConfigError, match=r"METRIC: 'fd_fasion' is carried by no report .* did you mean 'fd_fashion'\?"
+        ConfigError, match=r"METRIC: 'fd_fasion' is not scored by this recipe.* did you mean 'fd_fashion'\?"
     ):
         check(Sweep(space="mine"), space({TTUR: choice(1)}, "fd_fasion"), recipe)
 

@@ -84,7 +84,7 @@ def trials_of(folder: Path) -> dict[int, Trial]:
     [
         ("SPACE = {'method.gan_wieght': choice(0, 1)}", [], "SPACE['method.gan_wieght']"),
         ("SPACE = {'method.gan_weight': choice(0, -1)}", [], "must be at least 0, got -1"),
-        ("SPACE = {'method.gan_weight': choice(0, 1)}\nMETRIC = 'fid'", [], "METRIC: 'fid' is carried by no report"),
+        ("SPACE = {'method.gan_weight': choice(0, 1)}\nMETRIC = 'fid'", [], "METRIC: 'fid' is not scored"),
         ("SPACE = {}", [], "SPACE: empty"),
         ("SPACE = {'method.gan_weight': choice(0, 1)}", ["trian.steps=3"], "trian: no such key; did you mean 'train'?"),
         ("SPACE = {'method.gan_weight': choice(0, 1)}", ["scheduler=asha"], "evaluate.every_images: None"),

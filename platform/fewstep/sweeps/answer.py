@@ -39,7 +39,7 @@ def at_the_edge(values: Mapping[str, Any], space: Space, names: Mapping[str, str
     for key, value in values.items():
         domain = space.domains[key]
         if getattr(domain, "ordered", True) and len(domain.edges()) > 1:
-            at = domain.at(value)
+            at = domain.axis_position(value)
             # zero switches something off, and a count of one is the least there is
             side = "largest" if at > 0.99 else "smallest" if at < 0.01 and value not in (0, 1) else None
             found += [f"{label({key: value}, names)} is the {side}"] if side else []

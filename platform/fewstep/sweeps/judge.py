@@ -1,4 +1,4 @@
-"""What a sweep may conclude: settings ranked over their seeds, whether one of them won, what mattered, what it cost."""
+"""The verdict of a sweep: settings ranked over their seeds, the winner if any, and the importance of each key."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 from .record import FINISHED, SEARCH, Trial
 from .space import Space
 
-IMPORTANCE_TRIALS = 8  # fewer tell nothing of importance
+IMPORTANCE_TRIALS = 8  # fewest trials for an importance
 FOREST_TREES = 64
-WIDE = 4.0  # largest over smallest score
+WIDE = 4.0  # ratio of largest to smallest score above which logarithms are used
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Trials that differ in nothing but the seed. std: sample standard deviation (n - 1), None for one seed."""
+    """Trials that differ in the seed only. std: sample standard deviation (n - 1), None for one seed."""
 
     values: dict[str, Any]
     trials: tuple[Trial, ...]
@@ -35,9 +35,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Verdict:
-    """best: the setting with the best mean among the finalists, which are those repeated with other seeds that no
-    unrepeated one beats on the first seed; without finalists, the best on the first seed. rivals: the others whose
-    mean is ahead of it, or behind by no more than the larger of the two standard deviations. text: one sentence.
+    """The best setting of a sweep and its rivals.
+
+    A finalist is a setting with several seeds that no setting with one seed beats on the first seed. best: the finalist
+    with the best mean; without finalists, the best setting on the first seed. rivals: the other settings whose mean is
+    better, or worse by no more than the larger of the two standard deviations. text: one sentence.
     """
 
     best: Setting
@@ -46,38 +48,38 @@ class Verdict:
 
     @property
     def won(self) -> bool:
-        """Whether there is a winner: repeated, and ahead of all others by more than the spread."""
+        """True if `best` has several seeds and no rival."""
         return self.best.std is not None and not self.rivals
 
 
 def settings(trials: Sequence[Trial], metric: str, mode: str) -> list[Setting]:
-    """Finished trials by setting, best mean first."""
+    """Groups finished trials by setting, best mean first."""
     groups: dict[str, list[Trial]] = {}
     for trial in sorted(trials, key=lambda t: t.number):
         if trial.state == FINISHED and math.isfinite(trial.score(metric)):
             groups.setdefault(json.dumps(trial.values, sort_keys=True), []).append(trial)
-    found = []
+    ranked = []
     for members in groups.values():
         scores = [t.score(metric) for t in members]
         std = statistics.stdev(scores) if len(scores) > 1 else None
-        found.append(Setting(members[0].values, tuple(members), statistics.fmean(scores), std))
-    return sorted(found, key=lambda s: s.mean if mode == "min" else -s.mean)
+        ranked.append(Setting(members[0].values, tuple(members), statistics.fmean(scores), std))
+    return sorted(ranked, key=lambda s: s.mean if mode == "min" else -s.mean)
 
 
 def judge(trials: Sequence[Trial], metric: str, mode: str, name: Callable[[dict[str, Any]], str]) -> Verdict | None:
-    """The verdict over finished trials; None without one. name(values) -> text of a setting."""
-    found = settings(trials, metric, mode)
-    if not found:
+    """Returns the verdict over finished trials, or None if there are none. name(values) -> text of a setting."""
+    ranked = settings(trials, metric, mode)
+    if not ranked:
         return None
     sign = 1 if mode == "min" else -1
-    by_first = sorted(found, key=lambda s: sign * s.first.score(metric))
+    by_first = sorted(ranked, key=lambda s: sign * s.first.score(metric))
     finalists = list(takewhile(lambda s: s.std is not None, by_first))
-    best = next((s for s in found if s in finalists), by_first[0])
+    best = next((s for s in ranked if s in finalists), by_first[0])
     score = f"{metric} {best.mean:.4g}"
     if best.std is None:
         text = f"{name(best.values)} came out best with {score}, on one seed: nothing says that it would again."
         return Verdict(best, (), text)
-    others = [s for s in found if s is not best]
+    others = [s for s in ranked if s is not best]
     rivals = tuple(s for s in others if sign * (s.mean - best.mean) <= max(best.std, s.std or 0.0))
     if rivals:
         named = "; ".join(f"{name(s.values)} with {spread(s)}" for s in rivals[:3])
@@ -92,34 +94,34 @@ def judge(trials: Sequence[Trial], metric: str, mode: str, name: Callable[[dict[
 
 
 def spread(setting: Setting) -> str:
-    """Mean and standard deviation over seeds as a text: `1.44 ± 0.05 (3 seeds)`."""
+    """Returns mean and standard deviation over seeds as a text: `1.44 ± 0.05 (3 seeds)`."""
     seeds = "1 seed" if setting.std is None else f"{len(setting.trials)} seeds"
     return f"{setting.mean:.4g}{'' if setting.std is None else f' ± {setting.std:.2g}'} ({seeds})"
 
 
 def wide(scores: Sequence[float]) -> bool:
-    """Whether a few bad scores would hide how the others differ: then their logarithms are looked at."""
+    """True if the scores differ so much that a few bad ones hide the rest. Callers then use logarithms."""
     return min(scores) > 0 and max(scores) / min(scores) > WIDE
 
 
 def front(trials: Sequence[Trial], objectives: dict[str, str]) -> list[Trial]:
-    """Finished trials that no other one beats in one objective without being worse in another."""
+    """Returns the Pareto front: the finished trials that no other trial dominates."""
 
     def signed(trial: Trial) -> list[float]:
         return [trial.score(name) * (1 if mode == "min" else -1) for name, mode in objectives.items()]
 
-    found = [(t, signed(t)) for t in trials if t.state == FINISHED]
-    found = [(t, v) for t, v in found if all(map(math.isfinite, v))]
-    beaten = lambda v: any(all(a <= b for a, b in zip(w, v, strict=True)) and w != v for _, w in found)
-    return [t for t, v in found if not beaten(v)]
+    scored = [(t, signed(t)) for t in trials if t.state == FINISHED]
+    scored = [(t, v) for t, v in scored if all(map(math.isfinite, v))]
+    dominated = lambda v: any(all(a <= b for a, b in zip(w, v, strict=True)) and w != v for _, w in scored)
+    return [t for t, v in scored if not dominated(v)]
 
 
 def importance(space: Space, trials: Sequence[Trial], metric: str) -> dict[str, float] | None:
-    """Share of the score's variance that each key explains alone, by fANOVA (Hutter et al. 2014) with a random forest;
-    of its logarithm's, where scores are wide apart.
+    """Returns the share of the score's variance that each key explains alone, by fANOVA (Hutter et al. 2014).
 
-    Over the finished trials of the search; keys that do not apply to all of them are left out. None where there are
-    fewer than eight trials, or one key, or no variance.
+    It fits a random forest to the finished trials of the search, and to the logarithm of the score if the scores are
+    `wide`. Keys that do not apply to all trials are left out. None for fewer than eight trials, for one key, or for no
+    variance.
     """
     used = [t for t in trials if t.state == FINISHED and t.phase == SEARCH and math.isfinite(t.score(metric))]
     keys = [key for key in space.domains if all(key in t.values for t in used)]
@@ -134,7 +136,7 @@ def importance(space: Space, trials: Sequence[Trial], metric: str) -> dict[str, 
     value = math.log if wide(scores) else float
     axis = optuna.distributions.FloatDistribution(0, 1)
     for trial in used:
-        params = {key: space.domains[key].at(trial.values[key]) for key in keys}
+        params = {key: space.domains[key].axis_position(trial.values[key]) for key in keys}
         study.add_trial(
             optuna.trial.create_trial(
                 params=params, distributions=dict.fromkeys(keys, axis), value=value(trial.score(metric))

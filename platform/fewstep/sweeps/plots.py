@@ -126,7 +126,7 @@ def parallel(space: Space, trials: Sequence[Trial], names: Mapping[str, str]) ->
     order = _best_first(space, trials)
     for trial in reversed(order):
         points = [
-            (i, space.domains[key].at(trial.values[key]) if key in trial.values else -0.09)
+            (i, space.domains[key].axis_position(trial.values[key]) if key in trial.values else -0.09)
             for i, key in enumerate(keys)
         ]
         points.append((len(keys), height(trial.score(space.metric))))
@@ -146,7 +146,14 @@ def parallel(space: Space, trials: Sequence[Trial], names: Mapping[str, str]) ->
         axes.plot([i, i], [0, 1], color=QUIET, linewidth=0.8, zorder=4)
         for mark in domain.marks():
             axes.text(
-                i - 0.04, domain.at(mark), shown(mark), ha="right", va="center", fontsize=7.5, zorder=5, bbox=_PAPER
+                i - 0.04,
+                domain.axis_position(mark),
+                shown(mark),
+                ha="right",
+                va="center",
+                fontsize=7.5,
+                zorder=5,
+                bbox=_PAPER,
             )
         if any(key not in t.values for t in trials):
             axes.text(
@@ -217,13 +224,22 @@ def slices(space: Space, trials: Sequence[Trial], names: Mapping[str, str]) -> F
         asked = [t for t in trials if key in t.values]
         for state, face in ((FINISHED, "#0b69b7"), (STOPPED, "white")):
             dots = [
-                (domain.at(t.values[key]), t.score(space.metric)) for t in asked if t.state == state and t is not best
+                (domain.axis_position(t.values[key]), t.score(space.metric))
+                for t in asked
+                if t.state == state and t is not best
             ]
             axes.plot(*zip(*dots, strict=True), "o", **_dot(face)) if dots else None
         if key in best.values:
-            axes.plot(domain.at(best.values[key]), best.score(space.metric), "D", color=BEST, markersize=6.5, zorder=4)
+            axes.plot(
+                domain.axis_position(best.values[key]),
+                best.score(space.metric),
+                "D",
+                color=BEST,
+                markersize=6.5,
+                zorder=4,
+            )
         marks = domain.marks()
-        axes.set_xticks([domain.at(mark) for mark in marks], [shown(mark) for mark in marks])
+        axes.set_xticks([domain.axis_position(mark) for mark in marks], [shown(mark) for mark in marks])
         axes.set_xlim(-0.08, 1.08)
         axes.set_xlabel(names[key])
         axes.grid(axis="y", color=LINE, linewidth=0.6)

@@ -1,4 +1,4 @@
-"""What a person asks of a sweep, and what is checked of it before anything runs."""
+"""The settings of a sweep, and the checks of them before anything runs."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ class Sweep(Strict):
     """Searches a recipe's settings on a Ray cluster; the answer is a recipe, best.yaml, and a report."""
 
     space: str
-    """A file of tune_spaces by its stem, or a path to your own .py file, which is run."""
+    """A file of tune_spaces by its stem, or the path of your own .py file. The file is run."""
     name: SweepName = ""
-    """The sweep's name and folder below the recipe's `out`; an existing one is gone on with. Empty makes a new one."""
+    """The sweep's name and folder below the recipe's `out`. An existing sweep is resumed. Empty makes a new name."""
     search: Literal["grid", "random", "tpe", "gp", "pareto"] = "tpe"
-    """How settings are chosen: tpe and gp are Optuna's, pareto weighs the space's OBJECTIVES."""
+    """Search algorithm: tpe and gp are Optuna's, pareto optimises the space's OBJECTIVES together."""
     scheduler: Literal["none", "asha", "median", "pbt"] = "none"
-    """Early stopping, on images seen; pbt changes rates and weights while training instead."""
+    """Early stopping by images seen. pbt changes learning rates and weights during training instead."""
     trials: Annotated[int, Field(ge=1)] | None = None
-    """Settings to try; null is all of a grid, else 20 unless there is a budget. With pbt, the population."""
+    """Number of settings to try, or the population of pbt. null is all of a grid, else 20 without a budget."""
     budget: str | None = None
-    """Of the search: 200000images, which no trial is begun to exceed, or 3hours of the CPUs or GPUs held, after which
-    none is begun."""
+    """Budget of the search. 200000images: no trial starts that would exceed it. 3hours (of the CPUs or GPUs in use): no
+    trial starts after them."""
     parallel: Annotated[int, Field(ge=1)] = 2
-    """Trials at a time, if the cluster has room for them."""
+    """Most trials at a time. The cluster may have room for fewer."""
     seeds: Annotated[int, Field(ge=1)] = 1
-    """Seeds of each of the best settings before a winner is named; more than the search, beyond its budget."""
+    """Seeds of each of the best settings before a winner is named. They do not count against the budget."""
     finalists: Annotated[int, Field(ge=1)] = 2
-    """How many of the best settings are repeated."""
+    """Number of best settings to repeat with other seeds."""
     corner_seeds: Annotated[int, Field(ge=1)] = 1
-    """Seeds at the corners of a grid, which say how much the seed matters there."""
+    """Seeds at the corners of a grid, to measure the spread over seeds there."""
     grace: Annotated[int, Field(ge=1)] | None = None
-    """Images before a trial may be stopped, or changed by pbt; null is the images between scores."""
+    """Images before a scheduler may stop or change a trial. null is the images between scores."""
     reduction: Annotated[int, Field(ge=2)] = 3
-    """ASHA lets the best of so many go on at each rung; rungs lie so many times further each."""
+    """Reduction factor of ASHA: one trial of so many passes each rung, and each rung is so many times later."""
     warm_start: str | None = None
-    """Name or id of an earlier sweep's parent run in MLflow, whose trials tpe, gp or pareto learn from."""
+    """Name or id of an earlier sweep's parent run in MLflow. tpe, gp or pareto learn from its trials."""
     retry: bool = False
-    """Run trials again that failed."""
+    """Run failed trials again."""
 
     @field_validator("budget")
     @classmethod
@@ -85,13 +85,13 @@ class Sweep(Strict):
 
     @property
     def limit(self) -> int | None:
-        """Trials of the search at most; None is as many as the grid or the budget has."""
+        """Most trials of the search. None leaves it to the grid or the budget."""
         if self.trials is None and self.search != "grid" and self.budget is None:
             return DEFAULT_TRIALS
         return self.trials
 
     def room(self, recipe: Recipe) -> int | None:
-        """Whole trials of the recipe that the limit and the budget have room for; None where that is not known."""
+        """Returns how many whole trials fit the limit and the budget, or None if neither limits it."""
         budget = Budget.parse(self.budget) if self.budget else None
         images = int(budget.amount // images_of(recipe)) if budget and budget.unit == "images" else None
         return min((n for n in (self.limit, images) if n is not None), default=None)
@@ -99,31 +99,31 @@ class Sweep(Strict):
 
 @dataclass(frozen=True)
 class Budget:
-    """An amount of images, or of hours of the devices held."""
+    """An amount of images or of device hours."""
 
     amount: float
     unit: str
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """`200000images` or `1.5hours`. Raises ConfigError."""
-        found = re.fullmatch(r"([\d_.]+(?:e\d+)?)\s*(images|hours)", text)
+        """Parses `200000images` or `1.5hours`. Raises ConfigError."""
+        match = re.fullmatch(r"([\d_.]+(?:e\d+)?)\s*(images|hours)", text)
         try:
-            amount = float(found[1]) if found else 0.0
+            amount = float(match[1]) if match else 0.0
         except ValueError:
             amount = 0.0
         if amount <= 0:
             raise ConfigError(f"budget: {text!r} is no amount; write 200000images or 1.5hours")
-        return cls(amount, found[2])
+        return cls(amount, match[2])
 
 
 def images_of(recipe: Recipe) -> int:
-    """Images that a whole run of the recipe sees."""
+    """Returns the images of a whole run of the recipe."""
     return recipe.train.steps * recipe.train.batch
 
 
 def devices(recipe: Recipe) -> float:
-    """GPUs that a run holds, or CPUs where it trains on them."""
+    """Returns the GPUs of a run, or its CPUs if it trains on CPUs."""
     c = recipe.cluster
     return c.workers * (1 if c.device == "cuda" else c.cpus_per_worker)
 
@@ -145,7 +145,7 @@ def slots(recipe: Recipe, asked: int, need: float, device: str, cpus: float, gpu
 
 
 def check(sweep: Sweep, space: Space, recipe: Recipe) -> None:
-    """Everything about a sweep that can be wrong before a cluster is asked. Raises ConfigError with every mistake."""
+    """Checks a sweep before a cluster is asked. Raises ConfigError with every mistake."""
     objectives = list(space.objectives) if sweep.search == "pareto" else [space.metric]
     check_space(space, recipe, objectives)
     wrong = []

@@ -1,6 +1,6 @@
-"""Search spaces: dotted recipe keys and where their values may lie.
+"""Search spaces: dotted recipe keys and the domains of their values.
 
-A space is a Python file, which is run when it is named, as any program of yours is:
+A space is a Python file. Naming it runs it, like any other program:
 
     METRIC = "fd_fashion"
     SPACE = {
@@ -9,9 +9,9 @@ A space is a Python file, which is run when it is named, as any program of yours
     }
     WHY = {"method.gan_weight": "..."}                                         # why these bounds
 
-Its docstring is the question. OBJECTIVES = ["fd_fashion", "diversity"] is what search=pareto weighs; its names are
-metrics, or `hours`, what a trial's training took of the devices it held. The metric says whether its low or its high
-scores are sought; MODE = "min" or "max", and OBJECTIVES = {"fd_fashion": "min", ...}, may say the same.
+Its docstring states the question. OBJECTIVES = ["fd_fashion", "diversity"] lists the objectives of search=pareto. They
+are metrics, or `hours`, the device hours of a trial's training. The metric fixes whether low or high scores are better.
+MODE = "min" or "max", and OBJECTIVES = {"fd_fashion": "min", ...}, may repeat it.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from ..texts import quoted, shown
 
 HOURS = "hours"
 CHECKED_DRAWS = 64
-DIGITS = 4  # of a drawn number: people read and retype them
+DIGITS = 4  # significant digits of a drawn number, which people read and retype
 GRID_LIMIT = 10_000
-KEYS, CHOICES = 100, 1000  # of a space, and of a choice, each of which is tried before anything runs
-LARGEST, WHOLE = 1e100, 10**15  # bounds of a range; of whole numbers, which a float64 holds exactly
-ZERO_GAP = 0.18  # of an axis, between zero and the least other value
+KEYS, CHOICES = 100, 1000  # most keys of a space and values of a choice; all are checked before anything runs
+LARGEST, WHOLE = 1e100, 10**15  # largest bounds of a range and of whole numbers, which a float64 holds exactly
+ZERO_GAP = 0.18  # share of an axis between zero and the least other value
 
 
 class Source(Protocol):
-    """Where values are drawn from; an Optuna trial is one."""
+    """A source of values, such as an Optuna trial."""
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
 
@@ -53,7 +53,7 @@ class Source(Protocol):
 
 
 class Dice:
-    """A Source without memory: what it gives is a function of its seeds and of the order of the questions."""
+    """A Source of random values. They are a function of the seeds and of the order of the calls."""
 
     def __init__(self, *seeds: int):
         self.random = np.random.default_rng(seeds)
@@ -70,11 +70,11 @@ class Dice:
 
 
 class Domain(Protocol):
-    """Where one key's values may lie.
+    """The domain of one key's values.
 
-    draw: a value; params: the Source's answers that draw `value`; edges: the values a check must try; points: the
-    values of a grid, none where the domain names none; span: all of it as a text; at: where a value stands on an axis
-    from 0 to 1; marks: the values that such an axis names.
+    draw: draws a value. params: the values of the Source that draw `value`. contains: true for a value of the domain.
+    edges: the values that a check must try. points: the values of a grid, [] if the domain has none. axis_position:
+    position of a value on an axis from 0 to 1. marks: the values written on that axis. span: the domain as a text.
     """
 
     def draw(self, key: str, source: Source) -> Any: ...
@@ -87,7 +87,7 @@ class Domain(Protocol):
 
     def points(self) -> list[Any]: ...
 
-    def at(self, value: Any) -> float: ...
+    def axis_position(self, value: Any) -> float: ...
 
     def marks(self) -> list[Any]: ...
 
@@ -104,7 +104,7 @@ def _whole(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some values. Ascending numbers are taken as ordered: 2 lies between 1 and 5."""
+    """One of several values. Ascending numbers count as ordered: 2 lies between 1 and 5."""
 
     values: tuple[Any, ...]
 
@@ -127,7 +127,7 @@ class Choice:
     def edges(self) -> list[Any]:
         return list(self.values)
 
-    def at(self, value: Any) -> float:
+    def axis_position(self, value: Any) -> float:
         return self.values.index(value) / max(len(self.values) - 1, 1)
 
     points = marks = edges
@@ -138,7 +138,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Range:
-    """Real numbers from low to high, both included; log draws their logarithms uniformly. steps: points of a grid."""
+    """Real numbers from low to high, both included. log: draw the logarithm uniformly. steps: points of a grid."""
 
     low: float
     high: float
@@ -165,7 +165,7 @@ class Range:
         inner = [float(f"{x:.6g}") for x in space(self.low, self.high, self.steps)[1:-1]]
         return [self.low, *inner, self.high]
 
-    def at(self, value: float) -> float:
+    def axis_position(self, value: float) -> float:
         low, high, value = (math.log(x) if self.log else x for x in (self.low, self.high, value))
         return (value - low) / (high - low)
 
@@ -176,7 +176,7 @@ class Range:
             return [float(f"{x:.6g}") for x in np.linspace(self.low, self.high, 5)]
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         inner = [10.0**n for n in decades if self.low < 10.0**n < self.high]
-        clear = [x for x in inner if 0.12 < self.at(x) < 0.88]
+        clear = [x for x in inner if 0.12 < self.axis_position(x) < 0.88]
         return [self.low, *clear, self.high]
 
     def span(self) -> str:
@@ -207,7 +207,7 @@ class Integers:
             raise ConfigError(f"SPACE: integers({self.low}, {self.high}): {size:,} points of a grid; use choice(...)")
         return list(range(self.low, self.high + 1))
 
-    def at(self, value: int) -> float:
+    def axis_position(self, value: int) -> float:
         return (value - self.low) / (self.high - self.low)
 
     def marks(self) -> list[int]:
@@ -219,7 +219,7 @@ class Integers:
 
 @dataclass(frozen=True)
 class ZeroOr:
-    """Zero, which switches something off, or a value of another domain."""
+    """Zero, which switches a feature off, or a value of another domain."""
 
     domain: Domain
 
@@ -238,8 +238,8 @@ class ZeroOr:
     def points(self) -> list[Any]:
         return [0, *self.domain.points()] if self.domain.points() else []
 
-    def at(self, value: Any) -> float:
-        return ZERO_GAP + (1 - ZERO_GAP) * self.domain.at(value) if value else 0.0
+    def axis_position(self, value: Any) -> float:
+        return ZERO_GAP + (1 - ZERO_GAP) * self.domain.axis_position(value) if value else 0.0
 
     def marks(self) -> list[Any]:
         return [0, *self.domain.marks()]
@@ -250,7 +250,7 @@ class ZeroOr:
 
 @dataclass(frozen=True)
 class Given:
-    """A domain that is asked only where the value of `key`, which stands above it in the space, is not zero."""
+    """A domain that applies only if the value of `key` is not zero. `key` must precede it in the space."""
 
     key: str
     domain: Domain
@@ -263,7 +263,7 @@ class Given:
 
 
 def choice(*values: Any) -> Choice:
-    """One of the values."""
+    """Makes a domain of the listed values. Raises ConfigError for none, too many, a repeated or a non-JSON value."""
     if not 0 < len(values) <= CHOICES:
         what = f"{len(values):,}" if values else "no"
         raise ConfigError(f"choice: {what} values; give one to {CHOICES:,}, such as choice(1, 2, 5)")
@@ -280,12 +280,12 @@ def choice(*values: Any) -> Choice:
 
 
 def uniform(low: float, high: float, points: int | None = None) -> Range:
-    """Real numbers, uniform; points: how many of them a grid takes."""
+    """Real numbers, uniform. points: number of points of a grid."""
     return _range("uniform", low, high, False, points)
 
 
 def loguniform(low: float, high: float, points: int | None = None) -> Range:
-    """Positive numbers, uniform in their logarithm; points: how many of them a grid takes."""
+    """Positive numbers, uniform in their logarithm. points: number of points of a grid."""
     return _range("loguniform", low, high, True, points)
 
 
@@ -309,14 +309,14 @@ def integers(low: int, high: int) -> Integers:
 
 
 def zero_or(domain: Range | Integers) -> ZeroOr:
-    """Zero as well as the domain's values, such as no GAN as well as a weight."""
+    """Adds zero to a domain of numbers, such as "no GAN" to a range of weights."""
     if not isinstance(domain, (Range, Integers)):
         raise ConfigError(f"zero_or({quoted(domain)}): give a domain of numbers, such as loguniform(1e-3, 1e-2)")
     return ZeroOr(domain)
 
 
 def given(key: str, domain: Domain) -> Given:
-    """The domain where the value of `key` is not zero, and else nothing: the recipe's own value stays."""
+    """Restricts a domain to settings in which `key` is not zero. In others the recipe's own value stays."""
     if not isinstance(key, str) or not isinstance(domain, (Choice, Range, Integers, ZeroOr)):
         raise ConfigError(f"given({quoted(key)}, {quoted(domain)}): give a key of the space and a domain")
     return Given(key, domain)
@@ -324,7 +324,10 @@ def given(key: str, domain: Domain) -> Given:
 
 @dataclass(frozen=True)
 class Space:
-    """What a sweep searches, and for what. objectives: {metric: "min" or "max"}, the first of them first."""
+    """The search space of a sweep: domains by dotted key, metric and objectives.
+
+    objectives: {metric: "min" or "max"}. why: {dotted key: reason of its bounds}.
+    """
 
     name: str
     question: str
@@ -335,12 +338,12 @@ class Space:
     why: dict[str, str] = field(default_factory=dict)
 
     def plain(self) -> dict[str, str]:
-        """What makes two spaces the same, as texts: domains, metric, mode, objectives."""
+        """Returns domains, metric, mode and objectives as texts. Spaces with equal texts are the same."""
         domains = {key: repr(domain) for key, domain in self.domains.items()}
         return domains | {"METRIC": f"{self.metric} {self.mode}", "OBJECTIVES": repr(self.objectives)}
 
     def draw(self, source: Source) -> dict[str, Any]:
-        """One setting: {dotted key: value} of the keys that apply."""
+        """Draws one setting: {dotted key: value} of the keys that apply."""
         values: dict[str, Any] = {}
         for key, domain in self.domains.items():
             if self._applies(domain, values):
@@ -348,20 +351,20 @@ class Space:
         return values
 
     def params(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The answers of a Source that draw `values`."""
+        """Returns the values of a Source that draw `values`."""
         return {name: v for key, value in values.items() for name, v in self.domains[key].params(key, value).items()}
 
     def contains(self, values: Mapping[str, Any]) -> bool:
-        """Whether the space could draw exactly these values."""
-        asked = [key for key, domain in self.domains.items() if self._applies(domain, values)]
-        return set(asked) == set(values) and all(self.domains[key].contains(values[key]) for key in asked)
+        """True if the space can draw exactly these values."""
+        applicable = [key for key, domain in self.domains.items() if self._applies(domain, values)]
+        return set(applicable) == set(values) and all(self.domains[key].contains(values[key]) for key in applicable)
 
     def grid(self) -> list[dict[str, Any]]:
-        """All combinations of the domains' points, the last key fastest. Raises ConfigError where a range has none."""
+        """All combinations of the domains' points, the last key fastest. Raises ConfigError for none or too many."""
         return list(self._combinations(lambda domain: domain.points()))
 
     def corners(self) -> list[dict[str, Any]]:
-        """The combinations of the first and the last point of each key."""
+        """Returns the combinations of the first and the last point of each key."""
         return list(self._combinations(lambda domain: (p := domain.points()) and [p[0], p[-1]]))
 
     def _combinations(self, values_of: Callable[[Any], list[Any]]) -> Iterator[dict[str, Any]]:
@@ -387,7 +390,7 @@ class Space:
 
 
 def find_space(ref: str, folder: Path) -> Path:
-    """The file of a space named by its stem in `folder` or by a path. Raises ConfigError with the names there are."""
+    """Finds a space's file by its stem in `folder` or by a path. Raises ConfigError that lists the known names."""
     if ref.endswith(".py"):
         path = resolve(ref)
         if path.is_file():
@@ -402,29 +405,29 @@ def find_space(ref: str, folder: Path) -> Path:
 
 
 def load_space(ref: str, folder: Path) -> Space:
-    """Runs a space's file and reads it. Raises ConfigError for what is missing in it or of the wrong kind."""
+    """Runs a space's file and reads its names. Raises ConfigError for each missing or wrong one."""
     path = find_space(ref, folder)
     try:
-        found = runpy.run_path(str(path))
+        names = runpy.run_path(str(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except (Exception, SystemExit) as error:
         raise ConfigError(f"{path}: cannot be run: {type(error).__name__}: {error}") from error
     wrong: list[str] = []
-    domains = _domains(found.get("SPACE"), wrong)
-    metric, mode = found.get("METRIC"), found.get("MODE")
+    domains = _domains(names.get("SPACE"), wrong)
+    metric, mode = names.get("METRIC"), names.get("MODE")
     if not isinstance(metric, str):
         wrong.append("METRIC: missing; name the score that decides, such as fd_fashion")
     else:
         mode = _mode(metric, mode, "MODE", wrong)
-    objectives = found.get("OBJECTIVES", {str(metric): mode})
+    objectives = names.get("OBJECTIVES", {str(metric): mode})
     if isinstance(objectives, list) and all(isinstance(name, str) for name in objectives):
         objectives = dict.fromkeys(objectives)
     if not isinstance(objectives, dict) or not objectives or not all(isinstance(name, str) for name in objectives):
         wrong.append(f"OBJECTIVES: expected a list of metrics, got {quoted(objectives)}")
-    elif "OBJECTIVES" in found:
+    elif "OBJECTIVES" in names:
         objectives = {name: _mode(name, given, f"OBJECTIVES[{name!r}]", wrong) for name, given in objectives.items()}
-    why = found.get("WHY", {})
+    why = names.get("WHY", {})
     if not isinstance(why, dict) or not all(isinstance(text, str) for text in (*why, *why.values())):
         wrong.append(f"WHY: expected {{dotted key: reason}}, got {quoted(why)}")
     else:
@@ -432,12 +435,12 @@ def load_space(ref: str, folder: Path) -> Space:
         wrong += [f"WHY[{key!r}]: not in SPACE; {nearest(key, list(domains))}" for key in why if key not in domains]
     if wrong:
         raise ConfigError("\n".join(f"{path}: {line}" for line in wrong))
-    question = " ".join(str(found.get("__doc__") or path.stem).split())
+    question = " ".join(str(names.get("__doc__") or path.stem).split())
     return Space(path.stem, question, domains, metric, mode, objectives, why)
 
 
 def _domains(given: Any, wrong: list[str]) -> dict[str, Any]:
-    """The domains of a file's SPACE, by the names that their keys have now. Mistakes are added to `wrong`."""
+    """Returns the domains of a file's SPACE by the present names of their keys. Adds mistakes to `wrong`."""
     if not isinstance(given, dict) or not 0 < len(given) <= KEYS:
         what = "missing" if given is None else "empty" if given == {} else f"got {quoted(given)}"
         wrong.append(f"SPACE: {what}; give one to {KEYS} dotted recipe keys with a domain each")
@@ -459,7 +462,7 @@ def _domains(given: Any, wrong: list[str]) -> dict[str, Any]:
 
 
 def _mode(metric: str, given: Any, where: str, wrong: list[str]) -> Any:
-    """The direction of a search for good scores: the metric's own, which a space may repeat and not turn round."""
+    """Returns "min" or "max": the metric's own direction. `given` may repeat it but not reverse it."""
     direction = "lower" if metric == HOURS else better(metric)
     if given is None and direction is not None:
         return MODES[direction]
@@ -471,21 +474,21 @@ def _mode(metric: str, given: Any, where: str, wrong: list[str]) -> Any:
 
 
 def apply(recipe: Recipe, values: Mapping[str, Any], **more: Any) -> Recipe:
-    """The recipe with the dotted values set, and then `more` of its top-level fields. Raises ConfigError."""
+    """Returns the recipe with the dotted values set, and then the top-level fields `more`. Raises ConfigError."""
     return validate(Recipe, override_all(recipe.model_dump(mode="json"), values) | more)
 
 
 def values_of(recipe: Recipe, keys: Iterable[str]) -> dict[str, Any]:
-    """The recipe's values of dotted keys."""
+    """Returns {dotted key: the recipe's value}."""
     data = recipe.model_dump(mode="json")
     return {key: reduce(lambda inner, part: inner[part], key.split("."), data) for key in keys}
 
 
 def check_space(space: Space, recipe: Recipe, objectives: Sequence[str]) -> None:
-    """Tries the space on the recipe before anything runs. Raises ConfigError with every mistake, each naming its key.
+    """Validates a space against a recipe before anything runs. Raises ConfigError with every mistake and its key.
 
-    Keys that do not decide a run's numbers are refused; each edge of each key is tried alone, then 64 random settings.
-    objectives: the metrics the sweep goes by.
+    Keys that do not change a run's numbers are refused. Each edge of each key is tried alone, then 64 random settings.
+    objectives: the metrics that the sweep optimises.
     """
     wrong = []
     for key, domain in space.domains.items():
@@ -502,7 +505,7 @@ def check_space(space: Space, recipe: Recipe, objectives: Sequence[str]) -> None
     for name in objectives:
         if name not in scored:
             wrong.append(
-                f"METRIC: {name!r} is carried by no report of this recipe; evaluate.metrics scores "
+                f"METRIC: {name!r} is not scored by this recipe; evaluate.metrics scores "
                 f"{', '.join(recipe.evaluate.metrics) or 'nothing'}; {nearest(name, recipe.evaluate.metrics)}"
             )
     if wrong:
@@ -510,11 +513,11 @@ def check_space(space: Space, recipe: Recipe, objectives: Sequence[str]) -> None
 
 
 def _mistakes(recipe: Recipe, settings: list[dict[str, Any]], where: str) -> list[str]:
-    """What is wrong with the settings, each mistake once."""
-    found: dict[str, None] = {}
+    """Returns the mistakes of the settings, each once."""
+    mistakes: dict[str, None] = {}
     for values in settings:
         try:
             apply(recipe, values)
         except ConfigError as error:
-            found |= dict.fromkeys(f"{where}: {line}" for line in str(error).splitlines())
-    return list(found)
+            mistakes |= dict.fromkeys(f"{where}: {line}" for line in str(error).splitlines())
+    return list(mistakes)
