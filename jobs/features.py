@@ -58,7 +58,7 @@ def open_images(path: str, seed: int = 0) -> Feed:
 
 
 def describe(feed: Feed, images: int) -> str:
-    """What a score says of its reference: how many images, of which set."""
+    """Name of the reference in a score: its set and its number of images."""
     source = feed.shards.manifest.source
     name = " ".join(str(source[key]) for key in ("source", "split") if source.get(key)) or feed.shards.path.name
     return f"{images} images of {name}"

@@ -1,4 +1,4 @@
-"""Runs beside each other: what was changed between them, what came of it, and one page that shows both."""
+"""Compares runs: the settings that differ, scores and curves, and one page that shows them."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from .metrics import better
 from .tracking.runs import Run, Store
 
 SEED = "seed"
-PLACE = re.compile(r"(name|out|tracking\..*)")  # where a run is kept and what it is called, which changes no number
-CURVE_POINTS = 1000  # of a curve, on the page
-LABEL_SETTINGS = 3  # a label names what varies, as long as that is no more than this
+PLACE = re.compile(r"(name|out|tracking\..*)")  # names and places, which change no number
+CURVE_POINTS = 1000  # most points of a curve on the page
+LABEL_SETTINGS = 3  # a label lists at most so many settings
 LAST = re.compile(r"score/teacher/.*|updates/.*|\w+_s|data_wait|images_per_s")
-SHOWN_CURVES = 6  # that the page shows before anybody chooses
-COMPARABLE = ("images", "extractor", "reference", "reference_images")  # scores that differ in these do not compare
+SHOWN_CURVES = 6  # curves that the page shows at first
+COMPARABLE = ("images", "extractor", "reference", "reference_images")  # scores must agree in these to compare
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is compared of one run.
+    """The data of one run that is compared.
 
-    settings: what decides its numbers, as text by dotted key, without the seed. seed: "" where it has none.
-    axes: the (N,) steps, images and hours at which something was reported; curves: by metric its axis' index and (N,)
-    values, nan where a value was not finite. scores: the newest of each name, as `scores.json` has them.
-    grids: PNG files by step; teacher: the teacher's, from the same noise.
+    settings: settings that change the run's numbers, as text by dotted key, without the seed. seed: "" if it has none.
+    axes: the (N,) steps, images and hours of its reports. curves: by metric the index of its axis and the (N,) values,
+    nan for a value that is not finite. scores: the newest of each name, as in `scores.json`.
+    grids: PNG files by step. teacher: the teacher's PNG, from the same noise.
     """
 
     run: Run
@@ -49,7 +49,7 @@ class Record:
 
 
 def collect(store: Store, run: Run, *, grid: str = "student", grids: int = 24) -> Record:
-    """Reads one run. grid: name of the images to show; grids: how many at most, evenly spaced, both ends included."""
+    """Reads one run. grid: name of its images. grids: most images to read, evenly spaced, with both ends."""
     clock = _clock(store, run)
     axes, curves = [], {}
     for name in sorted(name for name in run.metrics if not name.startswith("by_images/")):
@@ -78,10 +78,10 @@ def collect(store: Store, run: Run, *, grid: str = "student", grids: int = 24) -
 
 
 def _clock(store: Store, run: Run) -> dict[str, np.ndarray]:
-    """Steps, and the images and hours of training they stand for; from the reports that carry `images_per_s`.
+    """Returns steps, images and hours of training, from the reports that have `images_per_s`.
 
-    Hours are the sum of what the reports took, so neither scoring nor the time a run lay interrupted counts. A run
-    without such reports has steps only, and no curve of it is drawn against the others.
+    Hours are the sum of the reports' durations, so scoring and interruptions do not count. A run without such reports
+    has steps only, and its curves are not drawn against images or hours.
     """
     # the two names of one report share its time; of several within a millisecond the order tells which is which
     speeds = sorted(store.history(run, "images_per_s"), key=lambda p: (p.time_ms, p.step))
@@ -94,7 +94,7 @@ def _clock(store: Store, run: Run) -> dict[str, np.ndarray]:
 
 
 def _thinned(items: Sequence, most: int) -> list:
-    """At most `most` of the items, evenly spaced, the first and the last among them."""
+    """Returns at most `most` items, evenly spaced, with the first and the last."""
     if len(items) <= most:
         return list(items)
     return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
@@ -104,7 +104,7 @@ def _thinned(items: Sequence, most: int) -> list:
 
 
 def changed(records: Sequence[Record]) -> list[str]:
-    """The settings that are not the same in all runs, in the order in which the runs have them."""
+    """Returns the settings that differ between runs, in the order of the runs' settings."""
     keys = list(dict.fromkeys(key for record in records for key in record.settings))
     return [key for key in keys if len({record.settings.get(key) for record in records}) > 1]
 
@@ -185,7 +185,7 @@ def scores(records: Sequence[Record], grouped: list[list[int]], rank_seen_by_los
             )
             row["values"].setdefault(columns.index(column), {})[i] = score["value"]
             row["images"] |= {_images_at(record, score["step"])} - {None}
-    order = sorted(range(len(columns)), key=lambda c: _place(f"score/{columns[c]['name']}", ()))
+    order = sorted(range(len(columns)), key=lambda c: _sort_key(f"score/{columns[c]['name']}", ()))
     seeds = [record.seed for record in records]
     table = []
     for row in sorted(rows.values(), key=lambda r: (not r["teacher"], r["group"] or 0, r["calls"] or 0)):
@@ -224,13 +224,13 @@ def _images_at(record: Record, step: int) -> int | None:
 
 
 def _headlines(records: Iterable[Record]) -> tuple[str, ...]:
-    """What stands first: scores, then the metrics that the runs' methods name."""
+    """Returns the prefixes of the metrics that come first: scores, then the headline metrics of the methods."""
     methods = dict.fromkeys(record.run.params.get("method.name", "") for record in records)
     return ("score/", *dict.fromkeys(name for m in methods if m in METHODS for name in METHODS[m].headline))
 
 
-def _place(name: str, headlines: Sequence[str]) -> tuple:
-    """Where a metric stands in a list: the headlines, the rest, bookkeeping."""
+def _sort_key(name: str, headlines: Sequence[str]) -> tuple:
+    """Returns the sort key of a metric: headline metrics, then others, then bookkeeping."""
     last = bool(LAST.fullmatch(name))
     first = next((i for i, start in enumerate(headlines) if name.startswith(start)), len(headlines))
     return (last, first, 0 if better(name.rpartition("/")[2]) == "lower" else 1, name)
@@ -252,7 +252,8 @@ def compare(records: Sequence[Record], *, what: str, store: str, rank_seen_by_lo
     group_of = {i: g for g, members in enumerate(grouped) for i in members}
     pictures: dict[str, str] = {}
     headlines = _headlines(records)
-    metrics = sorted({name for record in records for name in record.curves}, key=lambda name: _place(name, headlines))
+    names_of_curves = {name for record in records for name in record.curves}
+    metrics = sorted(names_of_curves, key=lambda name: _sort_key(name, headlines))
     return {
         "what": what,
         "store": store,
@@ -297,7 +298,7 @@ def _plain(record: Record, group: int, pictures: dict[str, str]) -> dict[str, An
 
 
 def _finite(values: np.ndarray) -> list[float | None]:
-    """JSON has no nan."""
+    """Returns the values with None for those that are not finite, because JSON has no nan."""
     return [value if np.isfinite(value) else None for value in values.tolist()]
 
 

@@ -71,7 +71,7 @@ class Kind:
 
 
 def _json(path: Path) -> Any:
-    """What a JSON file holds; None where it is missing or damaged."""
+    """Returns the content of a JSON file, or None if it is missing or damaged."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -154,7 +154,7 @@ def replace(new: Path, folder: Path, kind: Kind, *, overwrite: bool, field: str 
 
 
 def _legacy(folder: Path) -> str | None:
-    """What a folder without a mark is, made by a version that wrote none; None where it is nothing of ours."""
+    """Returns the kind of a folder without a mark, from a version that wrote none, or None for a foreign folder."""
     for what, name, key, value in (
         ("sweep", "trials.jsonl", "event", "sweep"),
         ("run", "tracking/journal.jsonl", "op", "open"),
@@ -167,7 +167,7 @@ def _legacy(folder: Path) -> str | None:
 
 
 def kind_of(folder: Path) -> str | None:
-    """What a folder that grows is by its mark: "run" or "sweep"; None for a folder of another origin."""
+    """Returns the kind of a growing folder by its mark: "run" or "sweep", or None for a foreign folder."""
     mark = _json(folder / MARK)
     return mark.get("kind") if isinstance(mark, dict) else _legacy(folder)
 

@@ -55,7 +55,7 @@ def hold(file: Path, wait_s: float = 0.0, way_out: str = "choose another with na
 
 
 def _take(path: str) -> bool:
-    """Whether this process has the lock now."""
+    """True if this process has the lock now."""
     with _mutex:
         if path in _held:
             descriptor, count = _held[path]

@@ -36,7 +36,7 @@ def masked(value: Any) -> Any:
 
 
 def has_masked(url: str | None) -> bool:
-    """Whether a secret of a URL is missing, because `masked` replaced it."""
+    """True if `masked` replaced a secret of the URL."""
     return url is not None and "://" in url and HIDDEN in url
 
 

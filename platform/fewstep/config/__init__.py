@@ -1,4 +1,4 @@
-"""What people write, from files and command lines to validated settings; every mistake is said before anything runs.
+"""Settings from files and command lines, validated; every mistake is reported before anything runs.
 
 A recipe is YAML; `key.sub=value` words override it (values are YAML too); a pydantic model validates the whole.
 """

@@ -36,7 +36,7 @@ class Key:
 
     @property
     def group(self) -> bool:
-        """Whether there are keys below this one."""
+        """True if there are keys below this one."""
         return self.type.startswith(GROUP)
 
     @property

@@ -38,7 +38,7 @@ from fewstep.data.shards import CorruptRows, ShardError, Shards, labels, latents
 log = logging.getLogger("fewstep.data")
 
 MEMORY_BYTES = 512 << 20
-Read = tuple[Piece, pa.Table | ShardError]  # what a piece holds, or why it cannot be read
+Read = tuple[Piece, pa.Table | ShardError]  # the rows of a piece, or the error that it cannot be read
 T = TypeVar("T")
 
 
@@ -52,7 +52,7 @@ class Rows(dict[str, Any]):
 
 
 class Feed(ABC):
-    """What training sees of a set: `batches`, and what the batches hold.
+    """The batches of a set for training.
 
     seed: of the order. flip: mirror half of the images, chosen anew each epoch.
     captions: batches have a column "caption", too.
@@ -82,7 +82,7 @@ class Feed(ABC):
 
     @property
     def corrupt(self) -> list[str]:
-        """The rows without a usable image that were met so far, by file and row, with the reason; then lost shards."""
+        """The corrupt rows so far by file and row, with the reason, and then the lost shards."""
         rows: dict[str, int] = {}
         for unit, reason in sorted(self._lost.items()):
             rows[reason] = rows.get(reason, 0) + self.shards.units[unit].rows
@@ -90,7 +90,7 @@ class Feed(ABC):
 
     @property
     def corrupt_rows(self) -> int:
-        """How many rows without a usable image were met so far, those of lost shards among them."""
+        """Number of corrupt rows so far, with those of lost shards."""
         return len(self._corrupt) + sum(self.shards.units[unit].rows for unit in list(self._lost))
 
     def batches(self, position: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[dict[str, Any]]:
@@ -108,7 +108,7 @@ class Feed(ABC):
         return stream
 
     def close(self) -> None:
-        """Ends the batches that are under way, and their threads."""
+        """Closes all open batch streams and their threads."""
         for stream in list(self._live):
             stream.close()
 
@@ -138,7 +138,7 @@ class Feed(ABC):
         self._warn(unit, f"{error}; other rows take the place of its own while max_corrupt allows it")
 
     def _warn(self, unit: int, text: str) -> None:
-        """A line in the log, once a shard."""
+        """Logs a warning once per shard."""
         file = self.shards.units[unit].file
         if file not in self._warned:
             self._warned.add(file)

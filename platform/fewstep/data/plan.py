@@ -1,4 +1,4 @@
-"""The order of images: a pure function of (seed, epoch), so a place in training is one integer.
+"""The order of images: a pure function of (seed, epoch), so one integer gives the position in training.
 
 A *unit* is what is read at once: a row group of a shard. An epoch permutes the units, and the rows inside each unit, by
 hashes of (seed, epoch); the concatenation is cut into `lanes`, contiguous spans of (almost) equal length, and the epoch
@@ -24,7 +24,7 @@ from math import gcd
 import numpy as np
 
 LANES = 16
-_UNITS, _ROWS, _FLIPS = 1, 2, 3  # what a hash is for: independent streams of one seed
+_UNITS, _ROWS, _FLIPS = 1, 2, 3  # purpose of a hash: independent streams of one seed
 
 
 def mix(*words: int | np.ndarray) -> np.ndarray:

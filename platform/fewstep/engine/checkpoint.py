@@ -86,7 +86,7 @@ def _part(names: Iterable[str], prefix: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """What this rank holds of a tensor, on the CPU; its offsets in the whole, and the whole's shape."""
+    """Returns this rank's shard of a tensor on the CPU, its offsets in the whole tensor, and the shape of the whole."""
 
     tensor: Tensor
     offsets: torch.Size
@@ -460,7 +460,7 @@ def _same(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str) -
 
 
 def _together(world: World, work: Callable[[], T]) -> T:
-    """What each rank does by itself; where it fails on one it fails on all, and nobody waits for a rank that left."""
+    """Runs `work` on each rank. An error on one rank is raised on all, so no rank waits for one that left."""
     if world.size == 1:
         return work()
     result, error = None, None

@@ -27,7 +27,7 @@ def step_of(path: Ref) -> int:
 
 
 def complete(path: Ref) -> bool:
-    """Whether a folder is a complete checkpoint."""
+    """True if a folder is a complete checkpoint."""
     place = Place.of(path)
     return NAME.fullmatch(place.name) is not None and (place / MANIFEST).is_file()
 

@@ -150,7 +150,7 @@ def _check_tensor(entry: Mapping[str, Any], where: str, stored: dict[str, int]) 
 
 
 def covers(shape: list[int], boxes: list[tuple[list[int], list[int]]]) -> bool:
-    """Whether boxes, given as (offsets, sizes), cover each element of a tensor of this shape exactly once.
+    """True if boxes, listed as (offsets, sizes), cover each element of a tensor of this shape exactly once.
 
     They do where all lie inside, no two overlap, and together they have as many elements as the tensor.
     """

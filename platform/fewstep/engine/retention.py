@@ -21,7 +21,7 @@ class Keep(Strict):
     every_images: Annotated[int, Field(ge=1)] | None = None
     """The first after each multiple of so many images; null keeps none for that."""
     higher: bool = False
-    """Whether a higher score is better."""
+    """True if a higher score is better."""
     back_steps: Annotated[int, Field(ge=0)] = 0
     """All of the last so many steps, and the one before those, to roll back to; 0 keeps none for that."""
 

@@ -19,7 +19,7 @@ from fewstep.config import Strict, nearest, resolve
 METRICS: dict[str, type[Metric]] = {}
 Better = Literal["lower", "higher"]
 MODES: dict[Better, Literal["min", "max"]] = {"lower": "min", "higher": "max"}
-"""What a search does with a score, by the direction in which the score improves."""
+"""Mode of a search by the direction in which the score improves."""
 SEEN = "seen by a loss"
 """Beside a score in a table: a loss of the run used the metric's network."""
 Device = str | torch.device
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Outputs:
-    """What an extractor says of N images: features (N, D) float32, and logits (N, classes) where it classifies."""
+    """Output of an extractor for N images: features (N, D) float32, and logits (N, classes) of a classifier."""
 
     features: np.ndarray
     logits: np.ndarray | None = None
@@ -46,7 +46,7 @@ class Extractor(Protocol):
 
 
 class Features:
-    """What is known of one set of images, each thing computed once however many metrics ask for it."""
+    """Features and statistics of one set of images. Each is computed once for all metrics."""
 
     def __init__(self, images: Tensor):
         self._images = images

@@ -28,7 +28,7 @@ REMAKE = "make one with: python jobs/features.py data=<shards> test=<shards> out
 
 @dataclass(frozen=True)
 class Info:
-    """What a small network is: its shape, and what it was trained on with which result.
+    """Facts about a small feature network: its shape, training data and test result.
 
     Raises ValueError for a name that would let its scores pass for Inception's.
     """

@@ -24,7 +24,7 @@ INSTEAD = "Metrics that need no Inception: fd_<features>, precision, recall, den
 
 
 def folders() -> tuple[Path, ...]:
-    """Where the weights are looked for: the user's cache, then the folder that clean-fid itself uses."""
+    """Folders of the weights in the order of search: the user's cache, then clean-fid's own folder."""
     return Path.home() / ".cache" / "clean-fid", Path(tempfile.gettempdir())
 
 

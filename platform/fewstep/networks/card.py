@@ -1,4 +1,4 @@
-"""The model card: what a person finds in an export's README.md."""
+"""The model card: the README.md of an export."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from ..config import Strict
 
 
 class Card(Strict):
-    """What is to be known of an exported generator, beyond what its files say."""
+    """Facts about an exported generator that its other files do not hold."""
 
     name: str
     """Title."""
     teacher: str = ""
-    """The model it was distilled from."""
+    """The teacher model."""
     method: str = ""
     """The paper, with its arXiv number."""
     data: str = ""
-    """The images it learned from."""
+    """The training images."""
     training: str = ""
     """Length, batch, seed, checkpoint."""
     licence: str | None = None
-    """SPDX name or hub's word for the weights' licence; null leaves it open."""
+    """SPDX name, or the hub's name, of the weights' licence. null states none."""
     scores: tuple[dict[str, Any], ...] = ()
     """Rows of who, sampler, nfe, images, images_per_s, each score under its name, and seen_by_loss, the names of the
     scores whose network a loss of the run used."""
     reference: str = ""
-    """What the scores are measured against."""
+    """The reference set of the scores."""
 
 
 NOT_SCORES = ("who", "sampler", "nfe", "images", "images_per_s", "seen_by_loss")
@@ -38,7 +38,7 @@ NOT_SCORES = ("who", "sampler", "nfe", "images", "images_per_s", "seen_by_loss")
 def write_card(
     card: Card, calls: Sequence[dict[str, float]], class_names: Sequence[str] | None, classes: int | None
 ) -> str:
-    """README.md in Markdown, with the hub's metadata as its YAML head."""
+    """Returns README.md as Markdown, with the hub's metadata as YAML front matter."""
     head: dict[str, Any] = {
         "library_name": "diffusers",
         "pipeline_tag": "unconditional-image-generation",
@@ -92,7 +92,7 @@ def write_card(
 
 
 def snippet(folder: str, label: str = "") -> str:
-    """How the export is loaded, as Python."""
+    """Returns the Python code that loads the export."""
     return (
         "import torch\n"
         "from diffusers import DiffusionPipeline\n\n"

@@ -1,4 +1,4 @@
-"""What a sweep leaves: best.yaml, a table, plots and a report, in its folder and as artefacts of its run in MLflow."""
+"""The answer of a sweep: best.yaml, table, plots and report, in its folder and as artefacts of its MLflow run."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class Conductor:
         return self.record.add("trial", number, values=values, seed=seed, phase=self.phase, run=self.name(number))
 
     def _spent(self) -> bool:
-        """Whether the budget has no room for another trial, those that run counted as if they ran to their end."""
+        """True if the budget has no room for another trial. Running trials count as if they ran to their end."""
         if self.budget is None:
             return False
         trials = [t for t in self.record.trials.values() if t.phase == SEARCH]

@@ -33,7 +33,7 @@ class Cluster(Protocol):
         """The recipe with absolute paths, for runs that start in another folder."""
 
     def place(self, recipe: Recipe, parallel: int) -> tuple[int, str]:
-        """How many trials run at a time, at most `parallel`, and whether on "cpu" or "cuda". Raises Unsweepable."""
+        """Number of trials at a time, at most `parallel`, and their device, "cpu" or "cuda". Raises Unsweepable."""
 
     def run(self, conductor: Conductor, plan: Plan, parallel: int) -> None:
         """Runs the trials that `conductor.next` gives, until it gives none.

@@ -1,4 +1,4 @@
-"""The pictures of a sweep: parallel coordinates, importance, slices, a grid's map, and what was paid for what."""
+"""The figures of a sweep: parallel coordinates, importance, slices, the map of a grid, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ STYLE = {
     "svg.hashsalt": "fewstep",
 }
 COLOURS = colormaps["viridis"]
-WIDTH = 10.7  # inches, which is the page's
+WIDTH = 10.7  # width of the page in inches
 MAP_SIDE = 16
 
 
 def draw(
     space: Space, trials: Sequence[Trial], names: Mapping[str, str], shares: Mapping[str, float] | None
 ) -> dict[str, Figure]:
-    """The figures that this sweep has something to show in, by name. names: the keys as people read them."""
+    """Draws the figures that fit this sweep. Returns them by name. names: short names of the keys."""
     shown = [t for t in trials if t.state in (FINISHED, STOPPED) and math.isfinite(t.score(space.metric))]
     found = settings(trials, space.metric, space.mode)
     if not shown:
@@ -69,7 +69,7 @@ def draw(
 
 
 def save(figures: Mapping[str, Figure], folder: Path) -> dict[str, str]:
-    """Each figure as `<name>.png` and `<name>.svg`; returns the SVG elements."""
+    """Saves each figure as `<name>.png` and `<name>.svg`. Returns the SVG elements by name."""
     folder.mkdir(parents=True, exist_ok=True)
     out = {}
     with matplotlib.rc_context(STYLE):
@@ -84,7 +84,7 @@ def save(figures: Mapping[str, Figure], folder: Path) -> dict[str, str]:
 
 
 def _own_ids(svg: str, name: str) -> str:
-    """The element with its ids renamed: those of two figures on one page must not meet."""
+    """Returns the SVG element with renamed ids, so that the ids of two figures on one page differ."""
     return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
 
 
@@ -96,7 +96,7 @@ def _norm(scores: Sequence[float]) -> Normalize:
 
 
 def _scale(axis: Any, scores: Sequence[float]) -> None:
-    """A logarithmic axis where a few bad trials would flatten all others."""
+    """Makes the axis logarithmic if a few bad trials would flatten all others."""
     if wide(scores):
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
@@ -113,7 +113,7 @@ def _better(space: Space) -> str:
 
 
 def parallel(space: Space, trials: Sequence[Trial], names: Mapping[str, str]) -> Figure:
-    """Parallel coordinates: a line a trial through its settings to its score; a stopped one is dashed."""
+    """Parallel coordinates: one line per trial through its settings to its score, dashed for a stopped trial."""
     keys = list(space.domains)
     scores = [t.score(space.metric) for t in trials]
     norm = _norm(scores)
@@ -172,7 +172,7 @@ _PAPER = dict(facecolor="white", edgecolor="none", pad=0.8, alpha=0.85)
 
 
 def _bent(a: tuple[float, float], b: tuple[float, float], s: float) -> tuple[float, float]:
-    """A point of the curve from a to b that leaves and meets the axes level, so that lines can be followed through."""
+    """Returns a point (s in [0, 1]) of a curve from a to b with horizontal ends, so that lines are easy to follow."""
     return a[0] + (b[0] - a[0]) * s, a[1] + (b[1] - a[1]) * s * s * (3 - 2 * s)
 
 
@@ -196,7 +196,7 @@ def _wrapped(name: str, width: int = 16) -> str:
 
 
 def importance_bars(shares: Mapping[str, float], names: Mapping[str, str]) -> Figure:
-    """What share of the score's variance each key explains."""
+    """Bars of the share of the score's variance that each key explains."""
     rows = sorted(shares.items(), key=lambda item: item[1])
     figure = Figure(figsize=(WIDTH, 0.7 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -211,7 +211,7 @@ def importance_bars(shares: Mapping[str, float], names: Mapping[str, str]) -> Fi
 
 
 def slices(space: Space, trials: Sequence[Trial], names: Mapping[str, str]) -> Figure:
-    """The score against each setting alone: a dot a trial, hollow where it was stopped."""
+    """The score against each setting alone: one dot per trial, hollow for a stopped trial."""
     keys = list(space.domains)
     columns = min(len(keys), 4)
     rows = -(-len(keys) // columns)
@@ -258,8 +258,7 @@ def _dot(face: str) -> dict[str, Any]:
 
 
 def pareto(space: Space, trials: Sequence[Trial], others: Sequence[str]) -> Figure:
-    """The score against what else counts: other scores, and hours of training. The line joins trials that no other one
-    beats in both."""
+    """The score against the other objectives: scores, and hours of training. The line is the Pareto front."""
     wide = WIDTH * (0.5 if len(others) == 1 else 0.8 if len(others) == 2 else 1.0)
     figure = Figure(figsize=(wide, 3.0), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(others), squeeze=False)[0], others, strict=True):
@@ -286,7 +285,7 @@ def pareto(space: Space, trials: Sequence[Trial], others: Sequence[str]) -> Figu
 
 
 def _is_grid(found: Sequence[Setting]) -> bool:
-    """Whether two keys, and all their combinations, were tried."""
+    """True if exactly two keys vary and all their combinations have a score."""
     keys = list(found[0].values) if found else []
     if len(keys) != 2 or any(list(s.values) != keys for s in found):
         return False
@@ -296,9 +295,11 @@ def _is_grid(found: Sequence[Setting]) -> bool:
 
 
 def score_map(space: Space, found: Sequence[Setting], names: Mapping[str, str]) -> Figure:
-    """A grid of two keys as a map: means, with the standard deviation where a setting was repeated."""
+    """A map of a grid of two keys: mean scores, with the standard deviation of settings with several seeds."""
     down, across = found[0].values
-    rows, columns = (sorted({s.values[key] for s in found}, key=space.domains[key].at) for key in (down, across))
+    rows, columns = (
+        sorted({s.values[key] for s in found}, key=space.domains[key].axis_position) for key in (down, across)
+    )
     norm = _norm([s.mean for s in found])
     figure = Figure(figsize=(min(WIDTH, 1.6 + 1.05 * len(columns)), 0.9 + 0.55 * len(rows)), layout="constrained")
     axes = figure.subplots()

@@ -9,7 +9,7 @@ from .space import Choice, Dice, Space
 
 
 def mutation(space: Space, key: str, seed: int) -> list[Any] | Callable[[], Any]:
-    """How a population changes a key: along a list, or by a factor and now and then by a new draw."""
+    """Change of a key in a population: along a list, or by a factor and now and then by a new draw."""
     domain = space.domains[key]
     if isinstance(domain, Choice):
         return list(domain.values)

@@ -1,4 +1,4 @@
-"""What to try next: every point of a grid, random settings, or what Optuna makes of the scores so far."""
+"""Proposals of a sweep: every point of a grid, random settings, or Optuna's suggestions from the scores so far."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Proposals(Protocol):
         """A score of a trial that goes on."""
 
     def tell(self, number: int, values: list[float] | None, stopped: bool = False) -> None:
-        """What a trial came to, one value an objective; None when it failed."""
+        """Records a trial's result, one value per objective, or None for a failed trial."""
 
 
 class Grid:

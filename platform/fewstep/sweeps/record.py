@@ -53,7 +53,7 @@ class Trial:
         return self.scores[-1]["scores"] | {"hours": self.hours} if self.scores else {}
 
     def seen_by_loss(self, metric: str) -> bool:
-        """Whether a loss used the metric's network."""
+        """True if a loss used the metric's network."""
         return any(metric in score.get("seen_by_loss", ()) for score in self.scores[-1:])
 
     def score(self, metric: str) -> float:

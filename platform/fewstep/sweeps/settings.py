@@ -129,7 +129,7 @@ def devices(recipe: Recipe) -> float:
 
 
 def slots(recipe: Recipe, asked: int, need: float, device: str, cpus: float, gpus: float) -> int:
-    """How many trials of `need` CPUs each run at a time, at most `asked`. Raises Unsweepable for none."""
+    """Returns how many trials of `need` CPUs each run at a time, at most `asked`. Raises Unsweepable for none."""
     workers = recipe.cluster.workers
     by_cpus = math.floor(cpus / need + 1e-9)
     fits = min(by_cpus, math.floor(gpus / workers)) if device == "cuda" else by_cpus

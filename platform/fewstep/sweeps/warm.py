@@ -53,7 +53,7 @@ def _trial(
 
 
 def _hours(store: Store, recipe: Recipe, child: Run) -> float:
-    """What a run's training took, times the devices it held."""
+    """Returns the device hours of a run's training."""
     speeds = store.history(child, "by_images/images_per_s")
     images = [0, *(point.step for point in speeds)]
     seconds = sum((b - a) / p.value for a, b, p in zip(images, images[1:], speeds, strict=False))

@@ -134,7 +134,7 @@ class Journal:
             return {}
 
     def entries(self, start: int = 0) -> Iterator[Entry]:
-        """The whole lines from byte `start` on, oldest first. Raises ValueError naming a damaged line."""
+        """Yields the complete lines from byte `start` on, oldest first. Raises ValueError that names a damaged line."""
         with open(self.path, "rb") as file:
             end = file.seek(start)
             for line in file:
@@ -172,27 +172,27 @@ class Journal:
             return serial
 
     def lose(self, error: OSError) -> None:
-        """Counts an operation that could not be written to disk; says so the first time."""
+        """Counts an operation that could not be written to disk, and logs the first one."""
         self.lost += 1
         if self.lost == 1:
             log.error("%s: cannot write (%s); what is reported from now on is not tracked", self.folder, error)
 
     def stage(self) -> Path:
-        """A new folder for the files of the next operation; name them in it as `file`, relative to `files/`."""
+        """Makes a folder for the files of the next operation. It names them as `file`, relative to `files/`."""
         (self.folder / "files").mkdir(exist_ok=True)
         return Path(tempfile.mkdtemp(dir=self.folder / "files"))
 
     def file(self, entry: Entry) -> Path:
-        """Where the copied file of an operation lies."""
+        """Returns the path of an operation's copied file."""
         return self.folder / "files" / entry.op["file"]
 
     @property
     def unsent(self) -> int:
-        """How many operations the server has not acknowledged."""
+        """Number of operations that the server has not acknowledged."""
         return max(0, self.last - self.sent)
 
     def pending(self, limit: int = 1000) -> list[Entry]:
-        """The oldest unacknowledged operations, at most `limit`, oldest first."""
+        """Returns at most `limit` unacknowledged operations, oldest first."""
         found: list[Entry] = []
         for entry in self.entries(self._offset):
             found.append(entry)
@@ -222,7 +222,7 @@ class Journal:
         log.warning("%s: the server refused %s: %s", self.run_folder, what, reason)
 
     def close(self) -> None:
-        """Lets go of the journal. Safe to call twice."""
+        """Closes the journal and releases its lock. A second call does nothing."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

@@ -1,4 +1,4 @@
-"""Where a run comes from: the code, the installed packages, the machine, and what it was given."""
+"""The provenance of a run: its code, installed packages, machine and inputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Provenance:
 
 
 def provenance(root: Path, **fingerprints: str) -> Provenance:
-    """What is needed to repeat a run: git commit and differences, packages, hardware, the caller's fingerprints.
+    """Collects the provenance of a run: git commit and diff, packages, hardware, the caller's fingerprints.
 
     root: a folder of the checkout. Outside one the tag `git.commit` says "not a git checkout". fingerprints: such as
     data="sha256:...", recorded as the tags `fingerprint.<name>`.

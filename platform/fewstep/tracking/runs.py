@@ -1,4 +1,4 @@
-"""Reading runs back, for the jobs that continue with what another job made, and for those that look at it."""
+"""Reads tracked runs, for jobs that continue or compare the work of other jobs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Point(NamedTuple):
 
 
 class Store:
-    """The runs of one tracking store, to be read.
+    """Read access to the runs of one tracking store.
 
     uri: see `tracking_uri`; experiment: look in this experiment only, default in all.
     Raises ValueError when there is no such database or experiment.
@@ -70,7 +70,7 @@ class Store:
             )
 
     def find(self, ref: str) -> Run:
-        """The run that `ref` means: a run's id, a run's name, or `last` for the one started last.
+        """Returns the run of a reference: a run's id, a run's name, or `last` for the one started last.
 
         Raises ValueError when no run, or more than one, is meant; the text names those that could be.
         """
@@ -112,7 +112,7 @@ class Store:
         return [f.path for f in self._client.list_artifacts(run.run_id, folder or None) if not f.is_dir]
 
     def read(self, run: Run, path: str) -> bytes:
-        """One artifact file."""
+        """Returns the content of one artifact file."""
         with tempfile.TemporaryDirectory() as folder:
             return Path(self._client.download_artifacts(run.run_id, path, folder)).read_bytes()
 

@@ -1,4 +1,4 @@
-"""From the journal to MLflow, in order.
+"""The sender: copies operations from the journal to MLflow, in order.
 
 Every operation may be sent twice without harm, so a crash between the server's answer and the marker costs nothing:
 metrics carry the time at which they were journalled, and an SQL store keeps one row per (name, time, step, value);

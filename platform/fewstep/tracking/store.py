@@ -1,4 +1,4 @@
-"""The tracking store: where it is, and bringing it into being once when many processes want it at the same moment."""
+"""The tracking store: its URI, and its creation when many processes open it at the same time."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def tracking_uri(uri: str | None = None, root: Path | None = None) -> str:
 
 
 def database(uri: str) -> Path | None:
-    """The file of an SQLite store; None for another kind."""
+    """Returns the file of an SQLite store, or None for another store."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
 def without_password(uri: str) -> str:
-    """The URI as it may be written to disk: passwords and other secrets become ***."""
+    """Returns the URI with *** for passwords and other secrets, so that it can be written to disk."""
     return masked(uri)
 
 
@@ -117,7 +117,7 @@ def experiment(client: MlflowClient, uri: str, name: str) -> str:
 
 
 def page(uri: str, experiment_id: str, run_id: str) -> str | None:
-    """Address of a run's page on a server; None for a database, which has no page until `mlflow ui` runs."""
+    """Returns the URL of a run's page on a server, or None for a database, which has no page."""
     if database(uri) or not uri.startswith("http"):
         return None
     return f"{without_password(uri)}/#/experiments/{quote(experiment_id)}/runs/{quote(run_id)}"

@@ -1,4 +1,4 @@
-"""What training calls: every report returns at once, is on disk when it returns, and reaches MLflow when MLflow can."""
+"""The tracker that training calls. Each report is on disk when the call returns; a thread sends it to MLflow later."""
 
 from __future__ import annotations
 
@@ -128,10 +128,10 @@ class Tracker:
             raise OSError(f"{journal.folder}: cannot be written; free some space or give another folder")
 
     def rewind(self, step: int) -> None:
-        """Says that training goes on from `step`: what the journal already holds after it is not recorded again.
+        """Resumes the records at `step`. Reports that the journal already holds after `step` are not recorded again.
 
-        A metric, image or score with the same name and step as one journalled after `step` is dropped, once; training
-        is a function of (seed, step), so it is the same report. Nothing journalled is taken back.
+        A metric, image or score with the name and step of a journalled one is dropped once. Training is a function of
+        (seed, step), so it is the same report. The journal itself does not change.
         """
         _check_step(step)
         self._replayed = {key for entry in self._journal.entries() for key in _keys(entry.op) if key[2] > step}
@@ -216,7 +216,7 @@ class Tracker:
         self.tags({f"event.{step:08d}.{kind}": reason})
 
     def diverge(self) -> None:
-        """Says that training left the course it took before: what follows is new, whatever was journalled of it."""
+        """Records all further reports, also those whose name and step are in the journal, as after a roll-back."""
         self._replayed = set()
 
     def tags(self, tags: Mapping[str, str]) -> None:
@@ -266,7 +266,7 @@ class Tracker:
 
     @property
     def unsent(self) -> int:
-        """Operations the server has not acknowledged yet."""
+        """Number of operations that the server has not acknowledged yet."""
         return self._journal.unsent
 
     @property
@@ -344,12 +344,12 @@ class Tracker:
 
 
 def later(folder: Path, unsent: int) -> str:
-    """One line: how many operations of a run are unsent, and the command that sends them."""
+    """Returns a line with the number of unsent operations of a run and the command that sends them."""
     return f"{unsent} tracked operations are not sent; send them later with: python jobs/track.py folder={folder}"
 
 
 class Sent(NamedTuple):
-    """What `send` did, in operations; `refused` are those the server will never take, listed in `refused.jsonl`."""
+    """Counts of operations after `send`. refused: those the server will never take, listed in `refused.jsonl`."""
 
     sent: int
     unsent: int
@@ -397,7 +397,7 @@ def _tags(tags: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
-    """The same in types that JSON and YAML know."""
+    """Returns the value in types of JSON and YAML."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -434,7 +434,7 @@ def _check_step(step: int, where: str = "step") -> None:
 
 
 def _keys(op: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
-    """What identifies the reports of an operation: (kind, name, step)."""
+    """Yields the identity of each report of an operation: (kind, name, step)."""
     if op["op"] == "metrics":
         yield from (("metrics", name, op["step"]) for name in op["values"])
     elif op["op"] == "image":
