@@ -174,7 +174,6 @@ UNCLEAR = {
     "cluster/session.py",
     "cluster/stream.py",
     "cluster/train.py",
-    "engine/train.py",
 }
 
 

@@ -444,7 +444,7 @@ class Alarms:
         self.guard, self.alarms, self.state = guard, list(alarms), {}
         self.resets = []
 
-    def look(self, step, metrics):
+    def check(self, step, metrics):
         due = [alarm for alarm in self.alarms if alarm.step == step]
         self.alarms = [alarm for alarm in self.alarms if alarm.step != step]
         return due[0] if due else None

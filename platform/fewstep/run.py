@@ -375,7 +375,7 @@ def _score_due(
 
 def _samples(engine: Engine, sampler: build.Sampler, images: int, seed: int, batch: int) -> Samples | None:
     """Calls build.make_samples on all ranks. Each batch is a heartbeat for the watchdog."""
-    heartbeat = lambda: engine.at(f"step {engine.step}, sampling {sampler.name}")
+    heartbeat = lambda: engine.heartbeat(f"step {engine.step}, sampling {sampler.name}")
     return build.make_samples(sampler, images, seed, batch, engine.world, alive=heartbeat)
 
 

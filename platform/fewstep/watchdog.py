@@ -45,7 +45,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._work, name="fewstep-watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        self.engine.at(self.engine.place)
+        self.engine.heartbeat(self.engine.place)
         self._thread.start()
         return self
 

@@ -175,7 +175,7 @@ class Clock:
 
 
 class Delayed:
-    """A number on the device, known to the host a step later, by when it has long arrived: nothing waits for it."""
+    """A number on the device that the host reads one step later, when the copy has arrived, so that nothing waits."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
@@ -195,7 +195,7 @@ class Delayed:
         return self.hosts[before].item() if self.count > 1 else 0.0
 
 
-STOP, SAVE_FAILED = 1, 2  # what one rank may have to tell all others; the largest is heard
+STOP, SAVE_FAILED = 1, 2  # requests of one rank to all; the largest counts
 
 
 class Engine:
@@ -265,10 +265,10 @@ class Engine:
             back_steps=guard.window * self.look_every if rolls else 0,  # as far back as an alarm may date the trouble
         )
         self.saver = None if folder is None else Saver(folder, world, keep)
-        self.health = Meter(world.device)  # what the guard looks at, between reports
+        self.health = Meter(world.device)  # signals of the guard, between reports
         self.stopping = False
-        self.heard = torch.zeros((), device=world.device)  # the largest of what all ranks had to say
-        self.hearing = Delayed(world.device)
+        self.request = torch.zeros((), device=world.device)  # the largest request of all ranks
+        self.delayed_request = Delayed(world.device)
         self.place, self.place_since = "set-up", time.monotonic()
 
     def _kind(self, role: str) -> Kind:
@@ -298,8 +298,8 @@ class Engine:
         """Asks all ranks to finish the step at hand, save and end; any rank and any thread may ask."""
         self.stopping = True
 
-    def at(self, place: str) -> None:
-        """Notes where this rank is, for whoever asks why nothing moves."""
+    def heartbeat(self, place: str) -> None:
+        """Records the place where this rank is, and the time; the watchdog reads both."""
         self.place, self.place_since = place, time.monotonic()
 
     def run(self) -> Iterator[Report]:
@@ -313,13 +313,13 @@ class Engine:
         stream = self._stream()
         wall, waited_s, seen = time.perf_counter(), 0.0, 0
         while not self.finished:
-            self.at(f"step {self.step}, waiting for data")
+            self.heartbeat(f"step {self.step}, waiting for data")
             start = time.perf_counter()
             rows = next(stream)
             waited_s += time.perf_counter() - start
             self.update(rows)
             seen += train.batch
-            stops = self._hear()
+            stops = self._stop_requested()
             alarm = self._look()
             if not (self.finished or stops or alarm or self.step % train.report_every == 0):
                 continue
@@ -352,12 +352,12 @@ class Engine:
         mean = self.world.mean(torch.tensor(float(rows), device=self.world.device))
         return {"corrupt_rows": mean.item() * self.world.size}
 
-    def _hear(self) -> bool:
-        """Whether to stop, as all ranks agreed on in the step before; none waits for its device to know."""
-        said = self.hearing.put(self.heard)
-        if said == SAVE_FAILED:
+    def _stop_requested(self) -> bool:
+        """True when all ranks agreed on a stop in the step before. No rank waits for its device to know."""
+        request = self.delayed_request.put(self.request)
+        if request == SAVE_FAILED:
             self.wait()
-        return said == STOP
+        return request == STOP
 
     def update(self, rows: Mapping[str, Any]) -> None:
         """One step on this rank's share of a batch, by column: "real" (B, C, H, W) in codec range, "label" (B,), ..."""
@@ -367,7 +367,7 @@ class Engine:
             if self.step % phase.every or phase.unless in ran:
                 continue
             mark = self.clock.now()
-            self.at(f"step {self.step}, phase {phase.name}")
+            self.heartbeat(f"step {self.step}, phase {phase.name}")
             for role, net in self.nets.items():
                 wanted, first = role in phase.trains, next(net.parameters(), None)
                 if first is not None and first.requires_grad != wanted:
@@ -455,9 +455,9 @@ class Engine:
         """
         norms = grad_norms((self.nets[r] for r in phase.trains), self.world.device)
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(norms)
-        # one reduction carries both what is not finite and what a rank has to say to the others
-        says = SAVE_FAILED if self.saver and self.saver.failed else STOP if self.stopping else 0
-        bad, self.heard = self.world.any(torch.stack([(~finite(norm, *losses)).float(), torch.full_like(norm, says)]))
+        # one reduction carries the flag of non-finite values and the requests of the ranks
+        own = SAVE_FAILED if self.saver and self.saver.failed else STOP if self.stopping else 0
+        bad, self.request = self.world.any(torch.stack([(~finite(norm, *losses)).float(), torch.full_like(norm, own)]))
         first = (bad > 0) & (self.bad == 0)
         self.bad_at = torch.where(first, self.step * len(self.updates) + index, self.bad_at)
         self.bad = torch.maximum(self.bad, bad)
