@@ -317,8 +317,21 @@ def test_calls_denoise_and_noise_in_turn():
     x_t, level = enter_call(half, calls, z, None, toy.Given(noise), 1)
     torch.testing.assert_close(x_t, 0.8 * first + 0.6 * noise[0])
     torch.testing.assert_close(level.sigma, torch.full((3, 1, 1, 1), 0.6))
-    one = run_calls({"student": lambda x, level, cond: x}, [Call(1.0, 80.0)], z, None, toy.Given())
-    torch.testing.assert_close(one, z * math.hypot(1, 80))
+
+
+def test_sampling_begins_at_the_published_scale():
+    """EDM's at 80 z, a variance-preserving schedule's at z."""
+    z, same = normal(3, 1, 2, 2), {"student": lambda x, level, cond: x}
+    for schedule, start in ((EDM(), 80.0), (SD, 1.0), (Flow(), 1.0), (Trig(), 1.0), (DDPM(zero_snr=True), 1.0)):
+        (call,) = calls_at(schedule, (1.0,), on_ramp=True)
+        for calls, noise in (([call], []), ([call, replace(call, takes="noise")], [z])):
+            found = run_calls(same, calls, z, None, toy.Given(noise))
+            torch.testing.assert_close(found, start * z, rtol=1e-6, atol=0)
+            assert schedule != EDM() or torch.equal(found, 80 * z)
+    first = []
+    for solver in (heun, ddim):
+        solver(lambda x, level, cond: first.append(x) or x, z, None, 3)
+    assert torch.equal(first[0], 80 * z) and torch.equal(first[5], 80 * z)
 
 
 def test_a_call_may_step_without_noise_take_the_first_noise_and_be_of_another_network():
@@ -328,7 +341,7 @@ def test_a_call_may_step_without_noise_take_the_first_noise_and_be_of_another_ne
     eps = (z - 0.6 * z / 2) / 0.8
     torch.testing.assert_close(run_calls(nets, step, z, None, toy.Given()), 0.8 * z / 2 + 0.6 * eps + 1)
     again = [Call(0.6, 0.8), Call(1.0, 0.75, takes="noise")]
-    torch.testing.assert_close(run_calls(nets, again, z, None, toy.Given()), 1.25 * z / 2)
+    torch.testing.assert_close(run_calls(nets, again, z, None, toy.Given()), 0.75 * z / 2)
 
 
 def test_a_call_hands_its_extra_scalars_to_the_network():

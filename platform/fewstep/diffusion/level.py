@@ -48,6 +48,15 @@ class Level:
         """sqrt(alpha^2 + sigma^2): the scale by which levels of one angle differ. (B, 1, ..., 1)"""
         return torch.hypot(self.alpha, self.sigma)
 
+    @property
+    def start(self) -> Tensor:
+        """Factor on unit noise with which a sampler begins at this level, as published. (B, 1, ..., 1)
+
+        Where alpha is 1 it is sigma, as EDM begins at 80 z. Elsewhere it is the norm, as a variance-preserving
+        schedule begins at z itself.
+        """
+        return torch.where(self.alpha == 1, self.sigma, self.norm)
+
     def noise(self, x0: Tensor, eps: Tensor) -> Tensor:
         """x_t = alpha x0 + sigma eps, all (B, ...)."""
         return self.alpha * x0 + self.sigma * eps

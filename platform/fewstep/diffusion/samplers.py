@@ -1,6 +1,7 @@
 """Samplers: solvers over one signature, denoise(x_t, level, cond) -> x0, and few-step generators as lists of calls.
 
-`z` is unit noise (B, ...); every sampler scales it to its first level. None clamps: what leaves is the model's own x0.
+`z` is unit noise (B, ...); every sampler scales it by its first level's `start`. None clamps: what leaves is the
+model's own x0.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def heun(denoise: Denoise, z: Tensor, cond: Tensor | None = None, steps: int = 1
     Takes 2 steps - 1 network calls; returns x0 (B, ...).
     """
     levels = _levels(schedule or EDM(), steps, z)
-    x = z * levels[0].norm
+    x = z * levels[0].start
     for level, to in zip(levels, levels[1:], strict=False):
         x0 = denoise(x, level, cond)
         guess = level.step(x, x0, to)
@@ -45,7 +46,7 @@ def heun(denoise: Denoise, z: Tensor, cond: Tensor | None = None, steps: int = 1
 def ddim(denoise: Denoise, z: Tensor, cond: Tensor | None = None, steps: int = 50, schedule: Schedule | None = None):
     """First-order deterministic sampler (Song et al. 2021); `steps` network calls; returns x0 (B, ...)."""
     levels = _levels(schedule or EDM(), steps, z)
-    x = z * levels[0].norm
+    x = z * levels[0].start
     for level, to in zip(levels, levels[1:], strict=False):
         x = level.step(x, denoise(x, level, cond), to)
     return denoise(x, levels[-1], cond)
@@ -106,16 +107,15 @@ def enter_call(
 ) -> tuple[Tensor, Level]:
     """Input x_t (B, ...) and level of call `number`, after the calls before it: what a training step rolls out.
 
-    z: unit noise (B, ...), scaled to the first level, so it enters a variance-preserving schedule as it is (EDM's sigma
-    80 becomes 80.006). draws: of the noise between calls, `renoise/<call>`.
+    z: unit noise (B, ...); see `Level.start`. draws: of the noise between calls, `renoise/<call>`.
     """
     levels = [call.level(z) for call in calls[: number + 1]]
-    x = z * levels[0].norm
+    x = z * levels[0].start
     for i in range(number):
         x0 = calls[i].denoise(nets, x, levels[i], cond)
         to = levels[i + 1]
         if calls[i + 1].takes == "noise":
-            x = z * to.norm
+            x = z * to.start
         elif calls[i].then == "step":
             x = levels[i].step(x, x0, to)
         else:

@@ -123,7 +123,7 @@ class DMD2(Method):
             levels = [call.level(batch.z) for call in calls]
             chosen = lambda values: torch.stack(values).gather(0, pick[None])[0]
             level = Level(chosen([v.alpha for v in levels]), chosen([v.sigma for v in levels]))
-            x_t = torch.where(pick == 0, batch.z * levels[0].norm, level.noise(batch.real, batch.z))
+            x_t = torch.where(pick == 0, batch.z * levels[0].start, level.noise(batch.real, batch.z))
             cond = batch.real_cond
         with torch.set_grad_enabled("student" in trains):
             return replace(batch, cond=cond).make(x=student(x_t, level, cond))

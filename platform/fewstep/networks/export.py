@@ -67,7 +67,7 @@ def entries(denoiser: Denoiser, calls: Sequence[Call]) -> list[dict[str, Any]]:
         entry = {
             "alpha": level.alpha,
             "sigma": level.sigma,
-            "start": level.norm,
+            "start": level.start,
             "rescale": own.norm / level.norm,
             "input": scale,
             "time": time,
