@@ -10,9 +10,25 @@ import torch
 import toy
 from torch import nn
 
-from fewstep.diffusion.draws import Draws, fold, index_level, lognormal_level
-from fewstep.diffusion.level import PREDICTIONS, TARGETS, Level
-from fewstep.diffusion.losses import finite, gan_discriminator, gan_generator, matching_gradient, surrogate
+from fewstep.diffusion.draws import (
+    Draws,
+    descending_levels,
+    fold,
+    index_level,
+    lognormal_level,
+    neighbour_levels,
+    ramp_level,
+)
+from fewstep.diffusion.level import PREDICTIONS, TARGETS, Level, boundary
+from fewstep.diffusion.losses import (
+    finite,
+    gan_discriminator,
+    gan_generator,
+    matching_gradient,
+    pseudo_huber,
+    surrogate,
+    unit,
+)
 from fewstep.diffusion.samplers import Call, calls_at, ddim, enter_call, heun, run_calls, to_uint8
 from fewstep.diffusion.schedules import DDPM, EDM, Flow, Trig, from_config, to_config
 from fewstep.networks.denoiser import Denoiser
@@ -448,6 +464,32 @@ def test_nothing_cancels_in_a_target_near_the_clean_end():
     assert abs(ours - exact) < abs(published - exact) / 8
 
 
+def test_a_unit_residual_has_the_published_norm():
+    residual = normal(4, 3, 2, 2) * torch.tensor([0.0, 1e-3, 1.0, 1e3]).view(4, 1, 1, 1)
+    found, norm = unit(residual, 0.1), residual.flatten(1).norm(dim=1)
+    torch.testing.assert_close(found.flatten(1).norm(dim=1), norm / (norm + 0.1))
+    torch.testing.assert_close(found[2] * (norm[2] + 0.1), residual[2])
+
+
+def test_pseudo_huber_is_quadratic_near_its_target_and_linear_far_from_it():
+    target = torch.zeros(5, dtype=torch.float64)
+    loss = lambda d: pseudo_huber(target + d, target, 1e-3).item()
+    assert loss(0.0) == 0
+    assert loss(1e-5) == pytest.approx(1e-10 / 2e-3, rel=1e-4)
+    assert loss(2.0) == pytest.approx(2.0 - 1e-3, rel=1e-6)
+
+
+def test_the_boundary_of_a_consistency_function_is_lcms():
+    from diffusers import LCMScheduler
+
+    theirs = LCMScheduler()
+    for t in (0, 1, 19, 999):
+        c_skip, c_out = boundary(torch.tensor([t]).double())
+        expected = theirs.get_scalings_for_boundary_condition_discrete(t)
+        assert (c_skip.item(), c_out.item()) == pytest.approx(tuple(map(float, expected)))
+    assert [v.item() for v in boundary(torch.zeros(1))] == [1, 0]
+
+
 def test_adversarial_losses_are_softplus_means():
     real, fake = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])
     softplus = lambda z: math.log1p(math.exp(z))
@@ -532,15 +574,60 @@ def test_index_levels_are_uniform_over_their_range_with_both_ends(schedule, low,
 
 def test_lognormal_levels_have_the_asked_moments():
     like = torch.zeros(100_000, 1, 1, 1)
-    level = lognormal_level(Draws(0, 0), "t", -1.2, 1.2, 0.0, EDM(), like)
+    level = lognormal_level(Draws(0, 0), "t", -1.2, 1.2, EDM(), like)
     log = (level.sigma / level.alpha).log().flatten()
     assert abs(log.mean() + 1.2) < 0.015 and abs(log.std() - 1.2) < 0.012
 
 
 def test_a_share_of_the_lognormal_levels_comes_from_the_ramp():
     like = torch.zeros(100_000, 1, 1, 1)
-    level = lognormal_level(Draws(0, 0), "t", -1.2, 1.2, 0.25, EDM(), like)
+    level = lognormal_level(Draws(0, 0), "t", -1.2, 1.2, EDM(), like, 0.25)
     high = (level.sigma > EDM().ramp(torch.tensor(0.5))).float().mean()  # half of the ramp, 0.04 of the log-normal
     normal_tail = 0.5 * math.erfc((math.log(EDM().ramp(torch.tensor(0.5)).item()) + 1.2) / 1.2 / 2**0.5)
     assert abs(high - (0.25 * 0.5 + 0.75 * normal_tail)) < 0.005
     assert level.sigma.max() <= 80 and level.sigma.min() >= 0.002
+
+
+def test_ramp_levels_are_uniform_over_the_ramp_and_stratified():
+    like = torch.zeros(1000, 1, 1, 1)
+    for schedule in (Flow(shift=3.0), Trig(), EDM()):
+        found = ramp_level(Draws(0, 0), "t", schedule, like).t.sort().values
+        cells = schedule.ramp(torch.arange(1001) / 1000)
+        assert ((cells[:-1] <= found) & (found <= cells[1:])).all()  # one in each thousandth
+
+
+def test_a_shift_adds_its_logarithm_to_a_lognormal_draws_mean():
+    """Logit-normal t of a flow is log-normal sigma / alpha: N(0, 1) shifted by 3 is N(ln 3, 1)."""
+    like, wide = torch.zeros(4096, 1, 1, 1), Flow(t_min=1e-9)
+    plain, moved = (lognormal_level(Draws(0, 0), "t", mean, 1.0, wide, like).t for mean in (0.0, math.log(3)))
+    torch.testing.assert_close(moved, 3 * plain / (1 + 2 * plain), rtol=1e-9, atol=0)
+    logit = (plain / (1 - plain)).log()
+    assert abs(logit.mean()) < 0.06 and abs(logit.std() - 1) < 0.05
+
+
+def test_lognormal_levels_are_scms_times():
+    """t = arctan(e^tau / sigma_d) of noise with sigma_d's standard deviation: sigma / alpha = e^tau of unit noise."""
+    level = lognormal_level(Draws(0, 0), "t", -1.0, 1.4, Trig(), torch.zeros(4096, 1, 1, 1))
+    tau = level.t.tan().log()
+    assert abs(tau.mean() + 1) < 0.08 and abs(tau.std() - 1.4) < 0.06
+
+
+def test_levels_of_a_rollout_descend_from_the_noisiest():
+    like = torch.zeros(512, 1, 1, 1)
+    levels = descending_levels(Draws(0, 0), "t", 4, 0.0, 1.6, Trig(), like)
+    assert (levels[0].t == math.pi / 2).all() and len(levels) == 4
+    for before, after in zip(levels, levels[1:], strict=False):
+        assert (after.t <= before.t).all() and (after.t < before.t).any()
+    second = lognormal_level(Draws(0, 0), "t/1", 0.0, 1.6, Trig(), like).t
+    assert torch.equal(levels[1].t, second)  # no draw is above pi/2
+
+
+def test_neighbours_are_lcms_pairs():
+    """Luo et al. 2023, as published: timesteps 19, 39, ..., 999 of 50 steps, each with the one 20 below, from 0."""
+    level, to = neighbour_levels(Draws(0, 0), "t", SD, 50, torch.zeros(20_000, 1, 1, 1))
+    high, low = level.t.round().long(), to.t.round().long()
+    assert (level.t - high).abs().max() < 1e-9 and (to.t - low).abs().max() < 1e-9
+    assert high.unique().tolist() == list(range(19, 1000, 20))
+    assert torch.equal(low, (high - 20).clamp(min=0))
+    counts = high.bincount()[high.unique()].double()
+    assert ((counts - 400) ** 2 / 400).sum() < 85.4  # chi-square, 49 degrees of freedom, p = 0.001

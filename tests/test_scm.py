@@ -7,7 +7,7 @@ import torch
 import toy
 from torch import nn
 
-from fewstep.diffusion.draws import Draws, lognormal_angle
+from fewstep.diffusion.draws import Draws, lognormal_level
 from fewstep.diffusion.samplers import ddim, run_calls
 from fewstep.diffusion.tangent import TRIG, tangent, velocity
 from fewstep.methods import METHODS, Batch
@@ -49,8 +49,8 @@ def test_the_gradient_is_that_of_the_consistency_function_against_its_derivative
     """Before it is normalised: |F - sg(F + g)|^2 has the gradient of 2 f sg(df/dt) / tan t."""
     student, teacher = toy.denoiser(1), toy.Mixture([MEAN], STD)
     batch = a_batch(16)
-    t = lognormal_angle(batch.draws, "t", -1.0, 1.4, TRIG, 16)
-    level = TRIG.level(t, 4)
+    level = lognormal_level(batch.draws, "t", -1.0, 1.4, TRIG, batch.real)
+    t = level.t
     x, cos, sin = level.noise(batch.real, batch.draws.normal("eps", batch.real.shape)), level.alpha, level.sigma
     dx = velocity(teacher, x, t, None).detach()
     f_theta = lambda x, t: cos * x - sin * velocity(student, x, t, None)

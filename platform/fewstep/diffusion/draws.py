@@ -72,6 +72,10 @@ class Draws:
 INDICES = 1000  # the published methods count noise levels in thousandths of the schedule's ramp
 
 
+def _at_index(schedule: Schedule, index: Tensor, like: Tensor) -> Level:
+    return schedule.level(schedule.ramp(index.double() / (INDICES - 1)), like.ndim)
+
+
 def index_level(
     draws: Draws, name: str, schedule: Schedule, low: int, high: int, like: Tensor, power: float = 1.0
 ) -> Level:
@@ -81,25 +85,49 @@ def index_level(
     low + (high - low) u^power: the lower half of the range then gets the share 2^(-1/power), 0.71 for a power of 2.
     """
     u = draws.uniform(name, like.shape[0])
-    index = (low + (high + 1 - low) * u**power).floor()
-    return schedule.level(schedule.ramp(index / (INDICES - 1)), like.ndim)
+    return _at_index(schedule, (low + (high + 1 - low) * u**power).floor(), like)
 
 
-def lognormal_level(draws: Draws, name: str, mean: float, std: float, ramp_share: float, schedule: Schedule, like):
+def ramp_level(draws: Draws, name: str, schedule: Schedule, like: Tensor) -> Level:
+    """Levels uniform over the schedule's ramp, stratified over the batch: t in [0, 1], shifted, for a flow."""
+    return schedule.level(schedule.ramp(draws.uniform(name, like.shape[0], stratified=True)), like.ndim)
+
+
+def lognormal_level(
+    draws: Draws, name: str, mean: float, std: float, schedule: Schedule, like: Tensor, ramp_share: float = 0.0
+) -> Level:
     """ln(sigma / alpha) ~ N(mean, std^2) (Karras et al. 2022, table 1), a share of the draws from the schedule's ramp.
 
+    The same draw by other names: sCM's t = arctan(e^tau / sigma_d), and a flow's logit-normal t (Esser et al. 2024), of
+    which a shift adds ln(shift) to the mean.
     ramp_share: in [0, 1]. The log-normal alone never visits the highest levels, where a one-step generator starts.
     """
-    u = draws.uniform(name, like.shape[0], stratified=True)
     lognormal = torch.exp(mean + std * draws.normal(name + "/normal", (like.shape[0],)).double())
-    angle = torch.atan(lognormal)
-    ramp = schedule.level(schedule.ramp(draws.uniform(name + "/ramp", like.shape[0], stratified=True)), 1).angle
-    angle = torch.where(u < ramp_share, ramp, angle)
-    t = schedule.time(angle).clamp(schedule.t_min, schedule.t_max)
+    t = schedule.time(torch.atan(lognormal)).clamp(schedule.t_min, schedule.t_max)
+    if ramp_share:
+        u = draws.uniform(name, like.shape[0], stratified=True)
+        t = torch.where(u < ramp_share, ramp_level(draws, name + "/ramp", schedule, like).t, t)
     return schedule.level(t, like.ndim)
 
 
-def lognormal_angle(draws: Draws, name: str, mean: float, std: float, schedule: Schedule, count: int) -> Tensor:
-    """Angles (count,) float64 with ln tan t ~ N(mean, std^2) (Lu & Song 2024, section 4.1), within a Trig schedule."""
-    tau = mean + std * draws.normal(name, (count,)).double()
-    return tau.exp().atan().clamp(schedule.t_min, schedule.t_max)
+def descending_levels(
+    draws: Draws, name: str, steps: int, mean: float, std: float, schedule: Schedule, like: Tensor
+) -> list[Level]:
+    """Levels of a rollout of `steps` calls: the schedule's noisiest, then log-normal draws, none above the one before
+    (rCM, Zheng et al. 2025: t_n = min(t^_n, t_{n-1}))."""
+    t = torch.full((like.shape[0],), schedule.t_max, dtype=torch.float64, device=like.device)
+    levels = [schedule.level(t, like.ndim)]
+    for i in range(1, steps):
+        t = torch.minimum(t, lognormal_level(draws, f"{name}/{i}", mean, std, schedule, like).t)
+        levels.append(schedule.level(t, like.ndim))
+    return levels
+
+
+def neighbour_levels(draws: Draws, name: str, schedule: Schedule, steps: int, like: Tensor) -> tuple[Level, Level]:
+    """A level of a solver's grid of `steps` levels, uniform, and the next cleaner one: LCM's pair (Luo et al. 2023).
+
+    The grid is every 1000 / steps of the schedule's indices up to 999, and below the least of them is index 0.
+    """
+    stride = INDICES // steps
+    index = draws.integers(name, 1, steps, like.shape[0]) * stride - 1
+    return _at_index(schedule, index, like), _at_index(schedule, (index - stride).clamp(min=0), like)

@@ -74,6 +74,16 @@ class Level:
         return to.noise(x0, self.eps(x_t, x0))
 
 
+def boundary(t: Tensor, data_std: float = 0.5, scale: float = 10.0) -> tuple[Tensor, Tensor]:
+    """(c_skip, c_out) of a consistency function c_skip x_t + c_out x0 that is x_t itself at t = 0 (Song et al. 2023).
+
+    t: a DDPM time, (B,) or (B, 1, ..., 1). scale: LCM's factor on it (Luo et al. 2023), with which the function is the
+    network's x0 at all but the first steps.
+    """
+    var = (scale * t) ** 2 + data_std**2
+    return data_std**2 / var, scale * t / var.sqrt()
+
+
 def _edm(alpha: Tensor, sigma: Tensor, data_std: float) -> tuple[Tensor, Tensor]:
     var = (alpha * data_std) ** 2 + sigma**2
     return alpha * data_std**2 / var, sigma * data_std / var.sqrt()

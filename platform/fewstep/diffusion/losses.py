@@ -22,8 +22,23 @@ def matching_gradient(x: Tensor, real: Tensor, fake: Tensor, weight: Tensor | fl
 
 
 def surrogate(x: Tensor, gradient: Tensor) -> Tensor:
-    """0.5 mean(|x - sg(x - g)|^2): a loss whose gradient on x is g / x.numel() exactly. Its value says nothing."""
+    """0.5 mean(|x - sg(x - g)|^2): a loss whose gradient on x is g / x.numel() exactly. Its value says nothing.
+
+    Distribution matching gives g to samples; consistency methods give it to the network's output, -g being the residual
+    by which that output should move.
+    """
     return 0.5 * F.mse_loss(x, (x - gradient).detach())
+
+
+def unit(residual: Tensor, floor: float = 0.1) -> Tensor:
+    """Each sample's residual (B, ...) over its own norm plus a floor, r / (|r| + c): sCM's tangent normalisation."""
+    norm = residual.flatten(1).norm(dim=1).view(-1, *[1] * (residual.ndim - 1))
+    return residual / (norm + floor)
+
+
+def pseudo_huber(x: Tensor, target: Tensor, knee: float = 1e-3) -> Tensor:
+    """mean(sqrt((x - y)^2 + c^2) - c): quadratic below the knee c, linear above it (LCM, Luo et al. 2023)."""
+    return (((x - target) ** 2 + knee**2).sqrt() - knee).mean()
 
 
 def gan_generator(logits: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Denoising(Method):
 
     def loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
         net, draws, x0, cond = nets["student"], batch.draws, batch.real, batch.real_cond
-        level = lognormal_level(draws, "t", self.mean, self.std, self.ramp_share, net.schedule, x0)
+        level = lognormal_level(draws, "t", self.mean, self.std, net.schedule, x0, self.ramp_share)
         null = None if batch.conditions is None else batch.conditions.null(cond)
         if null is not None and self.drop_labels:
             drop = draws.uniform("drop", x0.shape[0]) < self.drop_labels

@@ -6,8 +6,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ..diffusion.draws import lognormal_angle
+from ..diffusion.draws import lognormal_level
 from ..diffusion.guidance import guided
+from ..diffusion.losses import unit
 from ..diffusion.samplers import Call, calls_at
 from ..diffusion.tangent import TRIG, tangent, velocity
 from .base import Batch, Make, Method, Nets, Phase, Terms
@@ -45,8 +46,8 @@ class SCM(Method):
 
     def loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
         x0, cond, draws, null = batch.real, batch.real_cond, batch.draws, batch.conditions.null(batch.real_cond)
-        t = lognormal_angle(draws, "t", self.mean, self.std, TRIG, len(x0))
-        level = TRIG.level(t, x0.ndim)
+        level = lognormal_level(draws, "t", self.mean, self.std, TRIG, x0)
+        t = level.t
         x, cos, sin = level.noise(x0, draws.normal("eps", x0.shape)), level.alpha, level.sigma
         student = lambda x, t: velocity(nets["student"], x, t, cond)
         dx = velocity(lambda *args: guided(nets["teacher"], *args, self.guidance, null), x, t, cond).detach()
@@ -54,6 +55,5 @@ class SCM(Method):
         f, df = tangent(student, (x, t), along, self.tangents)
         warm = min(1.0, draws.step / self.warmup_steps) if self.warmup_steps else 1.0
         g = -(cos**2) * (f - dx) - warm * (cos * sin * x + df)
-        norm = g.flatten(1).norm(dim=1).view_as(cos)
-        loss = (student(x, t) - f - g / (norm + 0.1)).square().flatten(1).sum(1).mean()
-        return {"tangent": loss}, {"tangent_norm": norm.mean()}
+        loss = (student(x, t) - f - unit(g)).square().flatten(1).sum(1).mean()
+        return {"tangent": loss}, {"tangent_norm": g.flatten(1).norm(dim=1).mean()}
