@@ -22,6 +22,7 @@ from fewstep.engine.world import World
 from fewstep.methods import METHODS, Method
 from fewstep.networks.conditions import Labels, Nothing
 from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.pretrained import new_head
 
 CORNERS = [[0.6, 0.6], [-0.6, 0.6], [0.6, -0.6], [-0.6, -0.6]]
 DATA_STD = 0.6
@@ -160,8 +161,8 @@ class Make:
     def copy(self, role: str, extra: tuple[str, ...] = ()) -> nn.Module:
         return deepcopy(self.start).add_extra(*extra)
 
-    def head(self, role: str, at: tuple[str, ...] = ("middle",)) -> Head:
-        return head()
+    def head(self, role: str, at: tuple[str, ...] = ("middle",)) -> nn.Module:
+        return head() if isinstance(self.start.backbone, MLP) else new_head(self.start, at)
 
     def helper(self, name: str) -> nn.Module:
         return deepcopy(self.teacher)
