@@ -24,7 +24,7 @@ class Doctor(Strict):
     """Checks nodes, versions, all-reduce, storage, MLflow, weights and data."""
 
     recipe: str | None = None
-    """Check what this recipe uses: a name of jobs/recipes or a path."""
+    """Check what this recipe uses: a name of jobs/recipes or a path. Without one, what is shipped, and Inception."""
     out: str | None = None
     """Folder of the runs; without it the recipe's, else runs."""
     storage: str | None = None
@@ -39,15 +39,16 @@ class Doctor(Strict):
 
 @command(Doctor)
 def main(job: Doctor) -> int:
-    from fewstep.cluster.doctor import examine, healthy, judge, table, wanted, within
+    from fewstep.cluster.doctor import examine, within
+    from fewstep.diagnosis import healthy, judge, table
 
     with within(job.limit_s):
-        recipe = None
-        if job.recipe is not None:
-            from fewstep.recipe import open_recipe
+        from fewstep.recipe import open_recipe
 
-            recipe = open_recipe(job.recipe, ROOT / "jobs" / "recipes", {})
-        facts = examine(wanted(recipe, job.out, job.storage, job.uri), job.limit_s, recipe)
+        given = {"out": job.out, "storage": job.storage, "tracking.uri": job.uri}
+        given = {key: value for key, value in given.items() if value is not None}
+        recipe = open_recipe(job.recipe or "fashion_mnist", ROOT / "jobs" / "recipes", given)
+        facts = examine(recipe, job.limit_s, asked=job.recipe is not None)
     checks = judge(facts)
     if job.as_json:
         print(json.dumps({"healthy": healthy(checks), "checks": [vars(check) for check in checks], "facts": facts}))

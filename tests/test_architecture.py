@@ -20,7 +20,7 @@ PACKAGE = ROOT / "platform" / "fewstep"
 # A part imports from lower floors only; parts of one floor do not know each other.
 FLOORS = [
     {"texts"},
-    {"files", "locks"},
+    {"files", "locks", "checks"},
     {"config", "folders", "diffusion"},
     {"networks", "data", "methods", "metrics"},
     {"engine"},
@@ -28,7 +28,7 @@ FLOORS = [
     {"build"},
     {"students", "tracking", "watchdog"},
     {"run", "compare"},
-    {"dryrun", "sweeps"},
+    {"dryrun", "sweeps", "diagnosis"},
     {"cluster"},
 ]
 

@@ -6,24 +6,34 @@ import copy
 import http.server
 import json
 import os
+import re
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fewstep.checks import Check
 from fewstep.cluster import doctor
-from fewstep.cluster.doctor import healthy, judge, reach, table, wanted, weights
+from fewstep.cluster.doctor import part_checks
+from fewstep.cluster.train import localized
+from fewstep.config import resolve
+from fewstep.diagnosis import healthy, judge, table
 from fewstep.metrics import inception
 from fewstep.metrics.build import Metrics
+from fewstep.metrics.build import check as metric_checks
 from fewstep.recipe import load_recipe
+from fewstep.tracking.store import reach
 
 ROOT = Path(__file__).resolve().parents[1]
+ASSETS = resolve("shipped:fashion_mnist")
 
 
 def run(capsys, *words: str) -> tuple[int, str]:
@@ -59,8 +69,16 @@ def test_a_healthy_cluster_is_described_and_nothing_is_broken(ray_cluster, tmp_p
     (node,) = found["facts"]["nodes"].values()
     assert node["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert node["versions"]["python"] == sys.version.split()[0] and node["versions"]["ray"] == ray_cluster.__version__
-    assert node["torchvision"]["error"] is None and node["data"]["rows"] == 10000
-    assert all(len(seen["sees"]) == 1 for seen in node["storage"].values())
+    assert node["torchvision"]["error"] is None and {key: len(seen) for key, seen in node["sees"].items()} == {
+        "out": 1,
+        "storage": 1,
+    }
+    said = {c["check"]: c["result"] for c in found["checks"]}
+    assert said["data"].endswith("fashion_mnist/shards: 10,000 rows, on 1 node")
+    assert said["teacher"].endswith("fashion_mnist/teacher, on 1 node")
+    assert said["storage storage"] == f"{tmp_path / 'store'}: writable, on 1 node"
+    assert said["MLflow"] == f"sqlite:///{tmp_path / 'mlflow.db'}: writable, on 1 node"
+    assert said["weights features"].endswith("features.safetensors, on 1 node")
     reduce = found["facts"]["reduce"]
     assert (reduce["backend"], reduce["workers"]) == ("gloo", 2) and reduce["gb_per_s"] > 0.001
     assert (cluster["token"], cluster["address"].split(":")[0]) == (True, "127.0.0.1")
@@ -93,8 +111,8 @@ def test_everything_that_is_broken_is_named_with_the_way_out(ray_cluster, tmp_pa
     assert status == 1 and not found["healthy"]
     assert broken.keys() == {"storage out", "MLflow", "weights inception", "weights inception_reference"}
     for check, result, remedy in (
-        ("storage out", "/proc/runs: cannot write: No such file or directory on ", "out=..."),
-        ("MLflow", f"http://127.0.0.1:{port}: Connection refused on ", f"mlflow server --host 127.0.0.1 --port {port}"),
+        ("storage out", ": /proc/runs: cannot write: No such file or directory", "out=..."),
+        ("MLflow", f": http://127.0.0.1:{port}: Connection refused", f"mlflow server --host 127.0.0.1 --port {port}"),
         ("weights inception", str(tmp_path / "none.pt"), "evaluate.inception=<path>"),
         ("weights inception_reference", "fid need this file and the recipe names none", "jobs/features.py"),
     ):
@@ -141,18 +159,27 @@ def test_a_body_that_hangs_ends_at_the_limit():
 
 # The judgement, of made-up facts
 
+WELL = {
+    "storage out": "/x/runs: writable",
+    "MLflow": "http://u:***@h:5000: answers",
+    "weights features": "/x/features.safetensors",
+    "data": "/x/data: 10 rows",
+}
+
 
 def node(**changes) -> dict:
     versions = {"python": "3.11.7", "torch": "2.15.0+cu132", "torchvision": "0.29.2", "ray": "2.60.0",
                 "diffusers": "0.42.1", "mlflow": "3.17.2", "pyarrow": "25.0.1"}  # fmt: skip
+    checks = {name: Check(name, "ok", result) for name, result in WELL.items()}
+    if "broken" in changes:
+        name, result = changes.pop("broken")
+        checks[name] = Check(name, "broken", result, f"the remedy of {name}")
     return {
         "error": None,
         "versions": versions | changes.pop("versions", {}),
         "torchvision": {"needs": "torch>=2.14.0", "error": None},
-        "storage": {"out": {"error": None, "sees": ["a", "b"]}},
-        "tracking": None,
-        "files": {"/x/features.safetensors": True},
-        "data": {"rows": 10, "error": None},
+        "checks": [vars(check) for check in checks.values()],
+        "sees": {"out": ["a", "b"]},
     } | changes
 
 
@@ -165,21 +192,19 @@ def facts(a: dict | None = None, b: dict | None = None, **changes) -> dict:
         "driver": {"versions": node()["versions"]},
         "nodes": {"a": node(**(a or {})), "b": node(**(b or {}))},
         "reduce": {"backend": "nccl", "workers": 2, "gpus": 2, "error": None, "gb_per_s": 40.0, "devices": ["X", "X"]},
-        "weights": [
-            {"what": "features", "path": "/x/features.safetensors", "error": None, "needed": True, "remedy": "x"}
-        ],
-        "wanted": {"folders": {"out": "/x/runs"}, "uri": "http://u:secret@h:5000", "database": None, "data": "/x/data"},
+        "folders": {"out": "/x/runs"},
+        "database": False,
+        "asked": True,
     }
     return copy.deepcopy(made | changes)
 
 
-def test_a_whole_cluster_has_nothing_broken_and_no_password_is_shown():
+def test_a_whole_cluster_has_nothing_broken():
     checks = judge(facts())
     assert healthy(checks) and {c.status for c in checks} == {"ok"}
     assert by_name(checks)["all-reduce (nccl)"].result == "2 GPUs (X) add up, 40.00 GB/s"
-    assert by_name(checks)["storage out"].result == "/x/runs: written by 2 nodes and shared by them"
+    assert {name: by_name(checks)[name].result for name in WELL} == {k: f"{v}, on 2 nodes" for k, v in WELL.items()}
     assert table(checks, width=300).splitlines()[-1] == "0 broken, 0 warnings"
-    assert "secret" not in table(checks) and "http://u:***@h:5000" in table(checks)
 
 
 BROKEN = {
@@ -214,24 +239,20 @@ BROKEN = {
         ("all-reduce (nccl)", "2 GPUs: rank 1: timed out", "NCCL_SOCKET_IFNAME"),
     ),
     "storage of one node only": (
-        facts(**{n: {"storage": {"out": {"error": None, "sees": [n]}}} for n in "ab"}),
+        facts(a={"sees": {"out": ["a"]}}, b={"sees": {"out": ["b"]}}),
         ("storage out", "not shared: a does not see what b wrote; b does not see what a wrote", "storage=s3://"),
     ),
     "storage that one node cannot write": (
-        facts(b={"storage": {"out": {"error": "Read-only file system", "sees": []}}}),
-        ("storage out", "/x/runs: cannot write: Read-only file system on b", "out=..."),
-    ),
-    "no tracking from one node": (
-        facts(b={"tracking": "Connection refused"}),
-        ("MLflow", "Connection refused on b", "mlflow server --host h --port 5000"),
-    ),
-    "weights on one node only": (
-        facts(b={"files": {"/x/features.safetensors": False}}),
-        ("weights features", "/x/features.safetensors: not on b", "same path"),
+        facts(b={"broken": ("storage out", "/x/runs: cannot write: Read-only file system"), "sees": {}}),
+        ("storage out", "b: /x/runs: cannot write: Read-only file system", "the remedy of storage out"),
     ),
     "data on one node only": (
-        facts(b={"data": {"rows": 0, "error": "data.path: no folder '/x/data'"}}),
-        ("data", "b: data.path: no folder '/x/data'", "every node under the same path"),
+        facts(b={"broken": ("data", "data.path: no folder '/x/data'")}),
+        ("data", "b: data.path: no folder '/x/data'", "the remedy of data"),
+    ),
+    "weights on no node": (
+        facts(**{n: {"broken": ("weights features", "features: no file")} for n in "ab"}),
+        ("weights features", "a, b: features: no file", "the remedy of weights features"),
     ),
 }  # fmt: skip
 
@@ -248,7 +269,7 @@ def test_a_silent_node_is_one_line_and_the_others_are_judged():
     for error, remedy in (("no answer within 90 s", "ray logs"), ("No module named 'fewstep'", "--working-dir .")):
         made = facts()
         made["nodes"]["b"] = {"error": error}
-        made["nodes"]["a"]["storage"]["out"]["sees"] = ["a"]
+        made["nodes"]["a"]["sees"]["out"] = ["a"]
         checks = judge(made)
         assert [(c.check, c.result) for c in checks if c.status == "broken"] == [("node b", error)]
         assert remedy in by_name(checks)["node b"].remedy
@@ -286,13 +307,17 @@ def test_a_cluster_that_cannot_be_joined_is_all_there_is_to_say():
 
 def test_warnings_do_not_fail():
     busy = {"backend": "nccl", "workers": 0, "gpus": 2, "error": None, "gb_per_s": None, "devices": []}
-    file = {"folders": {"out": "/x/runs"}, "uri": "sqlite:////x/m.db", "database": "/x/m.db", "data": None}
-    no = [{"what": "inception", "path": None, "error": "no inception", "needed": False, "remedy": "x"}]
-    checks = judge(facts(reduce=busy, wanted=file, weights=no))
+    absent = ("weights inception", "no inception-2015-12-05.pt")
+    checks = judge(facts(a={"broken": absent}, reduce=busy, database=True, asked=False))
     assert healthy(checks)
     warned = {c.check: c.result for c in checks if c.status == "warning"}
     assert warned.keys() == {"all-reduce (nccl)", "MLflow", "weights inception"}
     assert warned["all-reduce (nccl)"] == "all 2 GPUs are in use"
+    assert warned["MLflow"].endswith("on 2 nodes; several nodes should not share a file")
+    asked = by_name(judge(facts(a={"broken": absent})))
+    assert asked["weights inception"].status == "broken" and asked["weights inception"].result == f"a: {absent[1]}"
+    nobody = judge(facts(a={"broken": ("weights inception_reference", "fid need this file")}, asked=False))
+    assert healthy(nobody) and "weights inception_reference" not in by_name(nobody)  # only a recipe can name it
 
 
 # What is looked at
@@ -314,7 +339,7 @@ def test_a_tracking_server_is_asked_for_its_health(status):
     server = http.server.HTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        error = reach(f"http://user:secret@127.0.0.1:{server.server_port}/mlflow", None)
+        error = reach(f"http://user:secret@127.0.0.1:{server.server_port}/mlflow")
     finally:
         server.shutdown()
         server.server_close()
@@ -322,10 +347,10 @@ def test_a_tracking_server_is_asked_for_its_health(status):
 
 
 def test_a_store_that_cannot_be_used_says_why(tmp_path):
-    assert "refused" in reach(f"http://127.0.0.1:{closed_port()}", None)
-    assert "refused" in reach(f"postgresql+psycopg2://u:p@127.0.0.1:{closed_port()}/mlflow", None)
-    assert reach("sqlite:////proc/x/mlflow.db", "/proc/x/mlflow.db") == "No such file or directory"
-    assert reach(f"sqlite:///{tmp_path}/mlflow.db", f"{tmp_path}/mlflow.db") is None and list(tmp_path.iterdir()) == []
+    assert "refused" in reach(f"http://127.0.0.1:{closed_port()}")
+    assert "refused" in reach(f"postgresql+psycopg2://u:p@127.0.0.1:{closed_port()}/mlflow")
+    assert reach("sqlite:////proc/x/mlflow.db") == "No such file or directory"
+    assert reach(f"sqlite:///{tmp_path}/mlflow.db") is None and list(tmp_path.iterdir()) == []
 
 
 def test_operators_run_in_a_process_that_may_die(monkeypatch):
@@ -343,29 +368,62 @@ def test_operators_run_in_a_process_that_may_die(monkeypatch):
 
 def test_inception_is_looked_for_and_a_wrong_file_is_no_inception(tmp_path, monkeypatch):
     monkeypatch.setattr(inception, "folders", lambda: (tmp_path / "cache", tmp_path / "tmp"))
-    fid = Metrics(metrics=["fid"])
-    (absent,) = weights(fid, strict=False)
-    assert absent["error"].startswith("no inception-2015-12-05.pt in ") and str(tmp_path / "cache") in absent["error"]
-    assert not absent["needed"]
+
+    def looked() -> Check:
+        found = metric_checks(SimpleNamespace(evaluate=Metrics(metrics=["fid", "kid"])))
+        assert [c.check for c in found] == ["weights inception", "weights inception_reference"]
+        assert found[1].result == "fid and kid need this file and the recipe names none"
+        return found[0]
+
+    absent = looked()
+    assert absent.status == "broken" and absent.result.startswith("no inception-2015-12-05.pt in ")
+    assert str(tmp_path / "cache") in absent.result and absent.result.endswith(", and so no fid and kid")
+    assert absent.remedy.startswith("name it with evaluate.inception=<path>; where there is a network: python -c ")
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / inception.FILE).write_bytes(b"something else")
-    (wrong,) = weights(fid, strict=False)
-    assert "is not the official inception-2015-12-05.pt" in wrong["error"]
+    assert "is not the official inception-2015-12-05.pt" in looked().result
     monkeypatch.setattr(inception, "SHA256", inception.sha256_of(tmp_path / "cache" / inception.FILE))
-    (right,) = weights(fid, strict=False)
-    assert right["error"] is None and right["path"] == str(tmp_path / "cache" / inception.FILE)
+    assert looked() == Check("weights inception", "ok", str(tmp_path / "cache" / inception.FILE))
 
 
-def test_what_a_recipe_names_is_what_is_looked_for(tmp_path, monkeypatch):
+def test_each_part_looks_at_what_the_recipe_names(tmp_path, monkeypatch):
     monkeypatch.setenv("FEWSTEP_HOME", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    recipe = load_recipe(
-        ["storage=s3://bucket/x", "evaluate.reference=null"], ROOT / "jobs" / "recipes", "fashion_mnist"
-    )
-    looked = wanted(recipe)
-    assert looked.folders == {"out": str(tmp_path / "runs"), "storage": "s3://bucket/x"}
-    assert looked.uri == f"sqlite:///{tmp_path / 'mlflow.db'}" and looked.database == str(tmp_path / "mlflow.db")
-    assert wanted(recipe, out="/y", uri="http://h:5000").folders["out"] == "/y"
-    features, reference = weights(recipe.evaluate)
-    assert features["error"] is None and features["path"].endswith("features.safetensors")
-    assert reference["error"] == "fd_fashion and diversity need this file and the recipe names none"
+
+    def looked(*words: str) -> dict[str, Check]:
+        recipe = load_recipe([*words], ROOT / "jobs" / "recipes", "fashion_mnist")
+        return by_name(part_checks(localized(recipe, download=False).model_dump(mode="json")))
+
+    well = looked()
+    assert {c.status for c in well.values()} == {"ok"}
+    assert {name: check.result for name, check in well.items()} == {
+        "storage out": f"{tmp_path / 'runs'}: writable",
+        "MLflow": f"sqlite:///{tmp_path / 'mlflow.db'}: writable",
+        "weights features": str(ASSETS / "features.safetensors"),
+        "weights reference": str(ASSETS / "statistics.npz"),
+        "teacher": str(ASSETS / "teacher"),
+        "data": f"{ASSETS / 'shards'}: 10,000 rows",
+    }
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+    shutil.copytree(ASSETS / "teacher", tmp_path / "teacher")
+    next((tmp_path / "teacher" / "unet").glob("*.safetensors")).unlink()
+    words = [f"teacher={tmp_path / 'teacher'}", "data.path=/nowhere", "storage=/proc/x", "evaluate.reference=null"]
+    broken = {n: c for n, c in looked(*words, "helpers.lpips=hub:nobody/nothing").items() if c.status != "ok"}
+    assert {name: re.search(said, broken[name].result) is not None for name, said in {
+        "storage storage": "^/proc/x: cannot write: No such file or directory$",
+        "weights reference": "^fd_fashion and diversity need this file and the recipe names none$",
+        "teacher": f"^teacher: no diffusion_pytorch_model.safetensors in '{tmp_path}/teacher/unet'$",
+        "helpers.lpips": "^teacher: hub repository 'nobody/nothing' is neither in the local cache nor",
+        "data": "^data.path: no folder '/nowhere'",
+    }.items()} == dict.fromkeys(broken, True)  # fmt: skip
+    assert all(check.remedy for check in broken.values())
+
+
+def test_a_part_that_does_not_load_and_a_recipe_that_does_not_fit_are_findings(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "PARTS", ("fewstep.nothing",))
+    recipe = load_recipe([f"out={tmp_path}"], ROOT / "jobs" / "recipes", "fashion_mnist").model_dump(mode="json")
+    (lost,) = part_checks(recipe)
+    assert (lost.check, lost.status) == ("fewstep.nothing", "broken") and "No module named" in lost.result
+    (unfit,) = part_checks(recipe | {"seed": -1})
+    assert unfit.check == "recipe" and "requirements.lock" in unfit.remedy

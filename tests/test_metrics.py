@@ -21,7 +21,7 @@ from scipy.linalg import sqrtm
 from torch import nn
 
 from fewstep.build import make_metrics
-from fewstep.cluster.doctor import weights
+from fewstep.checks import Check
 from fewstep.cluster.progress import table as closing_table
 from fewstep.cluster.train import localized
 from fewstep.compare import Record
@@ -34,6 +34,7 @@ from fewstep.files import sha256_of
 from fewstep.metrics import METRICS, Metric, better, find_metric, inception, kid, prdc
 from fewstep.metrics.base import File, Files, Measure, Outputs, Samples, Score, compare, evaluate, score
 from fewstep.metrics.build import Metrics
+from fewstep.metrics.build import check as check_files
 from fewstep.metrics.classes import Diversity
 from fewstep.metrics.features import FeatureNet, Info, SmallNetwork, open_features, save_features, train_features
 from fewstep.metrics.frechet import Frechet, frechet_distance
@@ -576,12 +577,11 @@ def test_a_metric_of_one_class_serves_recipe_score_comparison_and_sweep(bright, 
     trials = [Trial(i, v, 0, "search", f"s-{i}", 0.0, scored[i], FINISHED) for i, v in enumerate(space.grid())]
     assert judge(trials, space.metric, space.mode, str).best.values == {"method.gan_weight": 0}
 
-    (looked,) = weights(recipe.evaluate)
-    assert (looked["what"], looked["path"], looked["error"]) == (
-        "settings.bright.threshold", str(tmp_path / "limit"), None
-    )  # fmt: skip
+    assert check_files(recipe) == [Check("weights settings.bright.threshold", "ok", str(tmp_path / "limit"))]
     (tmp_path / "limit").unlink()
-    assert weights(recipe.evaluate)[0]["error"] == f"threshold: no file {str(tmp_path / 'limit')!r}"
+    (lost,) = check_files(recipe)
+    assert (lost.status, lost.result) == ("broken", f"threshold: no file {str(tmp_path / 'limit')!r}")
+    assert lost.remedy == "name it with evaluate.settings.bright.threshold=<path>; write a number into it"
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,16 @@
-"""What a cluster has, and what of it would break a run: facts gathered on every node, and a judgement of them.
+"""A cluster's state before a run: the facts of every node, which fewstep.diagnosis judges.
 
-    facts = examine(wanted(recipe=None, out="runs"), limit_s=300)
-    checks = judge(facts)                     # a pure function: (check, status, result, remedy) of each
-    print(table(checks))
+    print(table(judge(examine(recipe, limit_s=300))))
 
-One task a node looks at versions, torchvision's operators, storage, tracking, files and data, from where workers will
-run; one process a GPU (or two and more CPU processes) adds numbers up over all of them. Whatever has not answered in
-time is a finding, not a wait.
+One task a node looks at versions and torchvision's operators, and runs the `check(recipe)` of each part: storage,
+tracking, metrics, networks, data. One process a GPU (or two and more CPU processes) adds numbers up over all of them.
+A node that does not answer in time is a finding, and nothing waits for it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
+import importlib
 import os
 import platform
 import socket
@@ -20,30 +18,25 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 
-from ..config import resolve, resolve_out_ref
-from ..engine.storage import Place, reason
+from ..checks import LOCK, Check
+from ..engine.storage import Place
+from ..texts import one_line, reason
 from .session import asks_for_token, connect
 
-if TYPE_CHECKING:  # with torch, which a node should not need to be looked at
-    from ..metrics.build import Metrics
-    from ..recipe import Recipe
+if TYPE_CHECKING:
+    from ..recipe import Recipe  # with torch, which a node should not need to be looked at
 
 PACKAGES = ("torch", "torchvision", "ray", "diffusers", "mlflow", "pyarrow")
-LOCK = "install the same requirements.lock on every node: pip install -r requirements.lock"
 CPU_MIB, GPU_MIB, ROUNDS = 16, 256, 5  # of the all-reduce
-PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 # In a process of its own: operators built for another torch may end the process that loads them.
 NMS = """
@@ -54,58 +47,15 @@ assert kept == [1, 2], f"nms kept {kept} of three boxes where it has to keep [1,
 """
 
 
-@dataclass(frozen=True)
-class Check:
-    """One line of the doctor's table. `remedy` is what to do; empty where nothing is to be done."""
-
-    check: str
-    status: Literal["ok", "warning", "broken"]
-    result: str
-    remedy: str = ""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What runs will use, with absolute paths: what the doctor looks for.
-
-    folders: by setting (out, storage). uri: of the tracking store. database: its file, where it is SQLite.
-    data: folder of shards.
-    """
-
-    folders: dict[str, str]
-    uri: str
-    database: str | None
-    data: str | None
-
-
-SHIPPED = {
-    "metrics": ["class_consistency", "diversity", "fid", "kid"],
-    "features": "shipped:fashion_mnist/features.safetensors",
-    "reference": "shipped:fashion_mnist/statistics.npz",
-}
-"""What is scored with where there is no recipe."""
-
-
-def wanted(
-    recipe: Recipe | None = None, out: str | None = None, storage: str | None = None, uri: str | None = None
-) -> Wanted:
-    """What a recipe's run would use; what is given beside it comes first.
-
-    Raises ValueError for a tracking store that is none.
-    """
-    from ..tracking.store import database, tracking_uri
-
-    out = out or (recipe.out if recipe else "runs")
-    storage = storage or (recipe.storage if recipe else None)
-    folders = {key: str(resolve_out_ref(path)) for key, path in (("out", out), ("storage", storage)) if path}
-    uri = tracking_uri(uri or (recipe.tracking.uri if recipe else None))
-    file = database(uri)
-    return Wanted(
-        folders=folders,
-        uri=uri,
-        database=None if file is None else str(file),
-        data=str(resolve(recipe.data.path)) if recipe and recipe.data else None,
-    )
+PARTS = (  # each has check(recipe)
+    "fewstep.engine.storage",
+    "fewstep.tracking.store",
+    "fewstep.metrics.build",
+    "fewstep.networks.pretrained",
+    "fewstep.data.shards",
+)
+WITHOUT_RECIPE = ["class_consistency", "diversity", "fid", "kid"]
+"""Metrics whose files are looked for where no recipe is asked about."""
 
 
 # What is looked at on a node
@@ -140,41 +90,28 @@ def operators(timeout_s: float) -> str | None:
     return None if done.returncode == 0 else _last_line(done.stderr or f"ended with status {done.returncode}")
 
 
-def reach(uri: str, database: str | None, timeout_s: float = 10.0) -> str | None:
-    """Why the tracking store cannot be used from here, or None.
-
-    An SQLite file's folder has to be writable; a server has to answer /health; any other database's port to be open.
-    """
-    if database is not None:
-        if os.path.exists(database) and not os.access(database, os.W_OK):
-            return f"{database} is not writable"
-        folder, probe = os.path.dirname(database), f".doctor.{uuid.uuid4().hex}"
-        return _write(folder, probe) or _unwrite({"": folder}, probe)
-    parts = urlsplit(uri)
-    port = parts.port or PORTS[parts.scheme.partition("+")[0]]
+def part_checks(recipe: dict[str, Any]) -> list[Check]:
+    """What every part says of the recipe here. A part that cannot be imported is a finding, and so is the recipe."""
     try:
-        if not parts.scheme.startswith("http"):
-            socket.create_connection((parts.hostname, port), timeout_s).close()
-            return None
-        address = f"{parts.scheme}://{parts.hostname}:{port}{parts.path}/health"
-        with urllib.request.urlopen(address, timeout=timeout_s) as answer:  # noqa: S310 - http or https
-            answer.read()
-    except urllib.error.HTTPError as error:
-        return f"answers {error.code} {error.reason} on /health"
-    except OSError as error:
-        return _last_line(reason(getattr(error, "reason", error)))
-    return None
+        from ..recipe import Recipe
+
+        parsed = Recipe.model_validate(recipe)
+    except Exception as error:
+        return [Check("recipe", "broken", one_line(error), LOCK)]
+    found: list[Check] = []
+    for name in PARTS:
+        try:
+            found += importlib.import_module(name).check(parsed)
+        except Exception as error:
+            found.append(Check(name, "broken", one_line(error), LOCK))
+    return found
 
 
-def _write(folder: str, probe: str) -> str | None:
-    """Writes a probe and reads it back: why that failed, or None."""
-    try:
-        place = Place.of(folder)
-        place.make()
-        (place / probe).write(probe.encode())
-        return None if (place / probe).read() == probe.encode() else "what was written reads back otherwise"
-    except Exception as error:  # an object store's library has errors of its own, and each is a finding
-        return _last_line(reason(error))
+def _leave(folders: dict[str, str], probe: str) -> None:
+    """Leaves a file in each folder, for the other nodes to see; `part_checks` says where that is impossible."""
+    for folder in folders.values():
+        with contextlib.suppress(Exception):
+            (Place.of(folder) / probe).write(b"0")
 
 
 def _see(folders: dict[str, str], probes: list[str]) -> dict[str, list[str]]:
@@ -188,27 +125,22 @@ def _unwrite(folders: dict[str, str], probe: str) -> None:
             (Place.of(folder) / probe).remove()
 
 
-def _shards(path: str) -> dict[str, Any]:
-    """Whether a set of shards is all there: sizes, footers and columns are looked at, not every byte."""
-    from ..data.shards import ShardError, open_shards
-
-    try:
-        return {"rows": open_shards(path, "size").rows, "error": None}
-    except (ShardError, OSError) as error:
-        return {"rows": 0, "error": " ".join(str(error).split())}
-
-
-def look(wanted: Wanted, probe: str, files: list[str], timeout_s: float) -> dict[str, Any]:
-    """What one node has: the facts that `judge` asks of each. Its probes in the folders stay, for the others to see."""
-    return {
+def look(recipe: dict[str, Any], probe: str, timeout_s: float) -> dict[str, Any]:
+    """One node's facts. Its probes in the recipe's folders stay, for the other nodes to see."""
+    facts = {
         "error": None,
         "versions": versions(),
         "torchvision": {"needs": torch_wanted(), "error": operators(timeout_s)},
-        "storage": {key: {"error": _write(folder, probe), "sees": []} for key, folder in wanted.folders.items()},
-        "tracking": reach(wanted.uri, wanted.database),
-        "files": {path: os.path.isfile(path) and os.access(path, os.R_OK) for path in files},
-        "data": _shards(wanted.data) if wanted.data else None,
+        "checks": [asdict(check) for check in part_checks(recipe)],
+        "sees": {},
     }
+    _leave(folders_of(recipe), probe)
+    return facts
+
+
+def folders_of(recipe: dict[str, Any]) -> dict[str, str]:
+    """The folders that all nodes have to share, by setting."""
+    return {key: recipe[key] for key in ("out", "storage") if recipe[key]}
 
 
 class Peer:
@@ -262,11 +194,13 @@ class Peer:
 # Asking all nodes
 
 
-def examine(wanted: Wanted, limit_s: float = 300.0, recipe: Recipe | None = None) -> dict[str, Any]:
-    """Joins the cluster, or starts one, and gathers the facts of all nodes within four fifths of `limit_s`."""
-    from ray.exceptions import RayError
+def examine(recipe: Recipe, limit_s: float = 300.0, asked: bool = True) -> dict[str, Any]:
+    """Joins the cluster, or starts one, and gathers the facts of all nodes within four fifths of `limit_s`.
 
-    from ..metrics.build import Metrics
+    asked: whether somebody asked about this recipe; where nobody did, Inception is looked for beside it.
+    Raises ValueError for a tracking store that is none.
+    """
+    from ray.exceptions import RayError
 
     until = time.monotonic() + 0.8 * limit_s
     address = os.environ.get("RAY_ADDRESS", "")
@@ -274,14 +208,19 @@ def examine(wanted: Wanted, limit_s: float = 300.0, recipe: Recipe | None = None
         connect(cpus=1)
     except (RayError, OSError, RuntimeError, ValueError) as error:
         return {"cluster": {"address": address, "error": _last_line(reason(error)), "nodes": {}}}
-    facts: dict[str, Any] = {"cluster": _cluster(), "driver": {"versions": versions()}}
-    facts["wanted"] = asdict(wanted)
-    evaluate = recipe.evaluate if recipe else Metrics(**SHIPPED)
-    facts["weights"] = weights(evaluate, strict=recipe is not None)
+    from ..tracking.store import database
+    from .train import localized  # a cluster that cannot be joined is reported before this loads
+
+    if not asked:
+        recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"metrics": WITHOUT_RECIPE})})
+    plain = localized(recipe, download=False).model_dump(mode="json")
+    facts: dict[str, Any] = {"cluster": _cluster(), "driver": {"versions": versions()}, "asked": asked}
+    facts["folders"] = folders_of(plain)
+    facts["database"] = database(plain["tracking"]["uri"]) is not None
     ids = {name: node["id"] for name, node in facts["cluster"]["nodes"].items()}
     peers = _Peers(ids, max(until - time.monotonic(), 1))
     try:
-        facts["nodes"] = _look(wanted, ids, [w["path"] for w in facts["weights"] if w["path"]], until)
+        facts["nodes"] = _look(plain, ids, until)
         facts["reduce"] = peers.reduce(until)
     finally:
         peers.close()
@@ -334,25 +273,25 @@ def _gather(refs: dict[str, Any], until: float) -> dict[str, tuple[Any, str | No
     return found
 
 
-def _look(wanted: Wanted, ids: dict[str, str], files: list[str], until: float) -> dict[str, Any]:
+def _look(recipe: dict[str, Any], ids: dict[str, str], until: float) -> dict[str, Any]:
     """The facts of each node; then each looks for the others' probes, then each removes its own."""
     import ray
 
-    probes = {name: f".doctor.{uuid.uuid4().hex}" for name in ids}
+    folders, probes = folders_of(recipe), {name: f".doctor.{uuid.uuid4().hex}" for name in ids}
     most_s = 0.8 * (until - time.monotonic())  # for torchvision; a process that reads a cold disk may need a minute
 
     def ask(function: Any, arguments: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, str | None]]:
         task = ray.remote(max_retries=0)(function)
         return _gather({name: task.options(**_at(ids[name])).remote(*arguments[name]) for name in arguments}, until)
 
-    answers = ask(look, {name: (wanted, probes[name], files, most_s) for name in ids})
+    answers = ask(look, {name: (recipe, probes[name], most_s) for name in ids})
     nodes = {name: {"error": error} if facts is None else facts for name, (facts, error) in answers.items()}
     alive = [name for name, facts in nodes.items() if facts["error"] is None]
-    seen = ask(_see, {name: (wanted.folders, [probes[other] for other in alive]) for name in alive})
+    seen = ask(_see, {name: (folders, [probes[other] for other in alive]) for name in alive})
     for name, (found, _) in seen.items():
         for key, files in (found or {}).items():
-            nodes[name]["storage"][key]["sees"] = [other for other in alive if probes[other] in files]
-    ask(_unwrite, {name: (wanted.folders, probes[name]) for name in alive})
+            nodes[name]["sees"][key] = [other for other in alive if probes[other] in files]
+    ask(_unwrite, {name: (folders, probes[name]) for name in alive})
     return nodes
 
 
@@ -404,28 +343,6 @@ class _Peers:
             ray.kill(peer)
 
 
-def weights(evaluate: Metrics, strict: bool = True) -> list[dict[str, Any]]:
-    """The files that the metrics need, opened in this process. Nothing is downloaded.
-
-    strict: whether a recipe asks for the metrics; where none does, a file that is looked for in the usual places may
-    be absent. Returns {what, path, error, needed, remedy} of each file.
-    """
-    found = []
-    for need in evaluate.needs():
-        searched = need.kind.find is not None
-        if not strict and need.path is None and not searched:
-            continue
-        path, error = need.path and str(resolve(need.path)), None
-        try:
-            path = str(need.look())
-        except (OSError, ValueError) as problem:
-            error = " ".join(str(problem).split())
-        remedy = f"name it with evaluate.{need.key}=<path>; {need.kind.remedy}"
-        line = {"what": need.key, "path": path, "error": error, "needed": strict or not searched, "remedy": remedy}
-        found.append(line)
-    return found
-
-
 def _last_line(error: Any) -> str:
     """The last line of an error, which says what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -448,227 +365,3 @@ def within(limit_s: float) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-# The judgement
-
-
-def judge(facts: dict[str, Any]) -> list[Check]:
-    """A check for each thing that facts tell of, in the order in which a person would mend them. Pure."""
-    cluster = facts["cluster"]
-    if cluster["error"] is not None:
-        where = cluster["address"] or "this machine"
-        said, _, way_out = cluster["error"].removeprefix("RAY_ADDRESS: ").partition("; ")
-        start = "start one with: ray start --head, or unset RAY_ADDRESS to use this machine alone"
-        return [Check("cluster", "broken", f"{where}: {said}", way_out or start)]
-    nodes = {name: node for name, node in facts["nodes"].items() if node["error"] is None}
-    if not nodes:
-        return list(_judge_cluster(facts))
-    checks = [
-        *_judge_cluster(facts),
-        _judge_access(cluster),
-        *_judge_versions({**nodes, "this process": facts["driver"]}),
-        *_judge_torchvision(nodes),
-        _judge_reduce(facts["reduce"]),
-        *(_judge_storage(key, folder, nodes) for key, folder in facts["wanted"]["folders"].items()),
-        _judge_tracking(facts["wanted"], nodes),
-        *_judge_weights(facts["weights"], nodes),
-    ]
-    return checks + ([_judge_data(facts["wanted"]["data"], nodes)] if facts["wanted"]["data"] else [])
-
-
-def _count(n: float, what: str) -> str:
-    return f"{n:g} {what}" + ("" if n == 1 else "s")
-
-
-def _has(node: dict[str, float]) -> str:
-    return (
-        f"{_count(node['cpus'], 'CPU')}, {_count(node['gpus'], 'GPU')}, {node['memory_gib']:.1f} GiB memory, "
-        f"{node['object_store_gib']:.1f} GiB object store"
-    )
-
-
-def _judge_cluster(facts: dict[str, Any]) -> Iterator[Check]:
-    cluster = facts["cluster"]
-    yield Check("cluster", "ok", f"{cluster['address']}: {_count(len(cluster['nodes']), 'node')}, {_has(cluster)}")
-    for name, node in cluster["nodes"].items():
-        error = facts["nodes"][name]["error"]
-        if error is None:
-            yield Check(f"node {name}", "ok", _has(node))
-        elif "fewstep" in error:
-            yield Check(f"node {name}", "broken", error,
-                        "submit with: ray job submit --working-dir . -- python jobs/doctor.py, or install the package "
-                        "there")  # fmt: skip
-        else:
-            yield Check(f"node {name}", "broken", error, "look at its log with: ray logs, and start it again")
-
-
-def _judge_access(cluster: dict[str, Any]) -> Check:
-    """Who can run programs on the cluster. Encryption is not looked at: Ray has none by default."""
-    here = [address for address in (cluster["address"], cluster["dashboard"]) if address and not _loopback(address)]
-    reach = f"other machines reach {' and '.join(here)}" if here else "only this machine reaches it"
-    dashboard = f", with a dashboard at {cluster['dashboard']}" if cluster["dashboard"] else ", without a dashboard"
-    if not cluster["token"]:
-        return Check("access", "warning",
-                     f"open: no token is asked for, and {reach}{dashboard}: whoever does runs programs as its user",
-                     "export RAY_AUTH_MODE=token before ray start on every node; ray get-auth-token --generate makes "
-                     "the token that all nodes and drivers need")  # fmt: skip
-    if cluster["dashboard"] in here:
-        return Check("access", "warning", f"a token is asked for, and {reach}{dashboard}",
-                     "ray start --dashboard-host=127.0.0.1 keeps the dashboard to its machine")  # fmt: skip
-    return Check("access", "ok", f"a token is asked for, and {reach}{dashboard}")
-
-
-def _loopback(address: str) -> bool:
-    """Whether host:port is of the loopback interface."""
-    host = address.rpartition(":")[0].strip("[]")
-    return host == "localhost" or host == "::1" or host.startswith("127.")
-
-
-def _by_value(values: dict[str, Any]) -> dict[Any, str]:
-    """Which nodes have each value: {value: "node a, node b"}."""
-    found: dict[Any, list[str]] = {}
-    for name, value in values.items():
-        found.setdefault(value, []).append(name)
-    return {value: ", ".join(names) for value, names in found.items()}
-
-
-def _judge_versions(nodes: dict[str, Any]) -> Iterator[Check]:
-    same = []
-    for package in ("python", *PACKAGES):
-        found = _by_value({name: node["versions"][package] for name, node in nodes.items()})
-        if len(found) == 1 and None not in found:
-            same.append(f"{package} {next(iter(found))}")
-            continue
-        where = "; ".join(f"{version or 'none'} on {names}" for version, names in found.items())
-        remedy = LOCK if package != "python" else "use one Python for the cluster and for who submits"
-        yield Check("versions", "broken", f"{package}: {where}", remedy)
-    if same:
-        yield Check("versions", "ok", ", ".join(same))
-
-
-def _judge_torchvision(nodes: dict[str, Any]) -> Iterator[Check]:
-    errors = {}
-    for name, node in nodes.items():
-        torch, needs = node["versions"]["torch"], node["torchvision"]["needs"]
-        error = node["torchvision"]["error"]
-        if torch and needs and not Requirement(needs).specifier.contains(torch.partition("+")[0], prereleases=True):
-            error = f"torchvision {node['versions']['torchvision']} needs {needs} and torch is {torch}" + (
-                f" ({error})" if error else ""
-            )
-        errors[name] = error
-    for error, names in _by_value(errors).items():
-        if error is None:
-            yield Check("torch and torchvision", "ok", f"torchvision's operators work on {names}")
-        else:
-            yield Check("torch and torchvision", "broken", f"{names}: {error}",
-                        f"they have to be built for each other; {LOCK}")  # fmt: skip
-
-
-def _judge_reduce(reduce: dict[str, Any]) -> Check:
-    size, gpus, backend = reduce["workers"], reduce["gpus"], reduce["backend"]
-    what = _count(size, "GPU") if gpus else f"{size} CPU processes"
-    name = f"all-reduce ({backend})"
-    if not size:
-        return Check(name, "warning", f"all {gpus} GPUs are in use", "ask again when they are free")
-    if reduce["error"] is not None:
-        variable = "NCCL_SOCKET_IFNAME" if gpus else "GLOO_SOCKET_IFNAME"
-        remedy = f"nodes have to reach each other on every port; {variable} names the network interface"
-        remedy += "; NCCL_DEBUG=INFO says more" if gpus else ""
-        return Check(name, "broken", f"{what}: {reduce['error']}", remedy)
-    devices = ", ".join(sorted(set(reduce["devices"])))
-    speed = "" if reduce["gb_per_s"] is None else f", {reduce['gb_per_s']:.2f} GB/s"
-    result = f"{what} ({devices}) add up{speed}"
-    if size < gpus:
-        return Check(name, "warning", f"{result}; {_count(gpus - size, 'GPU')} in use and left out",
-                     "ask again when they are free")  # fmt: skip
-    return Check(name, "ok", result)
-
-
-def _judge_storage(key: str, folder: str, nodes: dict[str, Any]) -> Check:
-    name, here = f"storage {key}", {name: node["storage"][key] for name, node in nodes.items()}
-    errors = {node: facts["error"] for node, facts in here.items() if facts["error"] is not None}
-    if errors:
-        found = "; ".join(f"{error} on {names}" for error, names in _by_value(errors).items())
-        return Check(name, "broken", f"{folder}: cannot write: {found}",
-                     f"choose another with {key}=..., or make it writable for who runs Ray there")  # fmt: skip
-    blind = {node: [other for other in here if other not in facts["sees"]] for node, facts in here.items()}
-    blind = {node: others for node, others in blind.items() if others}
-    if blind:
-        found = "; ".join(f"{node} does not see what {', '.join(others)} wrote" for node, others in blind.items())
-        return Check(name, "broken", f"{folder}: written by every node and not shared: {found}",
-                     f"choose a folder that all nodes mount with {key}=..., or storage=s3://bucket/folder for "
-                     "the checkpoints")  # fmt: skip
-    shared = "written by one node" if len(here) == 1 else f"written by {len(here)} nodes and shared by them"
-    return Check(name, "ok", f"{folder}: {shared}")
-
-
-def _judge_tracking(wanted: dict[str, Any], nodes: dict[str, Any]) -> Check:
-    parts = urlsplit(wanted["uri"])
-    uri = wanted["uri"].replace(f":{parts.password}@", ":***@") if parts.password else wanted["uri"]
-    errors = {node: facts["tracking"] for node, facts in nodes.items() if facts["tracking"] is not None}
-    if errors:
-        found = "; ".join(f"{error} on {names}" for error, names in _by_value(errors).items())
-        if wanted["database"]:
-            remedy = (
-                "choose another folder with FEWSTEP_HOME=..., or a server with MLFLOW_TRACKING_URI=http://host:port"
-            )
-        else:
-            port = parts.port or 5000
-            remedy = (
-                f"start it with: mlflow server --host {parts.hostname} --port {port}, or name another with uri=... or "
-                "MLFLOW_TRACKING_URI"
-            )
-        answers = all(error.startswith("answers") for error in errors.values())
-        return Check("MLflow", "warning" if answers else "broken", f"{uri}: {found}", remedy)
-    if wanted["database"] and len(nodes) > 1:
-        return Check("MLflow", "warning", f"{uri}: a file, which several nodes should not share",
-                     "start mlflow server and set MLFLOW_TRACKING_URI=http://host:port")  # fmt: skip
-    return Check("MLflow", "ok", f"{uri}: " + ("writable" if wanted["database"] else "answers"))
-
-
-def _judge_weights(weights: list[dict[str, Any]], nodes: dict[str, Any]) -> Iterator[Check]:
-    for file in weights:
-        name, bad = f"weights {file['what']}", "broken" if file["needed"] else "warning"
-        absent = [node for node, facts in nodes.items() if not facts["files"].get(file["path"], True)]
-        if file["error"] is not None:
-            yield Check(name, bad, file["error"], file["remedy"])
-        elif absent:
-            yield Check(name, bad, f"{file['path']}: not on {', '.join(absent)}",
-                        "copy it there, to the same path, or use a folder that all nodes mount")  # fmt: skip
-        else:
-            yield Check(name, "ok", file["path"])
-
-
-def _judge_data(path: str, nodes: dict[str, Any]) -> Check:
-    errors = {node: facts["data"]["error"] for node, facts in nodes.items() if facts["data"]["error"] is not None}
-    if errors:
-        found = "; ".join(f"{names}: {error}" for error, names in _by_value(errors).items())
-        return Check(
-            "data", "broken", found, "the folder of shards has to be visible from every node under the same path"
-        )
-    rows = ", ".join(f"{rows:,}" for rows in _by_value({name: facts["data"]["rows"] for name, facts in nodes.items()}))
-    return Check("data", "ok", f"{path}: {rows} rows, readable from {_count(len(nodes), 'node')}")
-
-
-def healthy(checks: list[Check]) -> bool:
-    """Whether nothing is broken; a warning is not."""
-    return all(check.status != "broken" for check in checks)
-
-
-def table(checks: list[Check], width: int = 140) -> str:
-    """The checks as people read them: status, check, result, what to do; and how many are broken."""
-    from rich.console import Console
-    from rich.table import Table
-
-    rows = Table(box=None, padding=(0, 2, 0, 0))
-    for head in ("", "check", "result", "what to do"):
-        rows.add_column(head, overflow="fold")
-    for check in checks:
-        rows.add_row(check.status.upper() if check.status == "broken" else check.status, check.check, check.result,
-                     check.remedy)  # fmt: skip
-    console = Console(file=io.StringIO(), width=width, highlight=False, markup=False)
-    console.print(rows)
-    broken, warnings = (sum(check.status == status for check in checks) for status in ("broken", "warning"))
-    closing = f"{broken} broken, {_count(warnings, 'warning')}"
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + f"\n{closing}"

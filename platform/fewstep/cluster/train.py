@@ -22,6 +22,7 @@ from ..engine.world import World
 from ..folders import claim
 from ..locks import LOCK, hold, locked
 from ..metrics.base import Score, evaluate
+from ..networks.hub import PREFIX
 from ..networks.pretrained import locate
 from ..recipe import Recipe
 from ..students import open_student
@@ -46,14 +47,17 @@ class Lost(UserError, RuntimeError):
     """Workers, a node or the controller went away; the run's last checkpoint is where it goes on."""
 
 
-def localized(recipe: Recipe) -> Recipe:
-    """The recipe with every path absolute, for workers that run elsewhere, and with its tracking store named."""
+def localized(recipe: Recipe, download: bool = True) -> Recipe:
+    """The recipe with every path absolute, for workers that run elsewhere, and with its tracking store named.
+
+    download: have a teacher of the hub here; else it keeps its name.
+    """
     data = recipe.model_dump(mode="json")
     data["out"] = str(resolve_out(recipe.out))
     data["tracking"]["uri"] = tracking_uri(recipe.tracking.uri)
     if recipe.data is not None:
         data["data"]["path"] = str(resolve(recipe.data.path))
-    if recipe.teacher:
+    if recipe.teacher and (download or not recipe.teacher.startswith(PREFIX)):
         data["teacher"] = str(locate(recipe.teacher))
     if recipe.storage:
         data["storage"] = str(resolve_out_ref(recipe.storage))

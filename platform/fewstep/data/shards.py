@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from fewstep.checks import Check, tried
 from fewstep.config import resolve, validate
 from fewstep.data.decode import WHITE, CorruptImage, encode, read_picture, size_of
 from fewstep.data.manifest import MANIFEST, MAX_LATENT, Column, Manifest, Shard, ShardError, read_manifest
@@ -200,6 +201,14 @@ def open_shards(path: str | os.PathLike[str], verify: Literal["sha256", "size"] 
     for shard in manifest.shards:
         _verify(shards, shard, verify == "sha256")
     return shards
+
+
+def check(recipe: Any) -> list[Check]:
+    """The recipe's shards are all here: sizes, footers and columns are looked at, not every byte."""
+    if recipe.data is None:
+        return []
+    look = lambda: f"{resolve(recipe.data.path)}: {open_shards(recipe.data.path, 'size').rows:,} rows"
+    return [tried("data", look, "the folder of shards has to be visible from every node under the same path")]
 
 
 def _verify(shards: Shards, shard: Shard, whole: bool) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
+from ..checks import Check, tried
 from ..files import put_in_place, write_file
 from ..texts import masked, reason
 
@@ -156,18 +159,40 @@ class Place:
             self.fs.rm(self.path, recursive=not self.local)
 
 
+def probe(ref: Ref) -> None:
+    """Makes a folder, and writes, reads and removes a file in it. Raises OSError, or an error of the store's own."""
+    place = Place.of(ref)
+    file = place / f".probe.{secrets.token_hex(8)}"
+    place.make()
+    file.write(b"0")
+    same = file.read() == b"0"
+    file.remove()
+    if not same:
+        raise OSError("a file that was written reads back otherwise")
+
+
 def writable(ref: Ref, field: str = "out") -> None:
     """Raises ValueError if a folder is not writable, so that a run fails before its training and not after.
 
     field: the setting that names the folder.
     """
-    place = Place.of(ref)
-    probe = place / f".probe.{os.getpid()}"
     try:
-        place.make()
-        with probe.writing() as file:
-            file.write(b"0")
-        probe.remove()
+        probe(ref)
     except Exception as error:  # an object store's library has its own
-        why = f"cannot write in {place} ({reason(error)})"
+        why = f"cannot write in {Place.of(ref)} ({reason(error)})"
         raise ValueError(f"{field}: {why}; choose another with {field}=...") from None
+
+
+def check(recipe: Any) -> list[Check]:
+    """The folders of runs (`out`) and of checkpoints (`storage`) can be written from here."""
+
+    def look(ref: Ref) -> str:
+        try:
+            probe(ref)
+        except Exception as error:
+            raise ValueError(f"{masked(str(ref))}: cannot write: {reason(error)}") from None
+        return f"{masked(str(ref))}: writable"
+
+    folders = {key: ref for key, ref in (("out", recipe.out), ("storage", recipe.storage)) if ref is not None}
+    remedy = "choose another with {}=..., or make it writable for who runs Ray there"
+    return [tried(f"storage {key}", partial(look, ref), remedy.format(key)) for key, ref in folders.items()]

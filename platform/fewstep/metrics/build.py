@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Self
 
+from fewstep.checks import Check, tried
 from fewstep.config import ConfigError, Strict, nearest, resolve, validate
 from fewstep.files import sha256_of
 from fewstep.metrics.base import Device, File, Files, Measure, Metric, file_fields, find_metric, unknown
@@ -130,6 +131,15 @@ class Need:
         path = self.find()
         self.kind.look(path)
         return path
+
+
+def check(recipe: Any) -> list[Check]:
+    """The files that the recipe's metrics are measured with can be used here. Nothing is downloaded."""
+    remedy = "name it with evaluate.{}=<path>; {}"
+    return [
+        tried(f"weights {need.key}", lambda need=need: str(need.look()), remedy.format(need.key, need.kind.remedy))
+        for need in recipe.evaluate.needs()
+    ]
 
 
 def _marked(measure: Measure, seen: bool | None) -> Measure:

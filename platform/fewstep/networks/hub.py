@@ -10,8 +10,8 @@ PREFIX = "hub:"
 FILES = ["*.json", "*.safetensors"]
 
 
-def snapshot(repo: str) -> Path:
-    """The folder of a hub repository "owner/name" in the hub's own cache, downloaded if it is not there.
+def snapshot(repo: str, download: bool = True) -> Path:
+    """The folder of a hub repository "owner/name" in the hub's own cache, downloaded if it is not there and asked for.
 
     Raises ValueError that says what to do by hand where the hub cannot be reached or has no such repository.
     """
@@ -20,7 +20,7 @@ def snapshot(repo: str) -> Path:
 
     name = repo.rpartition("/")[2]
     try:
-        return Path(snapshot_download(repo, allow_patterns=FILES))
+        return Path(snapshot_download(repo, allow_patterns=FILES, local_files_only=not download))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         why = one_line(error, 200)
         raise ValueError(

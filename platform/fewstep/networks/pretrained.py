@@ -8,6 +8,7 @@ a recipe's to choose.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from ..checks import Check, tried
 from ..config import ConfigError, Strict, read_json, resolve, validate
 from ..diffusion.level import Level
 from ..diffusion.schedules import from_config, to_config
@@ -26,6 +28,7 @@ from .hub import PREFIX, snapshot
 from .schedulers import from_scheduler
 from .weights import (
     WEIGHTS,
+    Stored,
     arguments_of,
     check_headers,
     check_memory,
@@ -174,9 +177,25 @@ def save_denoiser(denoiser: Denoiser, folder: Path) -> None:
     (folder / DESCRIPTION).write_text(json.dumps(network, indent=1) + "\n")
 
 
-def locate(ref: str | Path) -> Path:
+def locate(ref: str | Path, download: bool = True) -> Path:
     """The folder of a teacher given as a path, as "shipped:...", or as "hub:owner/name", which is downloaded once."""
-    return snapshot(str(ref).removeprefix(PREFIX)) if str(ref).startswith(PREFIX) else resolve(ref)
+    return snapshot(str(ref).removeprefix(PREFIX), download) if str(ref).startswith(PREFIX) else resolve(ref)
+
+
+def check(recipe: Any) -> list[Check]:
+    """The files of the teacher and of the helpers are here and fit together; their weights are not read."""
+    named = {"teacher": recipe.teacher} if recipe.teacher else {}
+    named |= {f"helpers.{name}": ref for name, ref in recipe.helpers.items()}
+    remedy = "copy it there, to the same path, or use a folder that all nodes mount"
+    return [tried(key, partial(_look, ref), remedy) for key, ref in named.items()]
+
+
+def _look(ref: str) -> str:
+    """The place of a network whose files are complete. Raises ValueError."""
+    folder = locate(ref, download=False)
+    if not (folder / "recipe.yaml").is_file():  # a run's student is a teacher, too; its checkpoints are the engine's
+        _read_folder(folder)
+    return str(folder)
 
 
 def open_teacher(ref: str | Path, precision: str = "fp32") -> Denoiser:
@@ -185,7 +204,25 @@ def open_teacher(ref: str | Path, precision: str = "fp32") -> Denoiser:
     ref: see `locate`. Weights are float32 whatever they were saved as.
     Reads safetensors and JSON only; no code that a folder brings is run. Raises ValueError naming what is missing.
     """
-    folder = locate(ref)
+    network, path, config, stored = _read_folder(locate(ref))
+    name, arguments = network.model, arguments_of(network.model, config)
+    try:
+        # parameters that are replaced while a model is built count twice
+        model = outline(name, arguments, tensors=2 * len(stored) + 64)
+        _try(_denoiser(model, network, "fp32"))
+    except ValueError as error:
+        raise ValueError(f"teacher: {path}: {error}") from None
+    names = check_headers(model, stored, path.parent)
+    model = unfilled(name, arguments)
+    fill(model, stored, names)
+    return _denoiser(model, network, precision).eval()
+
+
+def _read_folder(folder: Path) -> tuple[Network, Path, dict[str, Any], dict[str, Stored]]:
+    """A folder's network: its description, its config.json's path and content, its weights' names and places.
+
+    Raises ValueError naming what is missing.
+    """
     if not folder.is_dir():
         if folder.suffix in (".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".bin"):
             raise ValueError(
@@ -205,17 +242,7 @@ def open_teacher(ref: str | Path, precision: str = "fp32") -> Denoiser:
     config = read_json(path)
     name = _class_name(config, path)
     network = _described(folder, name, config, path)
-    stored, arguments = headers(weight_files(sub, name)), arguments_of(name, config)
-    try:
-        # parameters that are replaced while a model is built count twice
-        model = outline(name, arguments, tensors=2 * len(stored) + 64)
-        _try(_denoiser(model, network, "fp32"))
-    except ValueError as error:
-        raise ValueError(f"teacher: {path}: {error}") from None
-    names = check_headers(model, stored, sub)
-    model = unfilled(name, arguments)
-    fill(model, stored, names)
-    return _denoiser(model, network, precision).eval()
+    return network, path, config, headers(weight_files(sub, name))
 
 
 def _try(denoiser: Denoiser) -> None:

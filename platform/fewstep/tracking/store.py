@@ -6,12 +6,18 @@ import contextlib
 import fcntl
 import os
 import re
+import socket
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlsplit
 
+from ..checks import Check
 from ..config import home
-from ..texts import has_masked, masked, quoted, revealed
+from ..engine.storage import probe
+from ..texts import has_masked, masked, quoted, reason, revealed
 
 # Read by MLflow when it is imported (telemetry) and at each call (the rest). A server that does not answer must hold
 # the sender for seconds; MLflow's own defaults hold it for four minutes.
@@ -30,7 +36,8 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 
 from .journal import TrackingError  # noqa: E402
 
-SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
+PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+SCHEMES = ("sqlite", *PORTS)
 
 
 def tracking_uri(uri: str | None = None, root: Path | None = None) -> str:
@@ -67,6 +74,51 @@ def database(uri: str) -> Path | None:
 def without_password(uri: str) -> str:
     """Returns the URI with *** for passwords and other secrets, so that it can be written to disk."""
     return masked(uri)
+
+
+def check(recipe: Any) -> list[Check]:
+    """The tracking store can be used from here: an SQLite file can be written, a server answers."""
+    uri = recipe.tracking.uri
+    parts, file = urlsplit(uri), database(uri)
+    if file is not None:
+        remedy = "choose another folder with FEWSTEP_HOME=..., or a server with MLFLOW_TRACKING_URI=http://host:port"
+    else:
+        remedy = (
+            f"start it with: mlflow server --host {parts.hostname} --port {parts.port or 5000}, or name another with "
+            "uri=... or MLFLOW_TRACKING_URI"
+        )
+    error = reach(uri)
+    if error is None:
+        return [Check("MLflow", "ok", f"{masked(uri)}: {'answers' if file is None else 'writable'}")]
+    status = "warning" if error.startswith("answers") else "broken"
+    return [Check("MLflow", status, f"{masked(uri)}: {error}", remedy)]
+
+
+def reach(uri: str, timeout_s: float = 10.0) -> str | None:
+    """Why the tracking store cannot be used from here, or None.
+
+    An SQLite file's folder has to be writable; a server has to answer /health; any other database's port to be open.
+    """
+    file = database(uri)
+    if file is not None and file.exists() and not os.access(file, os.W_OK):
+        return f"{file} is not writable"
+    parts = urlsplit(uri)
+    try:
+        if file is not None:
+            probe(file.parent)
+        elif not parts.scheme.startswith("http"):
+            port = parts.port or PORTS[parts.scheme.partition("+")[0]]
+            socket.create_connection((parts.hostname, port), timeout_s).close()
+        else:
+            address = f"{parts.scheme}://{parts.hostname}:{parts.port or PORTS[parts.scheme]}{parts.path}/health"
+            with urllib.request.urlopen(address, timeout=timeout_s) as answer:  # noqa: S310 - http or https
+                answer.read()
+    except urllib.error.HTTPError as error:
+        return f"answers {error.code} {error.reason} on /health"
+    except OSError as error:
+        why = getattr(error, "reason", error)  # an error of urllib holds the socket's
+        return reason(why) if isinstance(why, BaseException) else str(why)
+    return None
 
 
 @contextlib.contextmanager
