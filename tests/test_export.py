@@ -225,6 +225,31 @@ def test_the_export_is_read_here_too_and_sampled_alike(exported, run):
     assert open_sampler(str(run.parent / "teacher"), steps=5).name == "heun-5"
 
 
+def test_an_export_is_sampled_as_its_calls_say_and_refused_where_they_say_nothing(exported, tmp_path):
+    folder = Path(shutil.copytree(exported, tmp_path / "model"))
+    index = folder / "model_index.json"
+    good = json.loads(index.read_text())
+    first, *rest = good["sampling"]["calls"]
+    pictures = []
+    for then in ("renoise", "step"):
+        index.write_text(json.dumps(good | {"sampling": good["sampling"] | {"calls": [first | {"then": then}, *rest]}}))
+        pictures.append(make_samples(open_sampler(str(folder)), 4, batch=4).images)
+    assert not torch.equal(*pictures)
+    assert torch.equal(pictures[0], make_samples(open_sampler(str(exported)), 4, batch=4).images)
+    for sampling, says in {
+        "[]": "sampling.calls: list should have at least 1 item",
+        "7": "sampling.calls: expected a list such as [a, b], got 7",
+        '{"calls": [[]]}': "sampling.calls.0: expected fields",
+        '{"calls": [{"alpha": "x"}]}': "sampling.calls.0.alpha: expected a number, got 'x'",
+        json.dumps({"calls": [first | {"sigma": -1}]}): "sampling.calls.0.sigma: must be at least 0, got -1",
+        json.dumps({"calls": [first | {"shift": [1.0]}]}): "its calls take further scalars",
+    }.items():
+        index.write_text(f'{{"sampling": {sampling}}}')
+        with pytest.raises(ValueError, match=re.escape(says)) as error:
+            open_sampler(str(folder))
+        assert str(error.value).startswith(f"{index}: ") and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("schedule", "prediction", "times"),
     [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from .folders import EXPORT, replaceable
 from .locks import LOCK, locked
 from .networks.card import Card
 from .networks.denoiser import Denoiser
-from .networks.export import INDEX, export
+from .networks.export import export, exported_calls
 from .networks.pretrained import locate, open_teacher
 from .recipe import Recipe, read_run
 
@@ -100,11 +99,9 @@ def open_sampler(ref: str, steps: int = 18, guidance: float = 1.0, device: torch
         student.net.to(device)
         return student.sampler
     net = open_teacher(folder).requires_grad_(False).to(device)
-    index = folder / INDEX
-    sampling = json.loads(index.read_text()).get("sampling") if index.is_file() else None
-    if sampling is None:
+    calls = exported_calls(folder)
+    if calls is None:
         return build.heun_sampler(net, steps, guidance)
-    calls = tuple(Call(c["alpha"], c["sigma"]) for c in sampling["calls"])
     return build.few_step_sampler({"student": net}, calls)
 
 

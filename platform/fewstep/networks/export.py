@@ -15,11 +15,13 @@ import tempfile
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
+from ..config import ConfigError, Strict, read_json, validate
 from ..diffusion.level import PREDICTIONS
 from ..diffusion.samplers import Call, run_calls
 from ..folders import EXPORT, replace, replaceable
@@ -78,6 +80,48 @@ def entries(denoiser: Denoiser, calls: Sequence[Call]) -> list[dict[str, Any]]:
         words = {"then": call.then, "takes": call.takes, "shift": None if shift is None else shift[0].tolist()}
         out.append({key: float(value) for key, value in entry.items()} | words)
     return out
+
+
+class Entry(Strict):
+    """A call in an export's model_index.json, as `entries` writes it; one of an older version always noises anew."""
+
+    alpha: Annotated[float, Field(ge=0)]
+    sigma: Annotated[float, Field(ge=0)]
+    start: float
+    rescale: float
+    input: float
+    time: float
+    skip: float
+    out: float
+    then: Literal["renoise", "step"] = "renoise"
+    takes: Literal["x", "noise"] = "x"
+    shift: list[float] | None = None
+
+
+class _Sampling(Strict):
+    model_config = ConfigDict(extra="ignore")
+
+    calls: Annotated[list[Entry], Field(min_length=1, max_length=1000)]
+
+
+def exported_calls(folder: Path) -> tuple[Call, ...] | None:
+    """The calls of an export, from noise to clean; None for the folder of a teacher. Raises ValueError naming the file.
+
+    An export whose calls take further scalars is refused, as its network has no embedding for them here.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return None
+    sampling = read_json(index).get("sampling")
+    if sampling is None:
+        return None
+    try:
+        found = validate(_Sampling, sampling if isinstance(sampling, dict) else {"calls": sampling}).calls
+    except ConfigError as error:
+        raise ValueError(f"{index}: sampling.{'; '.join(str(error).splitlines())}") from None
+    if any(entry.shift is not None for entry in found):
+        raise ValueError(f"{index}: its calls take further scalars, which only its own pipeline.py knows; give the run")
+    return tuple(Call(entry.alpha, entry.sigma, then=entry.then, takes=entry.takes) for entry in found)
 
 
 def export(
