@@ -286,6 +286,14 @@ def test_recomputed_activations_run_again_with_the_adapter_of_their_first_run():
     assert distance(of("student"), of("fake")) > 0.1  # a mistaken adapter would show
 
 
+def test_recomputed_activations_allow_a_second_backward_pass():
+    student = moved(Lora(toy.denoiser(1), 4, targets="all"))
+    checkpoint_activations(student.base)
+    loss = backbone_loss(student, *ask("toy"))
+    first, second = (torch.autograd.grad(loss, [*student.up.values()], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_blocks_run_with_the_adapter_of_the_pass(recompute):

@@ -11,8 +11,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from contextvars import ContextVar
 from copy import deepcopy
 from fnmatch import fnmatchcase
@@ -38,14 +37,18 @@ def active() -> Lora | None:
     return _ACTIVE.get()
 
 
-@contextmanager
-def using(adapter: Lora | None) -> Iterator[None]:
-    """Adapted layers add this adapter's change inside; None switches all adapters off."""
-    token = _ACTIVE.set(adapter)
-    try:
-        yield
-    finally:
-        _ACTIVE.reset(token)
+class using:
+    """Context in which adapted layers add this adapter's change; None switches all adapters off. It may be entered
+    several times, one after the other, as a backward pass that is taken twice does."""
+
+    def __init__(self, adapter: Lora | None):
+        self.adapter = adapter
+
+    def __enter__(self) -> None:
+        self.token = _ACTIVE.set(self.adapter)
+
+    def __exit__(self, *error: Any) -> None:
+        _ACTIVE.reset(self.token)
 
 
 class Lora(nn.Module):
