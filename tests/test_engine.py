@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.samplers import run_calls
+from fewstep.diffusion.schedules import EDM
 from fewstep.engine.checkpoint import read_weights, tensors_of
 from fewstep.engine.folder import checkpoints, newest, step_of
 from fewstep.engine.guard import Alarm, Guard
@@ -21,6 +22,7 @@ from fewstep.engine.optim import Optim
 from fewstep.engine.train import Collapsed, Engine, Event, NonFinite, Train
 from fewstep.engine.world import Layout, World
 from fewstep.methods import METHODS
+from fewstep.networks.denoiser import Denoiser
 
 DMD2 = METHODS["dmd2"]
 GAN = DMD2(critic_updates_per_student_update=2, gan_weight=0.05)
@@ -262,6 +264,26 @@ def test_what_is_not_finite_is_named_and_no_weight_moves_from_there_on(poison, s
     stopped = watch.before[step, phase]
     assert all(toy.same(stopped[role], now) for role, now in watch.look().items())
     assert all(v.isfinite().all() for v in everything(engine).values())
+
+
+def test_the_advice_fits_what_is_not_finite():
+    def advice(step, **settings):
+        engine = toy.make_engine(GAN, steps=4, report_every=1, save_every=4, **settings)
+        engine.feed = Poisoned(toy.Mixture(), step)
+        with pytest.raises(NonFinite) as error:
+            toy.finish(engine)
+        return str(error.value).split("the weights are those before it. ")[1]
+
+    rates = "Lower optim.fake.lr or optim.disc.lr"
+    assert advice(2) == rates
+    assert advice(2, start=Denoiser(toy.MLP(), EDM(), "edm", precision="bf16")) == f"{rates}, or set precision=fp32"
+    assert advice(0).startswith("No update came before it, so no learning rate caused it: look at the data")
+    start = toy.denoiser()
+    with torch.no_grad():
+        start.backbone.decoder[0].bias[0] = math.inf
+    assert advice(2, start=start) == (
+        "Weights of student, fake are not finite themselves: give another teacher or start"
+    )
 
 
 # Optimisers

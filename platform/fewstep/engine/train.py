@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -477,15 +478,30 @@ class Engine:
         metrics = self.meter.read(self.world)
         if self.bad.item():
             step, index = divmod(int(self.bad_at), len(self.updates))
-            phase = self.method.phases()[index].name
-            terms = [k for k, v in metrics.items() if k.startswith(phase + "/") and not torch.isfinite(torch.tensor(v))]
+            phase = self.method.phases()[index]
+            terms = [k for k, v in metrics.items() if k.startswith(f"{phase.name}/") and not math.isfinite(v)]
             what = ", ".join(terms) or "the loss"
             raise NonFinite(
-                f"step {step}, phase {phase}: {what} not finite; the weights are those before it. "
-                f"Lower optim.{self.method.phases()[index].trains[0]}.lr, or train in fp32"
+                f"step {step}, phase {phase.name}: {what} not finite; the weights are those before it. "
+                + self._cure(step, phase)
             )
         metrics |= self.clock.read()
         return metrics | {f"updates/{name}": float(n) for name, n in self.updates.items()}
+
+    def _cure(self, step: int, phase: Phase) -> str:
+        """Advice after a value that was not finite in a phase of `step`, by what can have caused it; a collective."""
+        local = lambda p: p.to_local() if hasattr(p, "to_local") else p
+        nets = {role: net for role, net in self.nets.items() if role not in self.averages}
+        broken = [any(not local(p).isfinite().all() for p in net.parameters()) for net in nets.values()]
+        broken = self.world.any(torch.tensor(broken, dtype=torch.float32, device=self.world.device)).tolist()
+        if any(broken):
+            roles = ", ".join(role for role, bad in zip(nets, broken, strict=True) if bad)
+            return f"Weights of {roles} are not finite themselves: give another teacher or start"
+        if step == 0:
+            return "No update came before it, so no learning rate caused it: look at the data, the teacher and start"
+        rates = f"Lower {' or '.join(f'optim.{role}.lr' for role in phase.trains)}"
+        bf16 = any(getattr(net, "precision", "fp32") == "bf16" for net in self.nets.values())
+        return rates + (", or set precision=fp32" if bf16 else "")
 
     # The guard
 
