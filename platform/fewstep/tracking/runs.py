@@ -13,7 +13,7 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from .store import database, prepare_store, tracking_uri, without_password
+from .store import answering, database, prepare_store, tracking_uri, without_password
 
 NEWEST = ["attributes.start_time DESC"]
 PAGE = 1000  # runs asked for at once
@@ -50,7 +50,8 @@ class Store:
     """Read access to the runs of one tracking store.
 
     uri: see `tracking_uri`; experiment: look in this experiment only, default in all.
-    Raises ValueError when there is no such database or experiment.
+    Raises ValueError when there is no such database or experiment. All methods raise TrackingError when the store
+    cannot be used, such as a file that is no database or a server that does not answer.
     """
 
     def __init__(self, uri: str | None = None, experiment: str | None = None):
@@ -61,8 +62,9 @@ class Store:
                 f"tracking.uri: no runs yet, {str(path)!r} does not exist; set MLFLOW_TRACKING_URI or train first"
             )
         self.uri = without_password(uri)
-        self._client = prepare_store(uri)
-        known = self._client.search_experiments()
+        with answering(uri):
+            self._client = prepare_store(uri)
+            known = self._client.search_experiments()
         self._experiments = [e.experiment_id for e in known if experiment in (None, e.name)]
         if not self._experiments:
             raise ValueError(
@@ -75,16 +77,19 @@ class Store:
         Raises ValueError when no run, or more than one, is meant; the text names those that could be.
         """
         if re.fullmatch(r"[0-9a-f]{32}", ref):
-            try:
-                return _run(self._client.get_run(ref))
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
+            with answering(self.uri):
+                try:
+                    return _run(self._client.get_run(ref))
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                        raise
         if ref == "last":
             found = self._search("", 1)
+        elif "'" in ref and '"' in ref:  # MLflow's queries have no way to write it
+            found = [run for run in self._search("", None) if run.name == ref]
         else:
-            quoted = '"' if "'" in ref else "'"
-            found = self._search(f"attributes.run_name = {quoted}{ref}{quoted}", 5)
+            mark = '"' if "'" in ref else "'"
+            found = self._search(f"attributes.run_name = {mark}{ref}{mark}", 5)
         if len(found) == 1:
             return found[0]
         if found:
@@ -103,17 +108,19 @@ class Store:
 
     def history(self, run: Run, metric: str) -> list[Point]:
         """Every report of a metric, in the order of steps; of those at one step the newest, as MLflow's page shows."""
-        found = self._client.get_metric_history(run.run_id, metric)
+        with answering(self.uri):
+            found = self._client.get_metric_history(run.run_id, metric)
         newest = {m.step: Point(m.step, m.value, m.timestamp) for m in sorted(found, key=lambda m: m.timestamp)}
         return [newest[step] for step in sorted(newest)]
 
     def files(self, run: Run, folder: str = "") -> list[str]:
         """Paths of the run's artifact files directly in `folder`; none where there is no such folder."""
-        return [f.path for f in self._client.list_artifacts(run.run_id, folder or None) if not f.is_dir]
+        with answering(self.uri):
+            return [f.path for f in self._client.list_artifacts(run.run_id, folder or None) if not f.is_dir]
 
     def read(self, run: Run, path: str) -> bytes:
         """Returns the content of one artifact file."""
-        with tempfile.TemporaryDirectory() as folder:
+        with answering(self.uri), tempfile.TemporaryDirectory() as folder:
             return Path(self._client.download_artifacts(run.run_id, path, folder)).read_bytes()
 
     def grids(self, run: Run, name: str) -> dict[int, str]:
@@ -125,9 +132,10 @@ class Store:
         """The newest `limit` runs that fit a query, or all of them."""
         found, token = [], None
         while limit is None or len(found) < limit:
-            page = self._client.search_runs(
-                self._experiments, query, max_results=limit or PAGE, order_by=NEWEST, page_token=token
-            )
+            with answering(self.uri):
+                page = self._client.search_runs(
+                    self._experiments, query, max_results=limit or PAGE, order_by=NEWEST, page_token=token
+                )
             found += [_run(run) for run in page]
             token = page.token
             if not token:

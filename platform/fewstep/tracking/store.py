@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from ..checks import Check
-from ..config import home
+from ..config import UserError, home
 from ..engine.storage import probe
 from ..texts import has_masked, masked, quoted, reason, revealed
 
@@ -142,6 +142,19 @@ def prepare_store(uri: str) -> MlflowClient:
             client.search_experiments(max_results=1)
             client.search_registered_models(max_results=1)
         return client
+
+
+@contextlib.contextmanager
+def answering(uri: str) -> Iterator[None]:
+    """Whatever a store's client raises inside becomes a TrackingError that names the store: a file that is no database,
+    a missing driver, a server that is not there."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # MLflow's own, SQLAlchemy's, a driver's, the network's
+        text = masked(str(error).strip().split("\n")[0]) or type(error).__name__
+        raise TrackingError(f"tracking.uri: {without_password(uri)} cannot be used: {text[:300]}") from error
 
 
 def experiment(client: MlflowClient, uri: str, name: str) -> str:
