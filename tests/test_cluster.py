@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from demo import ROOT, STEPS, listening, losses, mlflow_history, recipe, untimed, words
+from job import job
 
 from fewstep.build import make_engine, make_feed, make_metrics, make_samples
 from fewstep.cluster.train import Unplaceable, fit, localized
@@ -19,7 +19,7 @@ from fewstep.data.shards import ShardWriter
 from fewstep.dryrun import describe
 from fewstep.students import open_student
 
-DISTILL = runpy.run_path(str(ROOT / "jobs" / "distill.py"))["main"]
+DISTILL = job("distill")
 
 
 @pytest.fixture(scope="module")

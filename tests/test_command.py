@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+from job import job
 from pydantic import Field
 
 from fewstep.config import Strict, UserError, command, override_all, validate, words
@@ -226,7 +227,7 @@ JOBS = sorted(path for path in (ROOT / "jobs").glob("*.py"))
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
 def test_every_job_says_what_each_of_its_keys_means(path, capsys):
-    main = runpy.run_path(str(path))["main"]
+    main = job(path.stem)
     status, out, err = ended(capsys, main, "--help")
     lines = out.splitlines()
     for model in main.models:

@@ -8,13 +8,12 @@ import io
 import json
 import math
 import re
-import runpy
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from job import job
 from PIL import Image
 
 from fewstep.compare import Record, collect, compare, page, scores, short
@@ -101,13 +100,6 @@ def records(built, reader) -> list[Record]:
 @pytest.fixture(scope="module")
 def data(records) -> dict:
     return compare(records, what="3 runs", store="here")
-
-
-def job(*words: str) -> None:
-    script = str(ROOT / "jobs" / "compare.py")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *words])
-        runpy.run_path(script, run_name="__main__")
 
 
 # What differs
@@ -252,7 +244,7 @@ def test_nothing_of_a_run_can_end_the_element_that_holds_it(data):
 
 def test_the_job_compares_a_sweep(built, tmp_path, capsys):
     out = tmp_path / "page.html"
-    job("sweep=gan-sweep", f"uri={built.uri}", f"out={out}", "experiment=comparing")
+    job("compare")(["sweep=gan-sweep", f"uri={built.uri}", f"out={out}", "experiment=comparing"])
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said == {"page": str(out), "runs": 3, "groups": 2, "bytes": out.stat().st_size}
 
@@ -266,12 +258,21 @@ def test_the_job_compares_a_sweep(built, tmp_path, capsys):
         ([], "give either runs=.* or sweep="),
         (["runs=[plain]", "sweep=gan-sweep"], "give either runs=.* or sweep="),
         (["runs=[plain]", "out=/proc/at/all.html"], "out: cannot write in /proc/at"),
+        (["""runs=['a''b"c']"""], "no run has the id or name"),
         (["runs=[plain]", "uri=sqlite:////nowhere.db"], "'/nowhere.db' does not exist"),
+        (["runs=[plain]", "uri=sqlite:///bad.db"], "tracking.uri: sqlite:///.* cannot be used: .*not a database"),
+        (["runs=[plain]", "uri=sqlite://"], "tracking.uri: sqlite: cannot be used: "),
+        (["runs=[plain]", "uri=http://"], "tracking.uri: http: cannot be used: Invalid url"),
+        (["runs=[plain]", "uri=postgresql://x/y"], "tracking.uri: postgresql://x/y cannot be used: No module"),
     ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
-def test_a_mistake_is_named_with_its_way_out(built, capsys, words, text):
+def test_a_mistake_is_named_with_its_way_out(built, capsys, tmp_path, monkeypatch, words, text):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.db").write_text("not a database")
     place = [] if any(word.startswith("uri=") for word in words) else [f"uri={built.uri}", "experiment=comparing"]
     with pytest.raises(SystemExit) as stop:
-        job(*words, *place)
+        job("compare")([*words, *place])
     assert stop.value.code == 2
-    assert re.search(text, capsys.readouterr().err)
+    error = capsys.readouterr().err
+    assert re.search(text, error) and len(error.splitlines()) == 1

@@ -7,7 +7,6 @@ import http.server
 import json
 import os
 import re
-import runpy
 import shutil
 import socket
 import subprocess
@@ -19,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from job import job
 
 from fewstep.checks import Check
 from fewstep.cluster import doctor
@@ -39,7 +39,7 @@ ASSETS = resolve("shipped:fashion_mnist")
 def run(capsys, *words: str) -> tuple[int, str]:
     """Exit status and output of the job, in this process and so on this session's cluster."""
     try:
-        runpy.run_path(str(ROOT / "jobs" / "doctor.py"))["main"](words)
+        job("doctor")(words)
         status = 0
     except SystemExit as stop:
         status = stop.code

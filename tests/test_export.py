@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import toy
 import yaml
 from demo import another
 from diffusers.utils import dynamic_modules_utils
+from job import job as command
 from PIL import Image
 from test_networks import TEXT, unet
 from torch import nn
@@ -79,11 +78,7 @@ def run(tmp_path_factory) -> Path:
 
 def job(name: str, *words: str) -> None:
     """Runs a job's main in this process."""
-    before, sys.argv = sys.argv, [name, *words]
-    try:
-        runpy.run_path(str(JOBS / f"{name}.py"), run_name="__main__")
-    finally:
-        sys.argv = before
+    command(name)(words)
 
 
 @pytest.fixture(scope="module")

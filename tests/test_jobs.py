@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from job import job as command
 from PIL import Image
 
 from fewstep.tracking import tracking_uri
@@ -17,10 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def job(name: str, *words: str) -> None:
-    script = str(ROOT / "jobs" / f"{name}.py")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *words])
-        runpy.run_path(script, run_name="__main__")
+    """Runs a job in this process."""
+    command(name)(words)
 
 
 def closing(capsys) -> dict:

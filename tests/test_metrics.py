@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cleanfid import fid as clean_fid
+from job import job
 from safetensors.torch import load_file, save_file
 from scipy.linalg import sqrtm
 from torch import nn
@@ -755,8 +754,7 @@ def shards(folder: Path, images: int, seed: int) -> Path:
 
 
 def run_job(monkeypatch, capsys, *words: str) -> dict:
-    monkeypatch.setattr(sys, "argv", [str(JOB), *words])
-    runpy.run_path(str(JOB), run_name="__main__")
+    job("features")(words)
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 

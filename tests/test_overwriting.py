@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
+from job import job as command
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,10 +84,8 @@ def test_a_job_leaves_the_files_of_others_alone(job, words, mine, tmp_path, monk
     if job in ("distill", "teach"):
         words += " " + " ".join(TINY)
     words = words.format(mine=mine, free=tmp_path / "free").split()
-    script = str(ROOT / "jobs" / f"{job}.py")
-    monkeypatch.setattr(sys, "argv", [script, *words])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(script, run_name="__main__")
+        command(job)(words)
     said = capsys.readouterr().err or str(ended.value.code)
     assert ended.value.code not in (0, None)
     assert len(said.strip().splitlines()) == 1, said

@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import random
-import runpy
 import struct
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
+from job import job as command
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
@@ -290,12 +290,9 @@ def test_too_many_corrupt_files_stop_the_job_with_a_list_of_all_and_leave_nothin
 # the job
 
 
-MAIN = runpy.run_path(str(JOB))["main"]
-
-
 def job(capsys, *words):
     """Runs the job in this process: the lines that it printed."""
-    MAIN(words)
+    command("prepare")(words)
     return capsys.readouterr().out.splitlines()
 
 

@@ -4,7 +4,6 @@ to scores of a one-step student, with the recipes' own networks, paths and bfloa
 from __future__ import annotations
 
 import io
-import runpy
 import shlex
 import tarfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from job import job as command
 from toy import same, weights
 
 from fewstep import build
@@ -48,7 +48,7 @@ def test_the_commands_in_a_recipes_head_are_valid(recipe):
     found = commands(recipe)
     assert found[-1][1]["recipe"].startswith(recipe.split("_teacher")[0])
     for job, given in found:
-        asked, *changed = runpy.run_path(str(ROOT / "jobs" / f"{job}.py"))["main"].read(argv(given))
+        asked, *changed = command(job).read(argv(given))
         if job not in PREPARATIONS:
             open_recipe(asked.recipe, RECIPES, *changed)
 
@@ -93,7 +93,7 @@ def place(tmp_path_factory):
         for job, given in commands("cifar10_teacher"):
             if job in PREPARATIONS:
                 small = {"epochs": 1, "device": "cpu"} if job == "features" else {}
-                runpy.run_path(str(ROOT / "jobs" / f"{job}.py"))["main"](argv(given, **small))
+                command(job)(argv(given, **small))
         yield Path.cwd()
 
 

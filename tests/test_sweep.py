@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from job import job
 
 from fewstep.build import make_engine, make_feed
 from fewstep.cluster import sweep as tuned
@@ -33,7 +33,7 @@ from fewstep.tracking import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "jobs" / "recipes"
-JOB = runpy.run_path(str(ROOT / "jobs" / "sweep.py"))["main"]
+JOB = job("sweep")
 TTUR = "method.critic_updates_per_student_update"
 HEAD = "from fewstep.sweeps.space import *\nMETRIC, MODE = 'fd_fashion', 'min'\n"
 

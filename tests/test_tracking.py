@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import signal
 import socket
@@ -299,7 +298,7 @@ def test_a_killed_training_loses_nothing(uri, client, tmp_path, monkeypatch, cap
     assert history(client, run.run_id, "by_images/loss") == [(4 * s, loss(s)) for s in range(count)]
 
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "jobs/track.py"))["main"]([f"folder={tmp_path}"])
+        job("track")([f"folder={tmp_path}"])
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith(f"folder: no tracking/journal.jsonl in '{tmp_path}'")
 

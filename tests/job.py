@@ -1,0 +1,17 @@
+"""The jobs as functions of their words, each file run once a process."""
+
+from __future__ import annotations
+
+import runpy
+from functools import cache
+from pathlib import Path
+
+from fewstep.config import Command
+
+JOBS = Path(__file__).resolve().parents[1] / "jobs"
+
+
+@cache
+def job(name: str) -> Command:
+    """The command of jobs/<name>.py, which takes a list of words; it raises SystemExit with status 2 for a mistake."""
+    return runpy.run_path(str(JOBS / f"{name}.py"))["main"]
