@@ -15,6 +15,7 @@ from pydantic import Field
 from fewstep.config import Strict, command, resolve, resolve_out
 from fewstep.data.feed import Feed, open_feed
 from fewstep.diffusion.samplers import to_uint8
+from fewstep.engine.world import device_of
 from fewstep.folders import overwritable
 from fewstep.metrics import METRICS
 from fewstep.metrics.base import Extractor, File, file_fields
@@ -146,6 +147,7 @@ def run(job: Features) -> dict:
 
 @command(Features)
 def main(job: Features) -> None:
+    device_of(job.device)
     print(json.dumps(run(job)))
 
 

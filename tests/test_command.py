@@ -25,6 +25,8 @@ class Pack(Strict):
     """Pixels a side; null keeps them."""
     dry_run: bool = False
     """Check, and write nothing."""
+    tags: list[int] | int | None = None
+    """Tags of the pictures."""
 
 
 class Circle(Strict):
@@ -118,6 +120,14 @@ def test_a_word_that_changes_part_of_another_comes_after_it():
                 "sise: no such key; did you mean 'size'?",
             ],
         ),
+        (
+            ["source=x", "tags=[a, b]"],
+            [
+                "tags.0: expected a whole number, got 'a'",
+                "tags.1: expected a whole number, got 'b'",
+                "tags: expected a whole number, got ['a', 'b']",
+            ],
+        ),
         (["source=x", "--dryrun"], ["--dryrun: no such option; did you mean '--dry-run'?"]),
         (["source=x", "--size=3"], ["--size: no such key; did you mean 'size'?"]),
         (["source=x", "size"], [f"'size': {FORM}"]),
@@ -178,6 +188,8 @@ def test_help_lists_every_key_with_type_default_range_and_meaning(capsys):
         "    Pixels a side; null keeps them.",
         "dry_run: true or false; default false",
         "    Check, and write nothing.",
+        "tags: list (each whole number) or whole number or null; default null",
+        "    Tags of the pictures.",
         "",
         "All other words are keys of the recipe. --help KEY prints those below KEY alone:",
         "",

@@ -86,7 +86,7 @@ def test_a_recipe_is_found_by_name_or_by_path(folder, monkeypatch):
     assert load_recipe(["recipe=distil.yaml"], RECIPES, "none").recipe == "distil"
     assert load_recipe([f"recipe={folder / 'distil.yaml'}"], RECIPES, "none").recipe == "distil"
     assert mistakes(folder, "recipe=distill") == [
-        "recipe: no recipe 'distill'; did you mean 'distil'? (there are distil, or give a .yaml file)"
+        "recipe: no recipe 'distill'; did you mean 'distil'? there are distil, or give a .yaml file"
     ]
     assert mistakes(folder, "recipe=other.yaml") == ["recipe: no file 'other.yaml'"]
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import pytest
+import yaml
 
-from fewstep.config import ConfigError, Strict, parse_json, read, read_json, read_json_lines, validate, words
+from fewstep.config import ConfigError, Strict, parse_json, read, read_json, read_json_lines, to_yaml, validate, words
+from fewstep.config.reading import parse_yaml
 
 
 def refused(read, *args) -> str:
@@ -54,6 +57,7 @@ class Numbers(Strict):
     rate: float | None = None
     pair: tuple[int, float] = (0, 0)
     by_name: dict[str, int] = {}
+    free: dict[str, Any] = {}
     on: bool = False
 
 
@@ -69,6 +73,8 @@ def test_numbers_take_numbers_as_written():
     ]
     lines = refused(validate, Numbers, words(["count=10:00", f"rate={'9' * 400}."])).splitlines()
     assert lines == ["count: expected a whole number, got '10:00'", "rate: expected a finite number, got inf"]
+    line = refused(validate, Numbers, words(["free={a: [true, {b: .inf}]}"]))
+    assert line.startswith("free.a: expected a finite number, got [True")
     assert refused(validate, Numbers, {"count": 2**63}).startswith("count: must be at most 9.22")
     assert validate(Numbers, {"count": 2**63 - 1}).count == 2**63 - 1
 
@@ -116,6 +122,8 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("a: *b\n", "not valid YAML: found undefined alias 'b' (line 1, column 4)"),
         ("a: &a [*a]\n", "not valid YAML: *a stands inside what it stands for (line 1, column 8)"),
         ("a: &a {<<: *a}\n", "not valid YAML: *a stands inside what it stands for (line 1, column 12)"),
+        ('a: "x\\0y"', "not valid YAML: character U+0000 in a text (line 1, column 4)"),
+        ('"\\ud83d": 1', "not valid YAML: character U+D83D in a text (line 1, column 1)"),
         ("a: {<<: 3}\n", "not valid YAML: while constructing a mapping, expected a mapping or list of mappings for "),
         (BOMB, "not valid YAML: more than 10,000 values, aliases counted as what they stand for; no file of this "),
         ("".join(f"k{i}: 1\n" for i in range(5_001)), "not valid YAML: more than 10,000 values, aliases counted as "),
@@ -156,6 +164,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
         ("{", "not valid JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
         ('{"a": 1, "b": 2, "a": 3}', "key 'a' is given twice"),
         ('{"a": ' + "9" * 5000 + "}", "9999999999... has 5,000 digits, and a whole number at most 40"),
+        ('{"a": {"\\u0000": 1}}', "character U+0000 in a text"),
+        ('{"a": ["\\uD83d"]}', "character U+D83D in a text"),
         ('{"a": ' + "[" * 100_000, "more than 64 values inside each other, which no file of this kind has"),
         ('{"a": ' + "[" * 65 + "]" * 65 + "}", "more than 64 values inside each other, which no file of this kind "),
         (b'{"a": "\xff"}', "not UTF-8 text (line 1, byte 0xff); save the file as UTF-8"),
@@ -176,6 +186,7 @@ def test_json_of_the_type_that_is_expected(tmp_path):
     assert parse_json("-3", "x", object) == -3
     nested = "[" * 65 + "]" * 65
     assert json.dumps(parse_json(nested[1:-1], "x", list)) == nested[1:-1]
+    assert parse_json('{"a": "\\ud83d\\ude00"}', "x") == {"a": "\U0001f600"}
 
 
 def test_lines_of_json_and_the_one_that_is_still_being_written(tmp_path):
@@ -184,3 +195,24 @@ def test_lines_of_json_and_the_one_that_is_still_being_written(tmp_path):
     assert list(read_json_lines(path)) == [{"a": "\u2028"}, {"a": 2}]
     path.write_bytes(b'{"a": 1}\n[2]\n')
     assert refused(list, read_json_lines(path)) == f"{path}: line 2: expected an object {{...}}, got [2]"
+
+
+def test_text_is_written_so_that_every_reader_takes_it_for_text():
+    texts = [
+        "12e5",
+        "0o17",
+        "010",
+        "1_000",
+        "off",
+        "null",
+        "",
+        "2026-01-31",
+        "10:00",
+        "<<",
+        "=",
+        "a: b",
+        "a #b",
+        "\u2028",
+    ]
+    data = {"name": "12e5", "list": texts, "number": 1e-8, "none": None, "nested": {"yes": True}}
+    assert parse_yaml(to_yaml(data), "x") == data and yaml.safe_load(to_yaml(data)) == data

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .config import parse_json
 from .methods import METHODS
 from .metrics import better
 from .tracking.runs import Run, Store
@@ -62,7 +63,8 @@ def collect(store: Store, run: Run, *, grid: str = "student", grids: int = 24) -
             at = {unit: np.interp(steps, clock["steps"], clock[unit], right=np.nan) for unit in ("images", "hours")}
             axes.append({"steps": steps} | at)
         curves[name] = (index, values)
-    scores = json.loads(store.read(run, "scores.json")) if "scores.json" in store.files(run) else []
+    where = f"scores.json of run {run.name}"
+    scores = parse_json(store.read(run, "scores.json"), where, list) if "scores.json" in store.files(run) else []
     pictures = _thinned(list(store.grids(run, grid).items()), grids)
     teacher = list(store.grids(run, "teacher").values())
     return Record(

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import build, run
+from .config import to_yaml
 from .diffusion.level import Level
 from .engine.world import Layout, World
 from .networks.denoiser import Denoiser
@@ -99,7 +99,7 @@ def describe(recipe: Recipe) -> str:
         rows_of_data = feed.rows
     rows = memory(recipe)
     columns = ("weights", "gradients", "optimiser", "activations")
-    lines = [yaml.safe_dump(recipe.written, sort_keys=False)]
+    lines = [to_yaml(recipe.written)]
     lines.append(f"{'role':10s}{'parameters':>14s}" + "".join(f"{c:>14s}" for c in columns) + "   (MiB a worker)")
     for row in rows:
         lines.append(f"{row['role']:10s}{row['parameters']:14,d}" + "".join(f"{row[c] / MIB:14.1f}" for c in columns))

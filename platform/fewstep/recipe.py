@@ -19,6 +19,7 @@ from .config import (
     fingerprint,
     flatten,
     nearest,
+    not_found,
     override_all,
     read,
     renamed,
@@ -392,9 +393,7 @@ def find_recipe(ref: str, folder: Path) -> Path:
         raise ConfigError(f"recipe: no file {ref!r}")
     if (folder / f"{ref}.yaml").is_file():
         return folder / f"{ref}.yaml"
-    names = sorted(p.stem for p in folder.glob("*.yaml"))
-    known = f"there are {', '.join(names)}, or give a .yaml file"
-    raise ConfigError(f"recipe: no recipe {ref!r}; {nearest(ref, names)} ({known})")
+    raise not_found("recipe", ref, sorted(p.stem for p in folder.glob("*.yaml")), ".yaml")
 
 
 def load_recipe(argv: list[str], folder: Path, default: str) -> Recipe:

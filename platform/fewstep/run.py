@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from . import build
-from .config import ConfigError, read_json_lines, resolve_out, resolve_ref
+from .config import ConfigError, read_json_lines, resolve_out, resolve_ref, to_yaml
 from .data.feed import Feed
 from .diffusion.draws import INDICES, Draws, fold
 from .diffusion.samplers import to_uint8
@@ -238,7 +237,7 @@ def run(
         with Watchdog(engine, folder, 60 * recipe.failure.stall_minutes):
             _train(recipe, engine, None, services)
         return {}
-    write_private(folder / "recipe.yaml", yaml.safe_dump(recipe.written, sort_keys=False))
+    write_private(folder / "recipe.yaml", to_yaml(recipe.written))
     build.describe_net(folder, engine.nets["student"])
     reports = Reports(folder, engine.step)
     with open_tracker(recipe, origin) as tracker:

@@ -6,7 +6,7 @@ A recipe is YAML; `key.sub=value` words override it (values are YAML too); a pyd
 from .command import Command, command, plain_errors, words
 from .keys import page
 from .paths import ASSETS, home, resolve, resolve_out, resolve_out_ref, resolve_ref
-from .reading import ConfigError, UserError, as_text, parse_json, read, read_json, read_json_lines
+from .reading import ConfigError, UserError, as_text, parse_json, read, read_json, read_json_lines, to_yaml
 from .reading import parse_yaml as _yaml
 from .settings import (
     Strict,
@@ -15,6 +15,7 @@ from .settings import (
     flatten,
     nearest,
     new_name,
+    not_found,
     override,
     override_all,
     renamed,
@@ -37,6 +38,7 @@ __all__ = [
     "home",
     "nearest",
     "new_name",
+    "not_found",
     "override",
     "override_all",
     "page",
@@ -50,6 +52,7 @@ __all__ = [
     "resolve_out",
     "resolve_out_ref",
     "resolve_ref",
+    "to_yaml",
     "validate",
     "with_new_names",
     "words",

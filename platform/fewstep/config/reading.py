@@ -22,6 +22,8 @@ DEPTH = 64  # mappings and lists inside each other
 NODES = 10_000  # values and keys of a YAML file, where each use of an alias counts as what it stands for
 DIGITS = 40  # of a whole number; the longest that any setting takes has 19
 YAML_BYTES, JSON_BYTES = 1 << 20, 16 << 20
+ODD = re.compile("[\0\ud800-\udfff]")  # characters that neither a path nor a file's text can hold
+ESCAPED = re.compile(r"\\u[dD]|\\u0000")
 BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 BOMS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # UTF-32's begins with UTF-16's
 
@@ -73,6 +75,11 @@ def parse_yaml(content: str | bytes, where: str) -> Any:
         raise ConfigError(f"{where}: not valid YAML: {_yaml_mistake(error, text)}") from None
 
 
+def to_yaml(data: Any) -> str:
+    """Data of JSON types as YAML, which `read` reads as the same data, and readers of YAML 1.1 too."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def parse_json(content: str | bytes, where: str, expected: type = dict, limit: int = JSON_BYTES) -> Any:
     """The value of a JSON document, of type `expected`. where: its file, for errors. Raises ConfigError."""
     text = as_text(content, where, limit)
@@ -92,6 +99,8 @@ def parse_json(content: str | bytes, where: str, expected: type = dict, limit: i
         level = [v for x in level if isinstance(x, (dict, list)) for v in (x.values() if isinstance(x, dict) else x)]
     if level:
         raise ConfigError(f"{where}: {_too_deep()}")
+    if ESCAPED.search(text) and (odd := ODD.search("".join(_texts(data)))):
+        raise ConfigError(f"{where}: character U+{ord(odd[0]):04X} in a text")
     return data
 
 
@@ -149,6 +158,15 @@ def _too_deep() -> str:
 
 
 # JSON
+
+
+def _texts(data: Any) -> Iterator[str]:
+    """All texts in nested data, keys among them."""
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, (dict, list)):
+        for part in (*data.keys(), *data.values()) if isinstance(data, dict) else data:
+            yield from _texts(part)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -214,6 +232,10 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.1 or 1.2 would take for something else."""
+
+
 TAG = "tag:yaml.org,2002:"
 MERGE = TAG + "merge"
 _NAMES = {"null": None, "~": None, "": None, "true": True, "false": False}
@@ -246,13 +268,21 @@ def _scalar(kind: str, value: Any) -> Any:
     return construct
 
 
+def _plain_text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    text = loader.construct_scalar(node)
+    if odd := ODD.search(text):
+        raise ConstructorError(None, None, f"character U+{ord(odd[0]):04X} in a text", node.start_mark)
+    return text
+
+
 def _unknown(loader: _Loader, node: yaml.Node) -> Any:
     text = f"tag {node.tag!r}: only plain text, numbers, lists and mappings are read"
     raise ConstructorError(None, None, text, node.start_mark)
 
 
 for _kind, (_pattern, _first) in _WORDS.items():
-    _Loader.add_implicit_resolver(TAG + _kind, re.compile(f"(?:{_pattern})\\Z"), _first)
+    for _cls in (_Loader, _Dumper):
+        _cls.add_implicit_resolver(TAG + _kind, re.compile(f"(?:{_pattern})\\Z"), _first)
 for _kind, _value in {
     "null": lambda text: _NAMES[text.lower()],
     "bool": lambda text: _NAMES[text.lower()],
@@ -260,8 +290,9 @@ for _kind, _value in {
     "float": lambda text: float(re.sub(r"\.(?=inf|nan)", "", text.lower())),
 }.items():
     _Loader.add_constructor(TAG + _kind, _scalar(_kind, _value))
-_Loader.add_constructor(MERGE, yaml.SafeLoader.construct_yaml_str)  # as a value it is text
-for _kind in ("str", "seq", "map"):
+_Loader.add_constructor(MERGE, _plain_text)  # as a value it is text
+_Loader.add_constructor(TAG + "str", _plain_text)
+for _kind in ("seq", "map"):
     _Loader.add_constructor(TAG + _kind, getattr(yaml.SafeLoader, f"construct_yaml_{_kind}"))
 _Loader.add_constructor(None, _unknown)
 

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, get_args
@@ -27,23 +28,32 @@ RENAMED: dict[str, str] = {}
 
 
 def _plain_numbers(schema: Any, model: type[BaseModel]) -> Any:
-    """A model's pydantic schema whose numbers take no true or false, and whose whole numbers have 64 bits."""
+    """A model's pydantic schema in which numbers are finite and take no true or false, and whole ones have 64 bits."""
     if isinstance(schema, list):
         return [_plain_numbers(part, model) for part in schema]
     if not isinstance(schema, dict) or schema.get("cls", model) is not model:  # a model inside has been here by itself
         return schema
-    if schema.get("type") not in ("int", "float"):
+    kind = schema.get("type")
+    if kind not in ("int", "float", "any"):
         return {key: _plain_numbers(part, model) for key, part in schema.items()}
-    kind = schema["type"]
     if kind == "int":
         schema = {"ge": INT_MIN} | ({} if "lt" in schema else {"le": INT_MAX}) | schema
 
-    def number(value: Any) -> Any:
-        if isinstance(value, bool):
+    def check(value: Any) -> Any:
+        if kind != "any" and isinstance(value, bool):
             raise PydanticKnownError(f"{kind}_type")
+        if kind == "any" and not _finite(value):  # JSON has no other numbers, and they would be written as null
+            raise PydanticKnownError("finite_number")
         return value
 
-    return core_schema.no_info_before_validator_function(number, schema)
+    return core_schema.no_info_before_validator_function(check, schema)
+
+
+def _finite(value: Any) -> bool:
+    """Whether all numbers in a value, however deep, are finite."""
+    if isinstance(value, (Mapping, list, tuple)):
+        return all(map(_finite, value.values() if isinstance(value, Mapping) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 class Strict(BaseModel):
@@ -168,6 +178,13 @@ def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
     return sorted({name for m in here for name in m.model_fields})
 
 
+def not_found(what: str, ref: str, names: Sequence[str], suffix: str) -> ConfigError:
+    """The error for a name that is none of `names`, where the path of a file would do too."""
+    close = difflib.get_close_matches(ref, list(names), n=1, cutoff=0.6)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return ConfigError(f"{what}: no {what} {quoted(ref)}; {hint}there are {', '.join(names)}, or give a {suffix} file")
+
+
 def nearest(name: str, valid: Sequence[str]) -> str:
     """The end of an error text: the nearest valid name, or all of them when none is near."""
     close = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.6)
@@ -182,7 +199,7 @@ def validate(model: type[M], data: dict[str, Any]) -> M:
         return model.model_validate(data)
     except ValidationError as error:
         mistakes = error.errors(include_url=False)
-        lines = list(dict.fromkeys(_line(model, e) for e in mistakes[:MISTAKES]))
+        lines = list(dict.fromkeys(_line(model, data, e) for e in mistakes[:MISTAKES]))
         more = [f"and {len(mistakes) - MISTAKES} more mistakes"] if len(mistakes) > MISTAKES else []
         raise ConfigError("\n".join(lines + more)) from None
 
@@ -211,10 +228,10 @@ TEXTS = {
 }
 
 
-def _line(model: type[BaseModel], e: Any) -> str:
-    """One mistake as a line: its dotted key, the value, the way out."""
+def _line(model: type[BaseModel], data: Any, e: Any) -> str:
+    """One mistake in the data as a line: its dotted key, the value, the way out."""
     location = [part for part in e["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
-    visible = _visible(model, location)
+    visible = _visible(data, location, e["type"] == "missing")
     dotted, context, got = ".".join(map(str, visible)), e.get("ctx", {}), quoted(e["input"])
     if e["type"] == "extra_forbidden":
         return f"{dotted}: no such key; {nearest(visible[-1], _fields_at(model, location[:-1]))}"
@@ -259,16 +276,18 @@ def _tags(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
     return sorted(m.tag for m in here if hasattr(m, "tag"))
 
 
-def _visible(model: type[BaseModel], location: Sequence[Any]) -> list[Any]:
-    """The location without the tags that pydantic adds for a union's members: the key as the user wrote it."""
+def _visible(data: Any, location: Sequence[Any], missing: bool) -> list[Any]:
+    """The location as the user wrote it: without the labels that pydantic adds for the members of a union.
+
+    missing: the last part is a key that the data lacks; all other parts are keys or indices in the data, or labels.
+    """
     out: list[Any] = []
-    here: list[type[BaseModel]] = [model]
-    for part in location:
-        if any(getattr(m, "tag", None) == part for m in here) and not any(part in m.model_fields for m in here):
-            here = [m for m in here if getattr(m, "tag", None) == part]
+    for i, part in enumerate(location):
+        if isinstance(data, Mapping) and part in data:
+            data = data[part]
+        elif isinstance(data, (list, tuple)) and isinstance(part, int):
+            data = data[part] if part < len(data) else None
+        elif not missing or i < len(location) - 1:
             continue
         out.append(part)
-        fields = [m.model_fields[part] for m in here if part in m.model_fields]
-        if fields:
-            here = [m for f in fields for m in _models(f.annotation)]
     return out

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
-from ..config import Strict
+from ..config import Strict, to_yaml
 
 
 class Card(Strict):
@@ -57,7 +55,7 @@ def write_card(
     label = "" if classes is None else "class_labels=0, "
     lines = [
         "---",
-        yaml.safe_dump(head, sort_keys=False).strip(),
+        to_yaml(head).strip(),
         "---",
         "",
         f"# {card.name}",

@@ -9,10 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..compare import short
-from ..config import flatten
+from ..config import flatten, to_yaml
 from ..recipe import Recipe
 from ..tracking.tracker import Tracker
 from .judge import front, importance, judge
@@ -126,4 +124,4 @@ def recipe_text(base: Recipe, trial: Trial, sweep: Sweep, space: Space, why: str
     if sweep.scheduler == "pbt":
         lines.append("A population changed these settings while it trained; this recipe has the last ones throughout.")
     head = "".join(f"# {line}\n" for line in lines)
-    return head + yaml.safe_dump(recipe.written, sort_keys=False, allow_unicode=True)
+    return head + to_yaml(recipe.written)

@@ -28,7 +28,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..config import ConfigError, nearest, new_name, override_all, renamed, resolve, validate
+from ..config import ConfigError, nearest, new_name, not_found, override_all, renamed, resolve, validate
 from ..metrics.base import MODES, better
 from ..recipe import ASIDE, REPORTING, Recipe
 from ..texts import quoted, shown
@@ -399,9 +399,7 @@ def find_space(ref: str, folder: Path) -> Path:
     names = sorted(p.stem for p in folder.glob("*.py"))
     if ref in names:
         return folder / f"{ref}.py"
-    raise ConfigError(
-        f"space: no space {ref!r}; {nearest(ref, names)} (there are {', '.join(names)}, or give a .py file)"
-    )
+    raise not_found("space", ref, names, ".py")
 
 
 def load_space(ref: str, folder: Path) -> Space:

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
-from ..config import flatten
+from ..config import flatten, to_yaml
 from ..folders import write_private
 from ..texts import masked
 from .journal import Journal
@@ -123,7 +122,7 @@ class Tracker:
         if new:
             journal.append({"op": "params", "params": new})
         if params != known:
-            self._text("recipe.yaml", yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True))
+            self._text("recipe.yaml", to_yaml(_plain(recipe)))
         if journal.lost:
             raise OSError(f"{journal.folder}: cannot be written; free some space or give another folder")
 
