@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from demo import ROOT, losses, mlflow_history, recipe, words
+from demo import ROOT, listening, losses, mlflow_history, recipe, words
 from ray import cloudpickle
 
 from fewstep.cluster import train
@@ -317,8 +320,6 @@ def test_kill_9_of_the_mlflow_server(ray_cluster, whole, tmp_path):
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -356,10 +357,10 @@ def submit(tmp_path: Path, *more: str) -> subprocess.Popen:
 
 
 def until_step(folder: Path, step: int, driver: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 600
     while not any(line["step"] >= step for line in read_reports(folder)):
         assert driver.poll() is None, driver.stdout.read()
-        assert time.monotonic() < deadline, f"no step {step} within three minutes"
+        assert time.monotonic() < deadline, f"no step {step} within ten minutes"
         time.sleep(0.05)
 
 
@@ -397,6 +398,148 @@ def assert_same_end(folder: Path, whole: Path) -> None:
     ours, theirs = final(folder), final(whole)
     assert ours.keys() == theirs.keys()
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+# Other users of the machine, and other machines
+
+ATTEMPTS = """
+import json, os, socket, sys, urllib.error, urllib.request
+import grpc, ray
+from fewstep.cluster.session import asks_for_token
+
+host, ports, folder, marker, user = json.loads(sys.argv[1])
+
+def called(address, method):
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary(f"/ray.rpc.{method}")(b"", timeout=5)
+        except grpc.RpcError as error:
+            return error.code().name
+    return "answered"
+
+def posted(address, path):
+    body = json.dumps({"entrypoint": f"touch {marker}"}).encode()
+    request = urllib.request.Request(f"http://{address}{path}", body, {"Content-Type": "application/json"})
+    try:
+        return urllib.request.urlopen(request, timeout=5).status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except Exception:
+        return 0
+
+def reached(port):
+    try:
+        socket.create_connection((host, port), 5).close()
+    except OSError as error:
+        return error.strerror
+
+def entered(path):
+    try:
+        return os.listdir(path)
+    except OSError as error:
+        return error.strerror
+
+METHODS = "NodeInfoGcsService/CheckAlive", "NodeManagerService/RequestWorkerLease", "CoreWorkerService/PushTask"
+PATHS = "/api/jobs/", "/api/job_agent/jobs/", "/get_or_create_runtime_env"
+found = {"calls": {}, "posts": {}, "joined": {}}
+gcs = next(port for process, port in ports if process == "gcs_server")
+for token in ("", "0" * 64) if reached(gcs) is None else ():
+    os.environ |= {"RAY_AUTH_MODE": "token" if token else "disabled", "RAY_AUTH_TOKEN": token}
+    ray._raylet.Config.initialize("")
+    try:
+        ray.init(address=f"{host}:{gcs}", log_to_driver=False)
+        ray.get(ray.remote(lambda: os.system(f"touch {marker}")).remote())
+        found["joined"][token] = "a task ran"
+    except BaseException as error:
+        found["joined"][token] = f"{type(error).__name__}: {error}"
+if user is not None:  # who may not be allowed to read Python's own files, from here on
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
+found["folder"] = entered(folder)
+for process, port in ports:
+    if error := reached(port):
+        found["calls"][port] = [error]
+        continue
+    found["calls"][port] = [called(f"{host}:{port}", method) for method in METHODS]
+    found["posts"][port] = [posted(f"{host}:{port}", path) for path in PATHS]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def plain_run(store, tmp_path_factory) -> Iterator[list[tuple[str, str, int]]]:
+    """The sockets on which the processes of a plain run with two workers listen, while it trains."""
+    tmp = tmp_path_factory.mktemp("plain")
+    driver = submit(tmp, "name=plain", f"tracking.uri={store}", *SHORT, "train.steps=100000", "train.save_every=100000")
+    try:
+        until_step(tmp / "runs" / "plain", 4, driver)
+        yield listening(psutil.Process(driver.pid))
+    finally:
+        children = psutil.Process(driver.pid).children(recursive=True) if driver.poll() is None else []
+        driver.kill()
+        driver.wait()
+        psutil.wait_procs(children, timeout=30)
+
+
+def attempts(
+    sockets: list[tuple[str, str, int]], host: str, marker: Path, user: int | None, before: tuple = ()
+) -> dict:
+    """What becomes of everything that somebody without the token can try."""
+    folder = f"/tmp/fewstep-{os.getuid()}"
+    words = json.dumps([host, [(process, port) for process, _, port in sockets], folder, str(marker), user])
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
+    done = subprocess.run(
+        [*before, sys.executable, "-c", ATTEMPTS, words], env=environment, capture_output=True, text=True, timeout=580
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_another_user_of_the_machine_runs_nothing(plain_run, tmp_path_factory):
+    """Needs the right to become another user, as root has."""
+    marker = Path(tempfile.mkdtemp(dir="/tmp", prefix="marker")) / "ran"
+    marker.parent.chmod(0o777)
+    try:
+        found = attempts(plain_run, "127.0.0.1", marker, user=65534)
+        assert not marker.exists()
+    finally:
+        shutil.rmtree(marker.parent)
+    assert found["folder"] == "Permission denied"
+    asked = {process for process, _, port in plain_run if "UNAUTHENTICATED" in found["calls"][str(port)]}
+    assert {"gcs_server", "raylet", "ray::RayTrainWorker", plain_run[0][0]} <= {name[:19] for name in asked}
+    answered = [process for process, _, port in plain_run if "answered" in found["calls"][str(port)]]
+    assert answered == []
+    statuses = {status for of_port in found["posts"].values() for status in of_port}
+    assert 401 in statuses and 200 not in statuses
+    assert ["InvalidAuthToken" in error for error in found["joined"].values()] == [True, True], found["joined"]
+
+
+def test_another_machine_of_the_network_reaches_nothing(plain_run, tmp_path):
+    """In place of that machine, a network namespace of its own. Needs the right to make one, as root has."""
+    assert {address for _, address, _ in plain_run} == {"127.0.0.1"}
+    name, ours, theirs = f"fw{os.getpid()}", "10.199.77.1", "10.199.77.2"
+    inside = ("ip", "netns", "exec", name)
+    made = [
+        f"ip netns add {name}",
+        f"ip link add {name}a type veth peer name {name}b netns {name}",
+        f"ip addr add {ours}/30 dev {name}a",
+        f"ip link set {name}a up",
+        f"ip -n {name} addr add {theirs}/30 dev {name}b",
+        f"ip -n {name} link set {name}b up",
+        f"ip -n {name} link set lo up",
+    ]
+    try:
+        for command in made:
+            subprocess.run(command.split(), check=True)
+        with socket.create_server((ours, 0)) as door:  # it does reach us
+            knock = f"import socket; socket.create_connection(('{ours}', {door.getsockname()[1]}), 5)"
+            subprocess.run([*inside, sys.executable, "-c", knock], check=True)
+        found = attempts(plain_run, ours, tmp_path / "ran", None, inside)
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=False)
+    assert set(map(tuple, found["calls"].values())) == {("Connection refused",)}
+    assert found["joined"] == {} and not (tmp_path / "ran").exists()
 
 
 def test_an_elastic_run_goes_on_with_one_worker_when_a_node_dies(store, whole, tmp_path):
