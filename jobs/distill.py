@@ -34,7 +34,7 @@ def main(job: Distill, given: dict[str, Any]) -> None:
     from fewstep.cluster import jobs
     from fewstep.run import publish
 
-    result = jobs.train(open_recipe(job.recipe, ROOT / "jobs" / "recipes", given), job.dry_run)
+    result = jobs.train(open_recipe(job.recipe, ROOT / "jobs" / "recipes", given), job.dry_run, exports=True)
     if result is None:
         return
     export = publish(result["recipe"], result["rows"])

@@ -29,23 +29,27 @@ from .engine.world import World
 from .files import sha256_of
 from .folders import write_private
 from .metrics.base import Measure, Samples
-from .networks.conditions import Conditions
+from .networks.conditions import Conditions, Texts
 from .networks.denoiser import Denoiser
 from .networks.lora import Lora, merge
 from .networks.pretrained import Network, empty_denoiser, locate, network_of, new_denoiser, new_head, open_teacher
 from .recipe import Data, Recipe, check_secrets, read_run
+from .texts import quoted
 
 DESCRIBED = "network.json"
 
 
-def make_teacher(recipe: Recipe) -> Denoiser:
-    """The recipe's teacher, or its new network with weights drawn from the recipe's seed."""
-    torch.manual_seed(fold(recipe.seed, "weights"))
+def make_teacher(recipe: Recipe, weights: bool = True) -> Denoiser:
+    """The recipe's teacher, or its new network with weights drawn from the recipe's seed.
+
+    weights: without them the network is on the meta device. Raises ValueError naming the file or field.
+    """
     if recipe.network is not None:
-        return new_denoiser(recipe.network, recipe.precision)
+        torch.manual_seed(fold(recipe.seed, "weights"))
+        return new_denoiser(recipe.network, recipe.precision, weights)
     if (resolve_ref(recipe.teacher) / "recipe.yaml").is_file():  # a run's student is a teacher, too
-        return open_net(recipe.teacher)
-    return open_teacher(recipe.teacher, recipe.precision)
+        return open_net(recipe.teacher) if weights else make_teacher(read_run(resolve(recipe.teacher)), weights=False)
+    return open_teacher(recipe.teacher, recipe.precision, weights)
 
 
 @dataclass
@@ -99,18 +103,20 @@ def make_nets(recipe: Recipe) -> dict[str, nn.Module]:
             raise ValueError(f"start.{role}: no such role; {recipe.method.tag} has {', '.join(nets)}")
         if any(isinstance(net, Lora) and net.base is nets[role] for net in nets.values()):
             raise ValueError(f"start.{role}: adapters change this network; give it by teacher=... instead")
-        folder, source = _split_start(ref, role)
-        path = latest(resolve_ref(folder))
-        if path is None:
-            raise ValueError(f"start.{role}: no checkpoint below {folder!r}; give the folder of a run")
+        path, source = _start(ref, role)
         load_net(nets[role], read_weights(path, source), str(path))
     return nets
 
 
-def _split_start(ref: str, role: str) -> tuple[str, str]:
-    """A run's folder, and which of its networks: `runs/a` is the same role's, `runs/a/net.student` the one it names."""
+def _start(ref: str, role: str) -> tuple[Path | str, str]:
+    """A run's newest checkpoint, and which of its networks: of `runs/a` the same role's, of `runs/a/net.student` that
+    one. Raises ValueError for a folder without a checkpoint."""
     folder, _, last = ref.rstrip("/").rpartition("/")
-    return (folder, last) if folder and last.startswith("net.") else (ref, f"net.{role}")
+    folder, source = (folder, last) if folder and last.startswith("net.") else (ref, f"net.{role}")
+    path = latest(resolve_ref(folder))
+    if path is None:
+        raise ValueError(f"start.{role}: no checkpoint below {quoted(folder)}; give the folder of a run")
+    return path, source
 
 
 def open_net(folder: str) -> Denoiser:
@@ -227,23 +233,46 @@ def make_feed(data: Data | None, seed: int) -> Feed | NoData:
     )
 
 
-def check_data(feed: Feed | NoData, student: Denoiser) -> None:
-    """Raises ValueError where the images do not fit the network."""
-    if isinstance(feed, NoData):
-        return
-    if tuple(feed.shape) != tuple(student.shape):
+def check_network(net: Denoiser) -> Denoiser:
+    """The network itself. Raises ValueError for one that asks for texts, or whose samples are no pictures."""
+    if isinstance(net.conditions, Texts):
         raise ValueError(
-            f"data.path: images of shape {tuple(feed.shape)} (C, H, W), but the network takes {tuple(student.shape)}; "
+            "teacher: it generates from texts, which is not trained here; choose one of classes, or of none"
+        )
+    if net.shape[0] not in (1, 3):
+        raise ValueError(
+            f"teacher: it generates {net.shape[0]} channels, so latents, of which no pictures are made here; choose "
+            "one that generates pixels"
+        )
+    return net
+
+
+def check_start(recipe: Recipe) -> None:
+    """Raises ValueError where a role is to start from a run that has no checkpoint."""
+    for role, ref in recipe.start.items():
+        _start(ref, role)
+
+
+def check_data(data: Feed | NoData | Shards, student: Denoiser) -> None:
+    """Raises ValueError where the images do not fit the network. data: a feed, or the shard set that it will read."""
+    if isinstance(data, NoData):
+        return
+    if isinstance(data, Shards) and data.manifest.kind != "image":
+        raise ValueError(f"data.path: holds {data.manifest.kind}s, of which no pictures are made here; prepare images")
+    shape = tuple(data.size if isinstance(data, Shards) else data.shape)
+    if shape != tuple(student.shape):
+        raise ValueError(
+            f"data.path: images of shape {shape} (C, H, W), but the network takes {tuple(student.shape)}; "
             "prepare them with size= of the network, or choose another teacher"
         )
-    if student.classes is not None and not feed.classes:
+    if student.classes is not None and not data.classes:
         raise ValueError(
             f"data.path: the images have no labels, but the network has {student.classes} classes; prepare them with "
             "labels: a sub-folder for each class, or metadata.csv"
         )
-    if student.classes not in (None, feed.classes):
+    if student.classes not in (None, data.classes):
         raise ValueError(
-            f"data.path: labels of {feed.classes} classes, but the network has {student.classes}; give "
+            f"data.path: labels of {data.classes} classes, but the network has {student.classes}; give "
             f"classes={student.classes} to jobs/prepare.py where not every class has images"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -91,11 +92,31 @@ def memory(recipe: Recipe) -> list[dict[str, Any]]:
     return rows
 
 
-def describe(recipe: Recipe) -> str:
-    """The text that --dry-run prints. Raises as a real start would for files, shapes and names that do not fit."""
+def machine_notes(recipe: Recipe) -> list[str]:
+    """Lines on what this machine lacks of the recipe's workers. Of a cluster nothing is known here."""
+    c, cpus = recipe.cluster, os.cpu_count() or 1
+    if os.environ.get("RAY_ADDRESS"):
+        return ["RAY_ADDRESS names a cluster, which was not asked what it has; python jobs/doctor.py asks it"]
+    found = []
+    if c.workers * c.cpus_per_worker > cpus:
+        found.append(
+            f"cluster.workers: {c.workers:,} of {c.cpus_per_worker:g} CPUs each, and this machine has {cpus}, which "
+            "they would share"
+        )
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if c.device == "cuda" and gpus < c.workers:
+        found.append(f"cluster.device: cuda for {c.workers:,} workers, and torch sees {gpus} GPUs on this machine")
+    return found
+
+
+def describe(recipe: Recipe, exports: bool = False) -> str:
+    """The text that --dry-run prints. Raises as a real start would for files, shapes and names that do not fit.
+
+    exports: the job exports the student of a finished run.
+    """
     run.check(recipe)
+    notes = [*recipe.notes, *machine_notes(recipe), *(run.export_notes(recipe) if exports else ())]
     with build.make_feed(recipe.data, recipe.seed) as feed:
-        build.check_data(feed, build.make_teacher(recipe))
         rows_of_data = feed.rows
     rows = memory(recipe)
     columns = ("weights", "gradients", "optimiser", "activations")
@@ -110,5 +131,6 @@ def describe(recipe: Recipe) -> str:
     images = t.steps * t.batch
     epochs = f": {images / rows_of_data:.1f} epochs of {rows_of_data:,}" if rows_of_data else ", without data"
     lines.append(f"{t.steps:,} steps of {t.batch} images{epochs}.")
+    lines += [f"note: {note}" for note in notes]
     lines.append("Nothing was trained.")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from .config import (
     fingerprint,
     flatten,
     nearest,
+    new_name,
     not_found,
     override_all,
     read,
@@ -31,6 +33,7 @@ from .config import (
     with_new_names,
     words,
 )
+from .config.keys import keys
 from .engine.guard import Guard
 from .engine.optim import Optim
 from .engine.train import Train
@@ -52,6 +55,12 @@ REPORTING = "report_every save_every keep keep_best keep_best_by keep_best_mode 
 def _checked(check: Callable[[str], Any]) -> AfterValidator:
     """Returns a validator that calls `check` on a text and leaves the text unchanged."""
     return AfterValidator(lambda text: (check(text), text)[1])
+
+
+def _model_name(name: str) -> None:
+    """Raises ValueError for a name that MLflow's registry does not take."""
+    if not re.fullmatch(r"[^/:%'\"\x00-\x1f]{1,256}", name) or not name.strip():
+        raise ValueError("a registered model's name has 1 to 256 characters, none of them / : % or a quote")
 
 
 LocalPath = Annotated[str, _checked(resolve)]
@@ -142,11 +151,11 @@ class Evaluate(Metrics):
 class Tracking(Strict):
     """MLflow."""
 
-    experiment: str = "fewstep"
+    experiment: Annotated[str, Field(min_length=1, max_length=256)] = "fewstep"
     """Experiment name."""
     uri: str | None = None
     """Tracking server. null takes MLFLOW_TRACKING_URI, else mlflow.db in the folder where the job writes."""
-    model: str | None = None
+    model: Annotated[str, _checked(_model_name)] | None = None
     """Registered model that gets the export as a new version. null takes the recipe's name."""
 
 
@@ -268,9 +277,30 @@ class Recipe(Strict):
             wrong.append(
                 f"train.save_every: {self.train.save_every} is not a multiple of report_every {self.train.report_every}"
             )
+        if self.resume_allow:
+            known = {key.name: key.group for key in keys(Recipe) if "=" not in key.name}
+            for key in map(new_name, self.resume_allow):
+                if not any(_is_key(key, name, known) for name in known):
+                    wrong.append(f"resume_allow: no such key {key!r}; {nearest(key, sorted(known))}")
         if wrong:
             raise ConfigError("\n".join(wrong))
         return self
+
+    @property
+    def notes(self) -> list[str]:
+        """A line on each setting that is allowed and seldom meant."""
+        train, found = self.train, []
+        for role, optim in self.optim.items():
+            if optim.warmup_steps > train.steps:
+                found.append(
+                    f"optim.{role}.warmup_steps: {optim.warmup_steps} is beyond train.steps {train.steps}, so the rate "
+                    "never reaches lr"
+                )
+        if train.save_every > train.steps:
+            found.append(
+                f"train.save_every: {train.save_every} is beyond train.steps {train.steps}: only the last step is saved"
+            )
+        return found
 
     @property
     def folder(self) -> Path:
@@ -331,6 +361,15 @@ class Recipe(Strict):
     def fingerprint(self) -> str:
         """Hash of `numbers`, sixteen letters. A checkpoint's manifest holds it, too."""
         return fingerprint(self.numbers)
+
+
+def _is_key(key: str, name: str, known: Mapping[str, bool]) -> bool:
+    """True for a dotted key that is the documented key `name`, where `*` stands for any name, or lies below it where
+    no key below it is documented. known: the documented keys, each with whether it has keys below."""
+    parts, pattern = key.split("."), name.split(".")
+    free = known[name] and not any(other.startswith(f"{name}.") for other in known)
+    fits = all(p in ("*", part) for part, p in zip(parts, pattern, strict=False))
+    return fits and (len(parts) == len(pattern) or (free and len(parts) > len(pattern)))
 
 
 def dated_name(stem: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import queue
 import shlex
 import sys
@@ -11,30 +13,36 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from . import build
-from .config import ConfigError, read_json_lines, resolve_out, resolve_ref, to_yaml
+from .config import ConfigError, read_json_lines, resolve, resolve_out, resolve_ref, to_yaml
 from .data.feed import Feed
+from .data.shards import open_shards
 from .diffusion.draws import INDICES, Draws, fold
 from .diffusion.samplers import to_uint8
+from .engine.checkpoint import check_recipe
 from .engine.folder import checkpoints, complete, foreign
-from .engine.manifest import CheckpointError
+from .engine.manifest import CheckpointError, read_manifest
 from .engine.storage import writable
 from .engine.train import Collapsed, Engine, NoData, NonFinite, Report
 from .engine.world import World
 from .folders import EXPORT, NETWORK, FolderError, append_private, claim, replaceable, usable, write_private
 from .locks import hold
-from .metrics.base import Samples, Score, evaluate, refusal
-from .recipe import Recipe
-from .students import export_run
+from .metrics.base import Measure, Samples, Score, check_samples, evaluate, refusal
+from .networks.denoiser import Denoiser
+from .networks.export import check_exportable
+from .recipe import Recipe, check_secrets
+from .students import export_run, few_step_calls
 from .texts import masked, one_line
 from .tracking.provenance import Provenance
+from .tracking.store import tracking_uri
 from .tracking.tracker import Tracker
 from .watchdog import LOOK_S, Watchdog
 
+T = TypeVar("T")
 ROLL_BACK = "roll_back"
 RANK_0_LOCK, WRITER_S = ".lock-rank-0", 60.0
 EVENTS = {Collapsed: "collapse", NonFinite: "non_finite", CheckpointError: "not_saved"}
@@ -458,22 +466,96 @@ def register(recipe: Recipe, export: Path) -> None:
 
 
 def check(recipe: Recipe) -> None:
-    """Checks folders, metrics and resume before anything starts. Raises ValueError that names the field."""
+    """Checks, before anything starts, all that the run would find later: folders, the checkpoint that it goes on from,
+    the network, the data, the scores, and whether the machine has the memory for them.
+
+    Nothing is trained or kept, and no weights are read. Raises ValueError or OSError naming the field; of several
+    mistakes a ConfigError with a line each.
+    """
+    found: list[Exception] = []
+
+    def tried(look: Callable[[], T]) -> T | None:
+        try:
+            return look()
+        except (ValueError, OSError) as error:
+            found.append(error)
+            return None
+
+    check_secrets(recipe)
+    tried(lambda: tracking_uri(recipe.tracking.uri))
+    tried(lambda: _check_folders(recipe))
+    if not found:
+        tried(lambda: _check_resume(recipe))
+    net = tried(lambda: build.check_network(build.make_teacher(recipe, weights=False)))
+    if recipe.data is not None:
+        shards = tried(lambda: open_shards(resolve(recipe.data.path), "size"))
+        if net is not None and shards is not None:
+            tried(lambda: build.check_data(shards, net))
+    tried(lambda: build.check_start(recipe))
+    metrics = tried(lambda: build.make_metrics(recipe))
+    if net is not None and metrics:
+        tried(lambda: _check_scores(recipe, metrics, net))
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        raise ConfigError("\n".join(map(str, found)))
+
+
+def _check_scores(recipe: Recipe, metrics: list[Measure], net: Denoiser) -> None:
+    e, best_by = recipe.evaluate, recipe.train.keep_best_by
+    _check_memory("evaluate.batch", e.batch, net, "sampled at once")
+    _check_memory("evaluate.images", e.images, net, "scored together", item_bytes=1)
+    try:
+        check_samples(metrics, net.shape, net.classes, e.images)
+    except ValueError as error:
+        raise ValueError(f"evaluate.metrics: {error}") from None
+    if recipe.train.keep_best and best_by in recipe.seen_by_loss and not e.rank_seen_by_loss:
+        raise ValueError(f"train.keep_best_by: {refusal(best_by)}")
+
+
+def export_notes(recipe: Recipe) -> list[str]:
+    """A line that says why the run's student cannot be exported, where that is known beforehand. Raises ValueError."""
+    net = build.make_teacher(recipe, weights=False)
+    try:
+        check_exportable(net, few_step_calls(recipe.method, net))
+    except ValueError as error:
+        return [f"nothing will be exported: {one_line(error)}"]
+    return []
+
+
+def _check_folders(recipe: Recipe) -> None:
     usable(recipe.folder, "run")
+    if str(recipe.checkpoints).startswith("memory://"):
+        raise ValueError("storage: memory:// ends with the process, and checkpoints have to outlive it; give a folder")
     if (name := foreign(recipe.checkpoints)) is not None:
         raise FolderError(
-            f"name: {recipe.checkpoints} holds {name!r}, which is no part of a checkpoint, so none is kept there; "
-            "choose another with name=... or storage=..., or move that away"
+            f"name: {masked(str(recipe.checkpoints))} holds {name!r}, which is no part of a checkpoint, so none is "
+            "kept there; choose another with name=... or storage=..., or move that away"
         )
     for name, kind in (("export", EXPORT), ("teacher", NETWORK)):
         replaceable(recipe.folder / name, kind, overwrite=True, field="name")
     writable(resolve_out(recipe.out), "out")
     if recipe.storage is not None:
         writable(recipe.storage, "storage")
-    build.make_metrics(recipe)
-    best_by = recipe.train.keep_best_by
-    if recipe.train.keep_best and best_by in recipe.seen_by_loss and not recipe.evaluate.rank_seen_by_loss:
-        raise ValueError(f"train.keep_best_by: {refusal(best_by)}")
+
+
+def _check_resume(recipe: Recipe) -> None:
+    """Raises ValueError where the run may not go on from the checkpoint that it would go on from."""
     if recipe.resume == "never" and (own := checkpoints(recipe.checkpoints)):
-        raise ValueError(f"resume: never, but {own[-1]} exists; remove it, or choose another name=...")
-    start_from(recipe)
+        raise ValueError(f"resume: never, but {masked(str(own[-1]))} exists; remove it, or choose another name=...")
+    checkpoint = start_from(recipe)
+    if checkpoint is not None:
+        check_recipe(read_manifest(checkpoint), recipe.numbers, recipe.resume_allow, masked(str(checkpoint)))
+
+
+def _check_memory(field: str, images: int, net: Denoiser, what: str, item_bytes: int = 16) -> None:
+    """Raises ValueError where so many images alone, without the network's work on them, exceed the machine's memory.
+
+    item_bytes: of one value; 16 are float32 noise, sample, network input and output.
+    """
+    need, total = images * math.prod(net.shape) * item_bytes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > total:
+        raise ValueError(
+            f"{field}: {images:,} images {what} take {need / 2**30:,.0f} GiB or more, and this machine has "
+            f"{total / 2**30:,.0f}; give fewer"
+        )

@@ -9,20 +9,24 @@ from typing import Any
 
 from ..dryrun import describe
 from ..recipe import Recipe
+from ..run import export_notes
 from ..texts import masked
 from .progress import Progress, table
 from .train import fit, localized
 
 
-def train(recipe: Recipe, dry_run: bool = False) -> dict[str, Any] | None:
+def train(recipe: Recipe, dry_run: bool = False, exports: bool = False) -> dict[str, Any] | None:
     """Runs a recipe on the cluster and prints its closing table; with `dry_run` checks and describes it only.
 
+    exports: the job exports the student of a finished run.
     Returns what run.run returned (run_id, folder, finished, step, rows, grid) and the recipe with absolute paths. None
     after a dry run, and for a run that was asked to stop: then it prints a JSON object with the command that goes on.
     """
     if dry_run:
-        print(describe(recipe))
+        print(describe(localized(recipe), exports))
         return None
+    for note in [*recipe.notes, *(export_notes(recipe) if exports else ())]:
+        print(f"note: {note}", file=sys.stderr)
     with Progress(recipe) as progress:
         result = fit(recipe, progress, keep_lock=True)  # what the job adds to the folder is still to come
     if not result["finished"]:

@@ -332,6 +332,20 @@ def _read(reader: Reader, into: dict[str, Tensor]) -> None:
             raise CheckpointError(f"{reader.path}: {name} holds numbers that are not finite; {AGAIN}")
 
 
+def check_recipe(manifest: Mapping[str, Any], recipe: Mapping[str, Any], allow: Iterable[str], where: str) -> None:
+    """Raises CheckpointError where a checkpoint was written by a recipe that differs from this one outside `allow`.
+
+    where: the checkpoint, for the error.
+    """
+    if changed := differences(manifest["recipe"], recipe, allow):
+        names = ",".join(change.partition(": ")[0] for change in changed)
+        raise CheckpointError(
+            f"{where}: written by another recipe:\n  " + "\n  ".join(changed) + f"\nIf that is meant, go on with "
+            f"resume_allow=[{names}]; else give this run another name or out folder, or start from those weights "
+            "with start.student=<run folder>"
+        )
+
+
 def load(
     path: Ref,
     nets: Mapping[str, nn.Module],
@@ -353,13 +367,8 @@ def load(
 
     def work() -> dict[str, Any]:
         manifest = read_manifest(path.ref)
-        if recipe is not None and (changed := differences(manifest["recipe"], recipe, allow)):
-            names = ",".join(change.partition(": ")[0] for change in changed)
-            raise CheckpointError(
-                f"{path}: written by another recipe:\n  " + "\n  ".join(changed) + f"\nIf that is meant, go on with "
-                f"resume_allow=[{names}]; else give this run another name or out folder, or start from those weights "
-                "with start.student=<run folder>"
-            )
+        if recipe is not None:
+            check_recipe(manifest, recipe, allow, str(path))
         try:
             check_alike({key: manifest.get(key) for key in progress or {}}, progress or {}, "")
         except ValueError as error:

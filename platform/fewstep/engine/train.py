@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..config import Strict, UserError
@@ -58,6 +58,17 @@ class Train(Strict):
     """Direction of the score: min where low is good, max where high is good."""
     keep_every_images: Annotated[int, Field(ge=1)] | None = None
     """Keep for ever the first checkpoint after each multiple of so many images."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_average(cls, data: Any) -> Any:
+        given = isinstance(data, dict) and data.get("average_std") is not None
+        if given and data.get("average_decay") is not None:
+            raise ValueError(
+                f"train.average_std: {quoted(data['average_std'])}, and average_decay is "
+                f"{quoted(data['average_decay'])}; a run has one average, so set one of them to null"
+            )
+        return {**data, "average_decay": None} if given else data
 
     @property
     def profile(self) -> Profile | None:

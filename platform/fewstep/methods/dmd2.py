@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -62,6 +62,13 @@ class DMD2(Method):
 
     headline: ClassVar[tuple[str, ...]] = ("health/match_gradient", "critic/denoise")
     cure: ClassVar[str] = "Raise method.critic_updates_per_student_update, or lower optim.student.lr"
+
+    @field_validator("match_range")
+    @classmethod
+    def _match_range(cls, levels: tuple[int, int]) -> tuple[int, int]:
+        if levels[0] > levels[1]:
+            raise ValueError("give the lower level first")
+        return levels
 
     @model_validator(mode="after")
     def _draws_fit(self) -> DMD2:

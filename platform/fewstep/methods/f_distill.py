@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import field_validator
 from torch import Tensor
 
 from .base import Nets
@@ -30,6 +31,13 @@ class FDistill(DMD2):
     """reverse_kl is DMD2, bit for bit."""
     ratio: tuple[float, float] = (0.1, 20.0)
     """r is clamped here: a discriminator's tails are no estimate."""
+
+    @field_validator("ratio")
+    @classmethod
+    def _ratio(cls, ratio: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < ratio[0] < ratio[1]:
+            raise ValueError("give two positive numbers, the lower one first")
+        return ratio
 
     @property
     def weighs(self) -> bool:

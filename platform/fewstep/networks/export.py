@@ -124,6 +124,18 @@ def exported_calls(folder: Path) -> tuple[Call, ...] | None:
     return tuple(Call(entry.alpha, entry.sigma, then=entry.then, takes=entry.takes) for entry in found)
 
 
+def check_exportable(denoiser: Denoiser, calls: Sequence[Call]) -> None:
+    """Raises ExportError for a generator without a pipeline here. The weights are not looked at."""
+    if not isinstance(denoiser.backbone, UNet):
+        raise ExportError(
+            f"export: {type(denoiser.backbone.model).__name__} has no pipeline here; exported are pixel-space "
+            "UNet2DModel generators"
+        )
+    if len({call.role for call in calls}) > 1:
+        roles = ", ".join(sorted({call.role for call in calls}))
+        raise ExportError(f"export: its calls are of several networks ({roles}); exported are generators of one")
+
+
 def export(
     denoiser: Denoiser,
     folder: str | Path,
@@ -142,14 +154,7 @@ def export(
     folder in the way.
     """
     folder = Path(folder).absolute()
-    if not isinstance(denoiser.backbone, UNet):
-        raise ExportError(
-            f"export: {type(denoiser.backbone.model).__name__} makes latents, and its text encoder and VAE are not at "
-            "hand; exported are pixel-space UNet2DModel generators"
-        )
-    if len({call.role for call in calls}) > 1:
-        roles = ", ".join(sorted({call.role for call in calls}))
-        raise ExportError(f"export: its calls are of several networks ({roles}); exported are generators of one")
+    check_exportable(denoiser, calls)
     if class_names and len(class_names) != denoiser.classes:
         raise ExportError(f"class_names: {len(class_names)} names for {denoiser.classes} classes")
     replaceable(folder, EXPORT, overwrite=overwrite)

@@ -92,15 +92,18 @@ def _backbone(model: nn.Module, network: Network) -> Backbone:
     return backbone
 
 
-def new_denoiser(network: Network, precision: str = "fp32") -> Denoiser:
+def new_denoiser(network: Network, precision: str = "fp32", weights: bool = True) -> Denoiser:
     """A network with random weights whose last layer is zero, so that it starts as its prediction's skip (EDM's start).
 
-    Random weights come from torch's global generator. Raises ConfigError for arguments that diffusers does not take.
+    Random weights come from torch's global generator; without `weights` they are on the meta device.
+    Raises ConfigError for arguments that diffusers does not take.
     """
     config = dict(network.config)
     if network.classes is not None and network.model == "UNet2DModel":
         config.setdefault("num_class_embeds", network.classes + 1)
-    _check_described(network, config)
+    outlined = _outlined(network, config, precision)
+    if not weights:
+        return outlined
     import diffusers
 
     model = getattr(diffusers, network.model)(**config)
@@ -123,12 +126,14 @@ def new_head(denoiser: Denoiser, at: tuple[str, ...] = ("middle",)) -> Head:
     return Head(*(tuple(f.shape[1:]) for f in maps), at=at)
 
 
-def _check_described(network: Network, config: dict[str, Any]) -> None:
-    """Raises ConfigError where a network by its description cannot be built, or is larger than the memory."""
+def _outlined(network: Network, config: dict[str, Any], precision: str = "fp32") -> Denoiser:
+    """A network by its description, on the meta device. Raises ConfigError where it cannot be built, or is larger than
+    the memory."""
     try:
         model = outline(network.model, config)
         check_memory(model)
         _try(_denoiser(model, network, "fp32"))
+        return _denoiser(model, network, precision)
     except ConfigError:
         raise
     except ValueError as error:
@@ -137,7 +142,7 @@ def _check_described(network: Network, config: dict[str, Any]) -> None:
 
 def empty_denoiser(network: Network, precision: str = "fp32") -> Denoiser:
     """A network as `network_of` describes it, with weights of zero, to be filled. Raises ConfigError."""
-    _check_described(network, network.config)
+    _outlined(network, network.config)
     model = unfilled(network.model, network.config)
     state = model.state_dict()
     model.load_state_dict({key: torch.zeros(value.shape) for key, value in state.items()}, assign=True)
@@ -198,10 +203,11 @@ def _look(ref: str) -> str:
     return str(folder)
 
 
-def open_teacher(ref: str | Path, precision: str = "fp32") -> Denoiser:
+def open_teacher(ref: str | Path, precision: str = "fp32", weights: bool = True) -> Denoiser:
     """A denoiser from a folder of ours or of diffusers (a pipeline, or one model with its scheduler beside it).
 
-    ref: see `locate`. Weights are float32 whatever they were saved as.
+    ref: see `locate`. Weights are float32 whatever they were saved as; without `weights` they are on the meta device,
+    which takes no memory, and only the headers of their files are read.
     Reads safetensors and JSON only; no code that a folder brings is run. Raises ValueError naming what is missing.
     """
     network, path, config, stored = _read_folder(locate(ref))
@@ -213,6 +219,8 @@ def open_teacher(ref: str | Path, precision: str = "fp32") -> Denoiser:
     except ValueError as error:
         raise ValueError(f"teacher: {path}: {error}") from None
     names = check_headers(model, stored, path.parent)
+    if not weights:
+        return _denoiser(model, network, precision).eval()
     model = unfilled(name, arguments)
     fill(model, stored, names)
     return _denoiser(model, network, precision).eval()
