@@ -164,17 +164,7 @@ def test_whatever_is_public_says_what_it_is(path):
     assert [node.name for node in public if not ast.get_docstring(node)] == []
 
 
-# Files whose docstrings may still open with one of these words. The list may only shrink.
-RIDDLES = {"What", "Where", "How", "Whether", "Of", "Who"}
-UNCLEAR = {
-    "cluster/__init__.py",
-    "cluster/doctor.py",
-    "cluster/gauges.py",
-    "cluster/progress.py",
-    "cluster/session.py",
-    "cluster/stream.py",
-    "cluster/train.py",
-}
+RIDDLES = {"What", "Where", "How", "Whether", "Of", "Who"}  # a docstring opens with its subject, not with these
 
 
 def docstrings(path: Path) -> Iterator[str]:
@@ -191,7 +181,7 @@ def test_docstrings_open_with_their_subject(tmp_path):
     for path in [*SOURCES, *sorted((ROOT / "jobs").glob("*.py"))]:
         if RIDDLES & {text.split()[0] for text in docstrings(path) if text.strip()}:
             unclear.add(path.relative_to(ROOT).as_posix().removeprefix("platform/fewstep/"))
-    assert unclear == UNCLEAR  # a file that became clear leaves the list
+    assert unclear == set()
     sample = tmp_path / "x.py"
     sample.write_text('"""A file."""\nclass C:\n    """A class."""\n    x: int\n    """Of the class."""\n')
     assert list(docstrings(sample)) == ["A file.", "A class.", "Of the class."]

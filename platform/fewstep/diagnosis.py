@@ -63,7 +63,7 @@ def _judge_cluster(facts: dict[str, Any]) -> Iterator[Check]:
 
 
 def _judge_access(cluster: dict[str, Any]) -> Check:
-    """Who can run programs on the cluster. Encryption is not looked at: Ray has none by default."""
+    """People who can run programs on the cluster. Encryption is not checked: Ray has none by default."""
     here = [address for address in (cluster["address"], cluster["dashboard"]) if address and not _loopback(address)]
     reach = f"other machines reach {' and '.join(here)}" if here else "only this machine reaches it"
     dashboard = f", with a dashboard at {cluster['dashboard']}" if cluster["dashboard"] else ", without a dashboard"
@@ -79,7 +79,7 @@ def _judge_access(cluster: dict[str, Any]) -> Check:
 
 
 def _loopback(address: str) -> bool:
-    """Whether host:port is of the loopback interface."""
+    """True where host:port is of the loopback interface."""
     host = address.rpartition(":")[0].strip("[]")
     return host == "localhost" or host == "::1" or host.startswith("127.")
 
@@ -187,7 +187,7 @@ def _judge_shared(key: str, check: Check, nodes: dict[str, Any]) -> Check:
 
 
 def healthy(checks: list[Check]) -> bool:
-    """Whether nothing is broken; a warning is not."""
+    """True where nothing is broken; a warning is not."""
     return all(check.status != "broken" for check in checks)
 
 

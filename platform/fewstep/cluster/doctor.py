@@ -62,7 +62,7 @@ WITHOUT_RECIPE = ["class_consistency", "diversity", "fid", "kid"]
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and the packages that have to match, in this process; None for one that is not installed."""
+    """Versions of Python and the packages that have to match, in this process; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -91,7 +91,7 @@ def operators(timeout_s: float) -> str | None:
 
 
 def part_checks(recipe: dict[str, Any]) -> list[Check]:
-    """What every part says of the recipe here. A part that cannot be imported is a finding, and so is the recipe."""
+    """The checks of every part on the recipe here. A part that cannot be imported is a finding, and so is the recipe."""
     try:
         from ..recipe import Recipe
 

@@ -1,4 +1,4 @@
-"""What a run says of itself in Ray's Prometheus endpoints: its workers at each report, its driver in between, too.
+"""A run's gauges in Ray's Prometheus endpoints: its workers at each report, its driver in between, too.
 
 Ray puts `ray_` before the names. All are gauges, also what only grows: a counter of Ray's does not exist before its
 first event, which a rate would miss, and outlives its process. A process that ends, unless by SIGKILL, has its last
@@ -73,7 +73,7 @@ class Gauges:
 
 
 class WorkerGauges(Gauges):
-    """What a worker says at each of its reports: its own times and memory; on rank 0 also what is the same on all."""
+    """A worker's gauges at each of its reports: its own times and memory; on rank 0 also what is the same on all."""
 
     def __call__(self, engine: Engine, report: Report) -> None:
         rank, metrics = str(engine.world.rank), report.metrics
@@ -99,7 +99,7 @@ class WorkerGauges(Gauges):
 
 
 class DriverGauges(Gauges):
-    """What the driver says of a run, whose workers may be gone.
+    """The driver's gauges of a run, whose workers may be gone.
 
     ends: the kind of event, one of EVENTS, by the type of the exception that ends the run; any other is "failed".
     """

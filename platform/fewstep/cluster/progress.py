@@ -1,4 +1,4 @@
-"""What a person sees of a run: one bar at a terminal, one line a report in a log, a table at the end."""
+"""The view of a run for a person: one bar at a terminal, one line a report in a log, a table at the end."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def _authenticate(address: str, timeout_s: float = 10.0) -> None:
 
 
 def asks_for_token(address: str, headers: Mapping[str, str] | None = None) -> bool:
-    """Whether the cluster whose control service is at host:port refuses a call with these headers, by default none."""
+    """True where the cluster whose control service is at host:port refuses a call with these headers, by default none."""
     import grpc
 
     with grpc.insecure_channel(address) as channel:
@@ -169,7 +169,7 @@ def _end(token: Path) -> None:
 
 
 def _environment() -> dict[str, Any]:
-    """Of every worker: where it finds this package."""
+    """Environment of every worker: the place of this package."""
     paths = [str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
 
@@ -181,5 +181,5 @@ def _loopback() -> str:
 
 
 def is_private() -> bool:
-    """Whether the cluster that this process is connected to listens on the loopback address only."""
+    """True where the cluster that this process is connected to listens on the loopback address only."""
     return ip_address(ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]")).is_loopback

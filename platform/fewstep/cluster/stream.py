@@ -147,7 +147,7 @@ class RayFeed(StreamFeed):
 
 
 def _tasks(shards: Shards, wanted: Iterator[tuple[int, np.ndarray | None]]) -> Iterator[pa.Table]:
-    """What each task reads: a table of units and their rows (null is all), of about TASK_BYTES of shards."""
+    """A task's reading list: a table of units and their rows (null is all), of about TASK_BYTES of shards."""
     weight = {shard.file: shard.bytes / shard.rows for shard in shards.manifest.shards}
     units: list[int] = []
     rows: list[np.ndarray | None] = []
@@ -200,7 +200,7 @@ def _blocks(dataset: Dataset) -> Generator[pa.Table, None, None]:
 
 
 def _whole(table: pa.Table) -> pa.Table:
-    """What read_units returned; raises the ShardError that it met."""
+    """The result of read_units; raises the ShardError that it met."""
     reasons = table.column("error").drop_null()
     if len(reasons):
         raise ShardError(reasons[0].as_py())

@@ -101,7 +101,7 @@ def fit(
 def _fit(
     recipe: Recipe, follow: Callable[[dict[str, Any]], None], tags: Mapping[str, str], shared: bool
 ) -> dict[str, Any]:
-    """What `fit` does once the run's folder is its own."""
+    """The rest of `fit`, once the run's folder is its own."""
     c = recipe.cluster
     connect(cpus=c.workers * c.cpus_per_worker + 1)
     import ray
@@ -193,7 +193,7 @@ class Sealed:
 
 
 def _cause(failures: Mapping[int, Exception]) -> Exception:
-    """What to raise for the failures by rank: Lost where another attempt may do better, else the error itself.
+    """The exception for the failures by rank: Lost where another attempt may do better, else the error itself.
 
     When one rank fails, the others fail too, in the collective that it left: their words are no reason.
     """
@@ -260,7 +260,7 @@ def await_resources(recipe: Recipe, device: str) -> None:
 
 
 def _worker(sealed: dict[str, Sealed]) -> dict[str, Any]:
-    """What every Ray Train worker runs."""
+    """The function that every Ray Train worker runs."""
     from ray.train import get_preemption_info
 
     config = sealed["sealed"].value
@@ -289,7 +289,7 @@ def _worker(sealed: dict[str, Sealed]) -> dict[str, Any]:
 
 
 def room_to_score(recipe: Recipe, device: str, streaming: bool) -> bool:
-    """Whether the cluster has a worker's resources beyond those that train: then scores need not stop the training."""
+    """True where the cluster has a worker's resources beyond those that train, so that scores do not stop the training."""
     import ray
 
     c, total = recipe.cluster, ray.cluster_resources()

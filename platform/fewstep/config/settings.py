@@ -50,7 +50,7 @@ def _plain_numbers(schema: Any, model: type[BaseModel]) -> Any:
 
 
 def _finite(value: Any) -> bool:
-    """Whether all numbers in a value, however deep, are finite."""
+    """True where all numbers in a value, however deep, are finite."""
     if isinstance(value, (Mapping, list, tuple)):
         return all(map(_finite, value.values() if isinstance(value, Mapping) else value))
     return not isinstance(value, float) or math.isfinite(value)
