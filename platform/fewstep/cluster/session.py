@@ -151,7 +151,7 @@ def _authenticate(address: str, timeout_s: float = 10.0) -> None:
 
 
 def asks_for_token(address: str, headers: Mapping[str, str] | None = None) -> bool:
-    """True where the cluster whose control service is at host:port refuses a call with these headers, by default none."""
+    """True where the cluster with its control service at host:port refuses a call with these headers."""
     import grpc
 
     with grpc.insecure_channel(address) as channel:

@@ -289,7 +289,7 @@ def _worker(sealed: dict[str, Sealed]) -> dict[str, Any]:
 
 
 def room_to_score(recipe: Recipe, device: str, streaming: bool) -> bool:
-    """True where the cluster has a worker's resources beyond those that train, so that scores do not stop the training."""
+    """True where the cluster has resources for one more worker, so that scores do not stop the training."""
     import ray
 
     c, total = recipe.cluster, ray.cluster_resources()
