@@ -62,7 +62,7 @@ WITHOUT_RECIPE = ["class_consistency", "diversity", "fid", "kid"]
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and the packages that have to match, here; None for one that is not installed."""
+    """Versions of Python and of the packages that have to match; None for one not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
