@@ -91,7 +91,7 @@ def operators(timeout_s: float) -> str | None:
 
 
 def part_checks(recipe: dict[str, Any]) -> list[Check]:
-    """The checks of every part on the recipe here. A part that cannot be imported is a finding, and so is the recipe."""
+    """The checks of every part on the recipe. A part that cannot be imported is a finding, and so is the recipe."""
     try:
         from ..recipe import Recipe
 
