@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -10,6 +11,7 @@ import toy
 from torch import Tensor
 from torch.nn import functional as F
 
+from fewstep.build import make_nets
 from fewstep.diffusion.draws import INDICES, Draws, index_level
 from fewstep.diffusion.health import statistics
 from fewstep.diffusion.samplers import Call, calls_at, run_calls
@@ -19,6 +21,7 @@ from fewstep.engine.optim import Optim
 from fewstep.engine.train import Collapsed, Engine, Train
 from fewstep.methods import METHODS, Method, Phase
 from fewstep.methods.base import Batch, Make, Nets, Terms
+from fewstep.recipe import load_recipe
 
 TRAIN = {"batch": 16, "report_every": 4, "save_every": 4, "keep": 5}
 
@@ -188,3 +191,15 @@ def test_the_guard_and_its_advice_serve_a_method_with_phases_of_any_name():
     engine = Engine(method, nets, optims, toy.Feed(toy.Mixture()), train, guard=guard)
     with pytest.raises(Collapsed, match="brightness .* Push less, or choose failure.collapse.policy=roll_back"):
         toy.finish(engine)
+
+
+def test_a_recipes_networks_are_a_function_of_its_seed():
+    """All ranks make the same head, whatever a process drew before."""
+    words = ["recipe=fashion_mnist"]
+    recipes = Path(__file__).parents[1] / "jobs" / "recipes"
+    first, again, other = (load_recipe([*words, f"seed={seed}"], recipes, "fashion_mnist") for seed in (0, 0, 1))
+    heads = []
+    for recipe in (first, again, other):
+        torch.rand(3)
+        heads.append(toy.weights(make_nets(recipe)["disc"]))
+    assert toy.same(heads[0], heads[1]) and not toy.same(heads[0], heads[2])

@@ -92,6 +92,7 @@ class Maker:
 def make_nets(recipe: Recipe) -> dict[str, nn.Module]:
     """Every role's network, the frozen ones among them; the same on all ranks. Raises ValueError naming the field."""
     teacher = make_teacher(recipe)
+    torch.manual_seed(fold(recipe.seed, "nets"))  # of heads and embeddings, however much opening the teacher drew
     nets = recipe.method.nets(Maker(recipe, teacher))
     for role, how in recipe.roles.items():
         if how.lora is not None and not isinstance(nets.get(role), Lora | None):
