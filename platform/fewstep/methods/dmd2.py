@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from ..diffusion.draws import INDICES, index_level
 from ..diffusion.guidance import guided
 from ..diffusion.health import statistics, verdicts
-from ..diffusion.level import Level
 from ..diffusion.losses import gan_discriminator, gan_generator, matching_gradient, surrogate
 from ..diffusion.samplers import Call, calls_at, enter_call
 from .base import Batch, Make, Method, Nets, Phase, Terms
@@ -126,11 +125,11 @@ class DMD2(Method):
                 x_t, level = enter_call(nets, calls, batch.z, batch.cond, draws, last)
             cond = batch.cond
         else:
-            pick = draws.integers("pick", 0, self.student_steps - 1, len(batch.z)).view(-1, *[1] * (batch.z.ndim - 1))
-            levels = [call.level(batch.z) for call in calls]
-            chosen = lambda values: torch.stack(values).gather(0, pick[None])[0]
-            level = Level(chosen([v.alpha for v in levels]), chosen([v.sigma for v in levels]))
-            x_t = torch.where(pick == 0, batch.z * levels[0].start, level.noise(batch.real, batch.z))
+            pick = draws.integers("pick", 0, self.student_steps - 1, len(batch.z))
+            times = torch.tensor([call.t for call in calls], dtype=torch.float64, device=pick.device)
+            level = student.schedule.level(times[pick], batch.z.ndim)
+            first = (pick == 0).view_as(level.alpha)
+            x_t = torch.where(first, batch.z * level.start, level.noise(batch.real, batch.z))
             cond = batch.real_cond
         with torch.set_grad_enabled("student" in trains):
             return replace(batch, cond=cond).make(x=student(x_t, level, cond))
