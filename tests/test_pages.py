@@ -19,9 +19,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from job import job
 from mlflow import MlflowClient
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from test_compare import EVIL, STEPS, Built, build, job
+from test_compare import EVIL, STEPS, Built, build
 
 WIDTHS = (1280, 390)
 
@@ -53,7 +54,7 @@ def client(built) -> MlflowClient:
 def written(built, tmp_path_factory) -> Path:
     """The page of the three runs."""
     out = tmp_path_factory.mktemp("page") / "compare.html"
-    job(f"runs={json.dumps(built.ids)}", f"uri={built.uri}", f"out={out}")
+    job("compare")([f"runs={json.dumps(built.ids)}", f"uri={built.uri}", f"out={out}"])
     return out
 
 
