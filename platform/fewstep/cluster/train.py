@@ -28,7 +28,7 @@ from ..recipe import Recipe
 from ..students import open_student
 from ..texts import first_line
 from ..tracking.provenance import Provenance, provenance
-from ..tracking.store import prepare_store, tracking_uri
+from ..tracking.store import TrackingError, answering, prepare_store, tracking_uri
 from .gauges import DriverGauges, WorkerGauges
 from .session import SOURCE, connect
 from .stream import DATA_CPUS, Published, check_cpus, publish
@@ -110,7 +110,13 @@ def _fit(
     published = None if recipe.data is None else publish(recipe.data.path, recipe.data.memory_mib << 20)
     streaming = published is not None and published.streaming
     check_cpus(c.workers_min or c.workers, c.cpus_per_worker, streaming)
-    prepare_store(recipe.tracking.uri)  # once, here: several workers creating one database would collide
+    try:  # once, here: several workers creating one database would collide
+        with answering(recipe.tracking.uri):
+            prepare_store(recipe.tracking.uri)
+    except TrackingError as error:
+        if "locked" not in str(error):
+            raise
+        print(f"note: {error}; training goes on, and python jobs/track.py folder={recipe.folder} sends what is missed")
     origin = provenance(SOURCE.parent, **build.fingerprints(recipe, published and published.shards))
     config = {
         "recipe": recipe.model_dump(mode="json"),
