@@ -280,16 +280,16 @@ def test_a_killed_training_loses_nothing(uri, client, tmp_path, monkeypatch, cap
     with open(folder / "tracking/journal.jsonl", "ab") as file:
         file.write(b'{"serial": 100000, "time": 1, "op": "metr')  # killed in the middle of a line
 
-    job = subprocess.run(
+    sent = subprocess.run(
         [sys.executable, ROOT / "jobs/track.py", f"folder={folder}"],
         capture_output=True,
         text=True,
         env=ENV,
         timeout=60,
     )
-    assert job.returncode == 0, job.stderr
-    assert "the last line was cut short and is dropped" in job.stderr
-    sent = int(re.search(r"(\d+) operations sent, 0 unsent, 0 refused", job.stdout)[1])
+    assert sent.returncode == 0, sent.stderr
+    assert "the last line was cut short and is dropped" in sent.stderr
+    sent = int(re.search(r"(\d+) operations sent, 0 unsent, 0 refused", sent.stdout)[1])
     ops = [json.loads(line) for line in (folder / "tracking/journal.jsonl").read_text().splitlines()]
     count = sum(op["op"] == "metrics" for op in ops)
     assert count > 600 and 0 < sent <= len(ops) - 200
