@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from job import job
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from PIL import Image
