@@ -247,7 +247,7 @@ BAD_LINES = {
         '{"file": 7}\n': "line 1: file: 7; a file's name is text",
         '{"file": "0.png", "caption": 5}\n': "line 1: caption: 5; a caption is one text",
         '{"file": "0.png", "text": ["a", "b"]}\n': "line 1: caption: ['a', 'b']; a caption is one text",
-        '\n{"file": "0.png", "caption": "\\ud800"}\n': "line 2: caption: '\\ud800' holds U+D800, half of a character",
+        '\n{"file": "0.png", "caption": "\\ud800"}\n': "line 2: character U+D800 in a text",
         '{"file": "0.png", "label": [1]}\n': "line 1: label: [1]; a label is a whole number from 0 or a name",
         '{"file": "0.png", "label": true}\n': "line 1: label: true; a label is",
         '{"file": "0.png", "label": 1.5}\n': "line 1: label: 1.5; a label is",
