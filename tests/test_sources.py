@@ -255,7 +255,7 @@ BAD_LINES = {
         '{"file": "0.png", "label": 1e999}\n': "line 1: label: inf; a label is",
         '{"file": "0.png", "label": 1000000}\n': "the label 1000000 of '0.png'; labels count from 0, and there are at",
         '{"file": "0.png", "label": %s}\n' % ("9" * 5000): "line 1: 9999999999... has 5,000 digits",
-        '{"file": "0.png\\u0000"}\n': "line 1: no file '0.png\\x00' in",
+        '{"file": "0.png\\u0000"}\n': "line 1: character U+0000 in a text",
     },
 }  # fmt: skip
 
