@@ -182,7 +182,7 @@ def test_trials_are_runs_below_one_and_a_failed_one_says_why(ray_cluster, store,
     score = closing["fd_fashion"]  # an earlier sweep teaches another one, where nothing but its space differs
     recipe = localized(load_recipe(words(tmp_path, f"tracking.uri={store}"), RECIPES, "fashion_mnist"))
     other = Space("gan", "?", {"method.gan_weight": choice(3e-3, 1e-2)}, "fd_fashion", "min", {"fd_fashion": "min"})
-    learner = Sweep(space="gan", warm_start="s")
+    learner = Sweep(space="gan", warm_start=parent.run_id)
     assert earlier_trials(learner, other, recipe) == [({"method.gan_weight": 0.003}, [score])]
     with pytest.raises(ConfigError, match="warm_start: sweep 's' has train.steps 6 and this one 7"):
         earlier_trials(learner, other, apply(recipe, {"train.steps": 7}))

@@ -25,10 +25,9 @@ def train(recipe: Recipe, dry_run: bool = False, exports: bool = False) -> dict[
     if dry_run:
         print(describe(localized(recipe), exports))
         return None
-    for note in [*recipe.notes, *(export_notes(recipe) if exports else ())]:
-        print(f"note: {note}", file=sys.stderr)
+    notes = [*recipe.notes, *(export_notes(recipe) if exports else ())]
     with Progress(recipe) as progress:
-        result = fit(recipe, progress, keep_lock=True)  # what the job adds to the folder is still to come
+        result = fit(recipe, progress, keep_lock=True, notes=notes)  # the job adds to the folder after the run
     if not result["finished"]:
         own = [word for word in sys.argv[1:] if not word.startswith("name=")]
         again = masked(shlex.join(["python", sys.argv[0], *own, f"name={recipe.name}"]))

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count, takewhile
 from pathlib import Path
 from types import MappingProxyType
@@ -75,13 +75,14 @@ def fit(
     tags: Mapping[str, str] = MappingProxyType({}),
     shared: bool = False,
     keep_lock: bool = False,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains a recipe on the cluster and returns what run.run returned on rank 0.
 
     follow: called in this process with each line of the run's reports, {step, images} and metrics or scores, soon
     after it was made. tags: more of them for its MLflow run. shared: other runs use the cluster too, so what is free is
     not this run's to score in: its own workers do. keep_lock: other processes stay out of the run's folder until this
-    one ends, and not only until the run does.
+    one ends, and not only until the run does. notes: lines for standard error, printed once the folder is this run's.
     Lost workers, nodes and controllers are met by a restart from the last checkpoint, `failure.max_failures` times.
     SIGTERM ends the run after the step at hand, saved: `finished` is false in what is returned.
     Raises Busy where another process runs the same run, Unplaceable when the cluster lacks the workers after
@@ -95,6 +96,8 @@ def fit(
     if keep_lock:
         hold(recipe.folder / LOCK, way_out=way_out)
     with locked(recipe.folder / LOCK, way_out=way_out):
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
         return _fit(recipe, follow, tags, shared)
 
 
@@ -116,7 +119,8 @@ def _fit(
     except TrackingError as error:
         if "locked" not in str(error):
             raise
-        print(f"note: {error}; training goes on, and python jobs/track.py folder={recipe.folder} sends what is missed")
+        missed = f"training goes on, and python jobs/track.py folder={recipe.folder} sends what is missed"
+        print(f"note: {error}; {missed}", file=sys.stderr)
     origin = provenance(SOURCE.parent, **build.fingerprints(recipe, published and published.shards))
     config = {
         "recipe": recipe.model_dump(mode="json"),
