@@ -15,6 +15,7 @@ from fewstep.diffusion.draws import (
     descending_levels,
     fold,
     index_level,
+    noised,
     lognormal_level,
     neighbour_levels,
     ramp_level,
@@ -631,3 +632,11 @@ def test_neighbours_are_lcms_pairs():
     assert torch.equal(low, (high - 20).clamp(min=0))
     counts = high.bincount()[high.unique()].double()
     assert ((counts - 400) ** 2 / 400).sum() < 85.4  # chi-square, 49 degrees of freedom, p = 0.001
+
+
+def test_noised_samples_are_those_of_their_level_and_noise():
+    x, draws = torch.randn(6, 2, 1, 1), Draws(3, 1)
+    x_t, level, eps = noised(draws, "a", EDM(), x, 100, 200)
+    assert torch.equal(x_t, level.alpha * x + level.sigma * eps)
+    assert torch.equal(level.sigma, index_level(draws, "a/t", EDM(), 100, 200, x).sigma)
+    assert torch.equal(eps, draws.normal("a/eps", x.shape))

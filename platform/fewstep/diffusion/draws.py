@@ -88,6 +88,15 @@ def index_level(
     return _at_index(schedule, (low + (high + 1 - low) * u**power).floor(), like)
 
 
+def noised(
+    draws: Draws, name: str, schedule: Schedule, x: Tensor, low: int = 0, high: int = INDICES - 1, power: float = 1.0
+) -> tuple[Tensor, Level, Tensor]:
+    """Samples x (B, ...) noised at levels of `index_level`, as (x_t, level, eps); the draws are name/t and name/eps."""
+    level = index_level(draws, f"{name}/t", schedule, low, high, x, power)
+    eps = draws.normal(f"{name}/eps", x.shape)
+    return level.noise(x, eps), level, eps
+
+
 def ramp_level(draws: Draws, name: str, schedule: Schedule, like: Tensor) -> Level:
     """Levels uniform over the schedule's ramp, stratified over the batch: t in [0, 1], shifted, for a flow."""
     return schedule.level(schedule.ramp(draws.uniform(name, like.shape[0], stratified=True)), like.ndim)

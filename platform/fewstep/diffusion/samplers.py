@@ -123,6 +123,27 @@ def enter_call(
     return x, levels[number]
 
 
+@torch.no_grad()
+def simulated_call(
+    nets: Mapping[str, Any], calls: Sequence[Call], z: Tensor, cond: Any, draws: Draws
+) -> tuple[Tensor, Level]:
+    """Input and level of a call drawn for the step, after the generator's own calls before it: DMD2's backward
+    simulation (section 4.5). All ranks draw the same, as their collectives must line up."""
+    return enter_call(nets, calls, z, cond, draws, draws.choice("last", len(calls)))
+
+
+def noised_call(calls: Sequence[Call], z: Tensor, real: Tensor, draws: Draws) -> tuple[Tensor, Level]:
+    """Input and level of a call drawn for each sample: noise for the first, noised data (B, ...) for the others.
+
+    calls: of one schedule.
+    """
+    pick = draws.integers("pick", 0, len(calls) - 1, len(z))
+    times = torch.tensor([call.t for call in calls], dtype=torch.float64, device=pick.device)
+    level = calls[0].schedule.level(times[pick], z.ndim)
+    first = (pick == 0).view_as(level.alpha)
+    return torch.where(first, z * level.start, level.noise(real, z)), level
+
+
 def run_calls(nets: Mapping[str, Any], calls: Sequence[Call], z: Tensor, cond: Any, draws: Draws) -> Tensor:
     """x0 (B, ...) of a few-step generator from unit noise z: all of its calls, one after the other."""
     x_t, level = enter_call(nets, calls, z, cond, draws, len(calls) - 1)

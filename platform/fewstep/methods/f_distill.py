@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 from pydantic import field_validator
-from torch import Tensor
 
-from .base import Nets
+from .base import Batch, Nets, Phase, Terms
 from .dmd2 import DMD2
 
 # h(r) = r^2 f''(r) of r = p_data / p_student (table 1), constants left out: the batch normalisation cancels them.
@@ -43,5 +43,19 @@ class FDistill(DMD2):
     def weighs(self) -> bool:
         return self.divergence != "reverse_kl"
 
-    def weight(self, nets: Nets, features: Any) -> Tensor:
-        return H[self.divergence](nets["disc"](features).exp().clamp(*self.ratio))
+    def phases(self) -> tuple[Phase, ...]:
+        student, critic = super().phases()
+        return replace(student, measure=self.measure if self.weighs and self.matching_weight else None), critic
+
+    def measure(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
+        """The matching term and its weight h (B,), whose mean is taken over the global batch."""
+        found = super().matching(nets, batch)
+        h = H[self.divergence](nets["disc"](found.pop("features")).exp().clamp(*self.ratio))
+        return {"weight": h.mean()}, found | {"weight": h}
+
+    def matching(self, nets: Nets, batch: Batch) -> Terms:
+        if not self.weighs:
+            return super().matching(nets, batch)
+        found, h = batch.made, batch.made["weight"] / batch.made["mean/weight"]
+        gradient = found["gradient"] * h.view(-1, *[1] * (batch.x.ndim - 1))
+        return {"gradient": gradient, "normaliser": found["normaliser"]}
