@@ -15,9 +15,9 @@ from fewstep.diffusion.draws import (
     descending_levels,
     fold,
     index_level,
-    noised,
     lognormal_level,
     neighbour_levels,
+    noised,
     ramp_level,
 )
 from fewstep.diffusion.level import PREDICTIONS, TARGETS, Level, boundary
