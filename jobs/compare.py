@@ -44,9 +44,10 @@ class Compare(Strict):
 
 @command(Compare)
 def main(job: Compare) -> None:
-    from fewstep.compare import collect, compare, page
+    from fewstep.compare import collect, compare
     from fewstep.engine.storage import writable
     from fewstep.folders import overwritable
+    from fewstep.page import render
     from fewstep.tracking import Store
 
     if bool(job.runs) == bool(job.sweep):
@@ -66,7 +67,7 @@ def main(job: Compare) -> None:
     grids = job.grids or max(2, 240 // len(runs))
     records = [collect(store, run, grid=job.grid, grids=grids) for run in runs]
     data = compare(records, what=what, store=store.uri, rank_seen_by_loss=job.rank_seen_by_loss)
-    out.write_text(page(data, ROOT / "dashboards" / "compare.html"), encoding="utf-8")
+    out.write_text(render(ROOT / "dashboards" / "compare.html", data=data), encoding="utf-8")
     print(f"{what}, {len(data['groups'])} different settings; open {out} in a browser")
     print(json.dumps({"page": str(out), "runs": len(runs), "groups": len(data["groups"]), "bytes": out.stat().st_size}))
 

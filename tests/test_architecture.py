@@ -20,7 +20,7 @@ PACKAGE = ROOT / "platform" / "fewstep"
 # A part imports from lower floors only; parts of one floor do not know each other.
 FLOORS = [
     {"texts"},
-    {"files", "locks", "checks"},
+    {"files", "locks", "checks", "seeds", "page"},
     {"config", "folders", "diffusion"},
     {"networks", "data", "methods", "metrics"},
     {"engine"},
@@ -43,6 +43,7 @@ ONLY = {
     "cleanfid": {"metrics"},
     "optuna": {"sweeps"},
     "matplotlib": {"sweeps"},
+    "jinja2": {"page"},
     "pyarrow": {"data", "cluster"},
     "torchvision": {"data"},
 }

@@ -16,7 +16,8 @@ import pytest
 from job import job
 from PIL import Image
 
-from fewstep.compare import Record, collect, compare, page, scores, short
+from fewstep.compare import Record, collect, compare, scores, short
+from fewstep.page import render
 from fewstep.tracking import Store, Tracker
 from fewstep.tracking.store import database
 
@@ -234,7 +235,7 @@ def test_a_sweeps_trials_are_found_by_their_parent_in_the_order_of_their_names(r
 
 
 def test_nothing_of_a_run_can_end_the_element_that_holds_it(data):
-    text = page(data, TEMPLATE)
+    text = render(TEMPLATE, data=data)
     assert EVIL in [run["name"] for run in data["runs"]] and EVIL not in text
     head, _, rest = text.partition('<script id="data" type="application/json">')
     assert json.loads(rest.partition("</script>")[0]) == data

@@ -346,7 +346,7 @@ def name(values: dict) -> str:
 def test_one_seed_names_no_winner():
     verdict = judge([trial(0, {"a": 1}, 2.0), trial(1, {"a": 2}, 1.0)], "fd", "min", name)
     assert verdict.best.values == {"a": 2} and not verdict.won
-    assert verdict.text == "a=2 came out best with fd 1, on one seed: nothing says that it would again."
+    assert verdict.text == "No winner: a=2 has the best fd, 1, on one seed; another may differ."
 
 
 @pytest.mark.parametrize(("mode", "sign"), [("min", 1), ("max", -1)])
@@ -358,7 +358,7 @@ def test_the_spread_of_seeds_decides(mode, sign):
     assert verdict.text.startswith("No winner:")
     clear = [trial(0, {"a": 1}, sign * 1.0), trial(1, {"a": 2}, sign * 2.0), trial(2, {"a": 1}, sign * 1.2, 1)]
     verdict = judge(clear, "fd", mode, name)
-    assert verdict.won and verdict.best.std == pytest.approx(math.sqrt(0.02))
+    assert verdict.won and verdict.best.score.std == pytest.approx(math.sqrt(0.02))
     assert verdict.text == f"a=1 wins: fd {sign * 1.1:.4g} ± 0.14 (2 seeds), 0.9 ahead of the next."
 
 
@@ -435,7 +435,7 @@ def test_the_table_is_of_the_finished_settings_best_first():
 def test_the_page_asks_for_nothing_and_escapes_what_it_is_told(tmp_path, recipe):
     """Every plot of a made-up sweep is drawn, and an error's text stays text."""
     from fewstep.sweeps import plots
-    from fewstep.sweeps.report import page
+    from fewstep.sweeps.report import report
 
     found = space({TTUR: choice(1, 5), GAN: choice(0, 1e-3)}, "fd", d="max", fd="min")
     names = short_names(found, recipe)
@@ -451,6 +451,8 @@ def test_the_page_asks_for_nothing_and_escapes_what_it_is_told(tmp_path, recipe)
     assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', "".join(figures.values()))) <= set(ids)
     verdict = judge(trials, "fd", "min", lambda values: label(values, names))
     template = ROOT / "dashboards" / "sweep.html"
-    text = page(template, "a < b", found, [*trials, lost], names, ["fd", "d"], verdict, {"seed": "0"}, "again", figures)
+    text = report(
+        template, "a < b", found, [*trials, lost], names, ["fd", "d"], verdict, {"seed": "0"}, "again", figures
+    )
     assert "<script" not in text and "&lt;script&gt;alert" in text and "a &lt; b" in text
     assert not re.search(r"\{\{|(?:src|href)=\"(?!#)", text)

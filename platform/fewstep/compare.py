@@ -1,16 +1,13 @@
-"""Compares runs: the settings that differ, scores and curves, and one page that shows them."""
+"""Compares runs: the settings that differ, scores, curves and sample grids, as plain values for the page."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
-import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +15,7 @@ import numpy as np
 from .config import parse_json
 from .methods import METHODS
 from .metrics import better
+from .seeds import Spread, grouped
 from .tracking.runs import Run, Store
 
 SEED = "seed"
@@ -123,18 +121,10 @@ def short(keys: Iterable[str], known: Iterable[str]) -> dict[str, str]:
     return {key: next((end for end in ends(key) if taken.count(end) == 1), key) for key in keys}
 
 
-def groups(records: Sequence[Record]) -> list[list[int]]:
-    """Indices of the runs that differ in nothing but the seed, in the order in which they are given."""
-    found: dict[str, list[int]] = {}
-    for i, record in enumerate(records):
-        found.setdefault(json.dumps(record.settings, sort_keys=True), []).append(i)
-    return list(found.values())
-
-
-def _labels(records: Sequence[Record], grouped: list[list[int]], keys: list[str]) -> list[dict[str, str]]:
+def _labels(records: Sequence[Record], groups: list[list[int]], keys: list[str]) -> list[dict[str, str]]:
     """{setting: value} of what varies, when that is short; else the recipe's name where it tells the groups apart, or
     the first run's."""
-    firsts = [records[group[0]] for group in grouped]
+    firsts = [records[group[0]] for group in groups]
     if 0 < len(keys) <= LABEL_SETTINGS:
         return [{key: record.settings[key] for key in keys if key in record.settings} for record in firsts]
     recipes = {record.settings.get("recipe", "") for record in firsts}
@@ -144,25 +134,7 @@ def _labels(records: Sequence[Record], grouped: list[list[int]], keys: list[str]
 # ---------------------------------------------------------------------------------------------------- scores
 
 
-def _spread(values: Mapping[int, float], seeds: Sequence[str]) -> dict[str, Any]:
-    """values: by index of the run; seeds: of all runs. Runs that share a seed count as one, by their mean.
-
-    Mean and deviation are None where a value is not finite, and so is that value: JSON has no nan.
-    """
-    by_seed: dict[Any, list[float]] = {}
-    for run, value in values.items():
-        by_seed.setdefault(seeds[run] or run, []).append(value)
-    means = [statistics.fmean(same) for same in by_seed.values()]
-    finite = bool(np.isfinite(means).all())
-    return {
-        "mean": statistics.fmean(means) if finite else None,
-        "std": statistics.stdev(means) if finite and len(means) > 1 else None,
-        "seeds": len(means),
-        "values": [{"run": run, "value": value if np.isfinite(value) else None} for run, value in values.items()],
-    }
-
-
-def scores(records: Sequence[Record], grouped: list[list[int]], rank_seen_by_loss: bool = False) -> dict[str, Any]:
+def scores(records: Sequence[Record], groups: list[list[int]], rank_seen_by_loss: bool = False) -> dict[str, Any]:
     """The table of scores: one column a metric, sample count and reference, for only such scores compare. Scores whose
     network a loss of their run used have a column of their own, which is marked only if rank_seen_by_loss is true.
 
@@ -170,7 +142,7 @@ def scores(records: Sequence[Record], grouped: list[list[int]], rank_seen_by_los
     seeds (n - 1; None for one seed), the number of seeds, the single values, and `mark`: "best", or "close" where its
     mean is off the best one by no more than the larger of their two standard deviations. Teachers get no mark.
     """
-    group_of = {i: g for g, members in enumerate(grouped) for i in members}
+    group_of = {i: g for g, members in enumerate(groups) for i in members}
     columns: list[dict[str, Any]] = []
     rows: dict[tuple, dict[str, Any]] = {}
     for i, record in enumerate(records):
@@ -188,29 +160,38 @@ def scores(records: Sequence[Record], grouped: list[list[int]], rank_seen_by_los
             row["values"].setdefault(columns.index(column), {})[i] = score["value"]
             row["images"] |= {_images_at(record, score["step"])} - {None}
     order = sorted(range(len(columns)), key=lambda c: _sort_key(f"score/{columns[c]['name']}", ()))
-    seeds = [record.seed for record in records]
-    table = []
-    for row in sorted(rows.values(), key=lambda r: (not r["teacher"], r["group"] or 0, r["calls"] or 0)):
+    table = sorted(rows.values(), key=lambda r: (not r["teacher"], r["group"] or 0, r["calls"] or 0))
+    for row in table:
         values = row.pop("values")
-        cells = [_spread(values[c], seeds) if c in values else None for c in order]
-        table.append(row | {"images": sorted(row["images"]), "cells": cells})
+        row["images"] = sorted(row["images"])
+        row["cells"] = [_cell(values[c], records) if c in values else None for c in order]
     for place, c in enumerate(order):
-        students = [row["cells"][place] for row in table if not row["teacher"] and row["cells"][place]]
         if rank_seen_by_loss or not columns[c]["seen_by_loss"]:
-            _mark(students, columns[c]["better"])
+            _mark([row["cells"][place] for row in table if not row["teacher"] and row["cells"][place]], columns[c])
     return {"columns": [columns[c] for c in order], "rows": table}
 
 
-def _mark(cells: list[dict[str, Any]], direction: str | None) -> None:
-    cells = [cell for cell in cells if cell["mean"] is not None]
-    if direction is None or len(cells) < 2:
+def _cell(values: Mapping[int, float], records: Sequence[Record]) -> dict[str, Any]:
+    """Returns a cell of the table. values: by index of the run. JSON has no nan, so None stands for what is not finite.
+
+    A run without a seed counts as a seed of its own.
+    """
+    finite = lambda value: value if np.isfinite(value) else None
+    spread = Spread.over((records[run].seed or run, value) for run, value in values.items())
+    single = [{"run": run, "value": finite(value)} for run, value in values.items()]
+    return {"mean": finite(spread.mean), "std": spread.std, "seeds": spread.seeds, "values": single}
+
+
+def _mark(cells: Sequence[dict[str, Any]], column: Mapping[str, Any]) -> None:
+    """Marks the best of a column, and the cells that the spread of seeds does not tell from it."""
+    found = [(Spread(c["mean"], c["std"], c["seeds"]), c) for c in cells if c["mean"] is not None]
+    if column["better"] is None or len(found) < 2:
         return
-    best = (min if direction == "lower" else max)(cells, key=lambda cell: cell["mean"])
-    for cell in cells:
-        spread = max(cell["std"] or 0.0, best["std"] or 0.0)
-        if cell is best:
+    best, _ = (min if column["better"] == "lower" else max)(found, key=lambda pair: pair[0].mean)
+    for spread, cell in found:
+        if spread is best:
             cell["mark"] = "best"
-        elif abs(cell["mean"] - best["mean"]) <= spread:
+        elif spread.near(best):
             cell["mark"] = "close"
 
 
@@ -222,7 +203,7 @@ def _images_at(record: Record, step: int) -> int | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------- the page
+# --------------------------------------------------------------------------------- the values of the page
 
 
 def _headlines(records: Iterable[Record]) -> tuple[str, ...]:
@@ -250,8 +231,9 @@ def compare(records: Sequence[Record], *, what: str, store: str, rank_seen_by_lo
     if twice := sorted({record.run.name for record in records if ids.count(record.run.run_id) > 1}):
         raise ValueError(f"runs: {', '.join(twice)}: given twice")
     keys, known = changed(records), {key for record in records for key in record.settings}
-    grouped, names = groups(records), short(keys, known.union(*(record.run.params for record in records)))
-    group_of = {i: g for g, members in enumerate(grouped) for i in members}
+    names = short(keys, known.union(*(record.run.params for record in records)))
+    groups = grouped(range(len(records)), lambda i: records[i].settings)
+    group_of = {i: g for g, members in enumerate(groups) for i in members}
     pictures: dict[str, str] = {}
     headlines = _headlines(records)
     names_of_curves = {name for record in records for name in record.curves}
@@ -264,10 +246,10 @@ def compare(records: Sequence[Record], *, what: str, store: str, rank_seen_by_lo
         "same": [[key, records[0].settings[key]] for key in sorted(known - set(keys))],
         "groups": [
             {"label": [[names.get(key, ""), value] for key, value in label.items()]}
-            for label in _labels(records, grouped, keys)
+            for label in _labels(records, groups, keys)
         ],
         "runs": [_plain(record, group_of[i], pictures) for i, record in enumerate(records)],
-        "scores": scores(records, grouped, rank_seen_by_loss),
+        "scores": scores(records, groups, rank_seen_by_loss),
         "metrics": metrics,
         "shown": metrics[:SHOWN_CURVES],
         "curve_points": CURVE_POINTS,
@@ -302,17 +284,3 @@ def _plain(record: Record, group: int, pictures: dict[str, str]) -> dict[str, An
 def _finite(values: np.ndarray) -> list[float | None]:
     """Returns the values with None for those that are not finite, because JSON has no nan."""
     return [value if np.isfinite(value) else None for value in values.tolist()]
-
-
-def page(data: Mapping[str, Any], template: Path) -> str:
-    """The page: the HTML file `template` with its style, its script and the data put in; it asks for nothing else.
-
-    Text of a run cannot end the element it stands in: `<` is written as an escape, and the script never makes markup
-    of text.
-    """
-    parts = {
-        "style": template.with_suffix(".css").read_text(encoding="utf-8"),
-        "script": template.with_suffix(".js").read_text(encoding="utf-8"),
-        "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
-    }
-    return re.sub(r"\{\{(style|script|data)\}\}", lambda match: parts[match[1]], template.read_text(encoding="utf-8"))

@@ -51,13 +51,16 @@ def revealed(url: str | None, *known: str | None) -> str | None:
 def quoted(value: Any, chars: int = 60) -> str:
     """A value as an error quotes it, masked and cut to `chars`: its repr; null, true and false as in YAML and JSON."""
     value = masked(value)
-    text = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
+    text = shown(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= chars else text[: chars - 3] + "..."
 
 
-def shown(value: Any) -> str:
-    """A setting's value as tables and figures show it: six digits of a real number, and anything else as it is."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def shown(value: Any, digits: int = 6) -> str:
+    """A value as tables, figures and messages show it: `digits` digits of a real number; null, true and false as in
+    YAML. Settings have six digits, scores four, standard deviations two."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
 def reason(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from ..metrics.base import SEEN
 from ..recipe import Recipe
 from ..run import NOT_SCORES
+from ..texts import shown
 
 
 class Progress:
@@ -35,7 +36,7 @@ class Progress:
     def __call__(self, report: dict[str, Any]) -> None:
         say = self.bar.console.print if self.bar is not None else print
         if "scores" in report:
-            scores = "  ".join(f"{name} {value:.4g}" for name, value in report["scores"].items())
+            scores = "  ".join(f"{name} {shown(value, 4)}" for name, value in report["scores"].items())
             return say(f"scores at step {report['step']}: {scores}")
         text = self.line(report)
         for event in report.get("events", []):
@@ -49,7 +50,9 @@ class Progress:
         step, steps, metrics = report["step"], self.recipe.train.steps, report["metrics"]
         speed = metrics["images_per_s"]
         left_s = (steps - step) * self.recipe.train.batch / speed
-        numbers = "  ".join(f"{k.split('/')[-1]} {metrics[k]:.3g}" for k in self.recipe.method.headline if k in metrics)
+        numbers = "  ".join(
+            f"{k.split('/')[-1]} {shown(metrics[k], 3)}" for k in self.recipe.method.headline if k in metrics
+        )
         return (
             f"step {step}/{steps}  {report['images']:,} images  {speed:.0f} images/s  {clock(left_s)} left  {numbers}"
         )

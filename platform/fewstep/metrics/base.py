@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.config import Strict, nearest, resolve
+from fewstep.texts import shown
 
 METRICS: dict[str, type[Metric]] = {}
 Better = Literal["lower", "higher"]
@@ -131,7 +132,7 @@ class Score:
         by = f", extractor {self.extractor[:8]}" if self.extractor else ""
         against = f", {self.reference_images} reference images ({self.reference[:8]})" if self.reference else ""
         seen = f", {SEEN}" if self.seen_by_loss else ""
-        return f"{self.name} {self.value:.4g} ({measured}{by}{against}{seen})"
+        return f"{self.name} {shown(self.value, 4)} ({measured}{by}{against}{seen})"
 
     def __lt__(self, other: Score) -> bool:
         return compare(self, other) < 0

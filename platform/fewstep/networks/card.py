@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..config import Strict, to_yaml
+from ..texts import shown
 
 
 class Card(Strict):
@@ -82,7 +83,7 @@ def write_card(
         "",
         "| call | alpha | sigma | network's time |",
         "|---|---|---|---|",
-        *(f"| {i + 1} | {c['alpha']:.6g} | {c['sigma']:.6g} | {c['time']:.6g} |" for i, c in enumerate(calls)),
+        *(f"| {i + 1} | {shown(c['alpha'])} | {shown(c['sigma'])} | {shown(c['time'])} |" for i, c in enumerate(calls)),
         "",
         "The noise levels belong to the weights: neither a scheduler nor the number of calls can be exchanged.",
     ]
@@ -114,7 +115,7 @@ def _scores(card: Card) -> list[str]:
     heads = (f"{name} (seen by a loss)" if name in seen else name for name in names)
     head = ["", "sampler", "calls an image", "samples", *heads]
     rows = [
-        [r.get("who", ""), r["sampler"], r["nfe"], r["images"], *(_number(r.get(n)) for n in names)]
+        [r.get("who", ""), r["sampler"], r["nfe"], r["images"], *(shown(r.get(n, ""), 4) for n in names)]
         for r in card.scores
     ]
     table = ["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]]
@@ -122,7 +123,3 @@ def _scores(card: Card) -> list[str]:
         f"; reference: {card.reference}." if card.reference else "."
     )
     return ["## Scores", "", *table, "", note, ""]
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"

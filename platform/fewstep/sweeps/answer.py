@@ -12,10 +12,11 @@ from typing import Any
 from ..compare import short
 from ..config import flatten, to_yaml
 from ..recipe import Recipe
+from ..texts import shown
 from ..tracking.tracker import Tracker
 from .judge import front, importance, judge
 from .record import FAILED, FINISHED, STOPPED, Record, Trial
-from .report import markdown, page
+from .report import markdown, report
 from .settings import Sweep
 from .space import HOURS, Space, apply
 
@@ -27,8 +28,7 @@ def short_names(space: Space, recipe: Recipe) -> dict[str, str]:
 
 def label(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
     """A setting as a text: `gan_weight=0.003 student.lr=0.0001`."""
-    text = lambda value: f"{value:g}" if isinstance(value, float) else str(value)
-    return " ".join(f"{names[key]}={text(value)}" for key, value in values.items())
+    return " ".join(f"{names[key]}={shown(value)}" for key, value in values.items())
 
 
 def at_the_edge(values: Mapping[str, Any], space: Space, names: Mapping[str, str]) -> str:
@@ -63,7 +63,7 @@ def write(sweep: Sweep, space: Space, base: Recipe, record: Record, tracker: Tra
         tracker.artifact(best)
         print(f"\n{verdict.text}\nagain: {again(best)}")
     for trial in front(ended, space.objectives) if sweep.search == "pareto" else ():
-        scores = ", ".join(f"{name} {trial.score(name):.4g}" for name in space.objectives)
+        scores = ", ".join(f"{name} {shown(trial.score(name), 4)}" for name in space.objectives)
         text = recipe_text(
             base, trial, sweep, space, f"No other trial is better in one of these and as good in all: {scores}."
         )
@@ -77,7 +77,7 @@ def write(sweep: Sweep, space: Space, base: Recipe, record: Record, tracker: Tra
     metrics = list(dict.fromkeys([space.metric, *base.evaluate.metrics, HOURS]))
     table = markdown(space, ended, names, metrics)
     (folder / "table.md").write_text(table)
-    report = folder / "report.html"
+    page = folder / "report.html"
     facts = {
         "space": space.name,
         "recipe": base.recipe,
@@ -89,20 +89,20 @@ def write(sweep: Sweep, space: Space, base: Recipe, record: Record, tracker: Tra
         "MLflow run": tracker.run_id or "",
     }
     command = again(best) if best else ""
-    report.write_text(page(template, sweep.name, space, ended, names, metrics, verdict, facts, command, figures))
-    for path in (folder / "table.md", report):
+    page.write_text(report(template, sweep.name, space, ended, names, metrics, verdict, facts, command, figures))
+    for path in (folder / "table.md", page):
         tracker.artifact(path)
     count = {state.replace(" ", "_"): sum(t.state == state for t in ended) for state in (FINISHED, STOPPED, FAILED)}
     return {
         "best": str(best) if best else None,
         "winner": verdict.won if verdict else False,
-        space.metric: verdict.best.mean if verdict else None,
+        space.metric: verdict.best.score.mean if verdict else None,
         "trials": len(ended),
         **count,
         "images": sum(t.images for t in ended),
         "hours": round(sum(t.hours for t in ended), 4),
         "run_id": tracker.run_id,
-        "report": str(report),
+        "report": str(page),
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..metrics.base import refusal
 from ..recipe import Recipe
+from ..texts import shown
 from ..tracking.tracker import Tracker
 from . import answer
 from .proposals import Grid, Proposals, proposals
@@ -118,7 +119,7 @@ class Conductor:
             trial = self.record.add("score", number, **spent, **scores, run=result["run"], values=result["values"])
             if trial.phase == SEARCH:
                 self.proposals.report(number, result["images"], result["score"])
-            text = "  ".join(f"{name} {value:.4g}" for name, value in result["scores"].items())
+            text = "  ".join(f"{name} {shown(value, 4)}" for name, value in result["scores"].items())
             print(f"{number:03d}  {text}  at {result['images']:,} images", flush=True)
         if "state" in result:
             state, reason = result["state"], result.get("reason")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+from ..seeds import Spread, grouped
+from ..texts import shown
 from .record import FINISHED, SEARCH, Trial
 from .space import Space
 
@@ -20,17 +21,20 @@ WIDE = 4.0  # ratio of largest to smallest score above which logarithms are used
 
 @dataclass(frozen=True)
 class Setting:
-    """Trials that differ in the seed only. std: sample standard deviation (n - 1), None for one seed."""
+    """Trials that differ by the seed only. score: the sweep's metric over their seeds."""
 
     values: dict[str, Any]
     trials: tuple[Trial, ...]
-    mean: float
-    std: float | None
+    score: Spread
 
     @property
     def first(self) -> Trial:
         """The trial of the recipe's own seed."""
         return self.trials[0]
+
+    def over_seeds(self, metric: str) -> Spread:
+        """Returns mean and spread of any metric of the trials."""
+        return Spread.over((t.seed, t.score(metric)) for t in self.trials)
 
 
 @dataclass(frozen=True)
@@ -49,21 +53,16 @@ class Verdict:
     @property
     def won(self) -> bool:
         """True if `best` has several seeds and no rival."""
-        return self.best.std is not None and not self.rivals
+        return self.best.score.std is not None and not self.rivals
 
 
 def settings(trials: Sequence[Trial], metric: str, mode: str) -> list[Setting]:
     """Groups finished trials by setting, best mean first."""
-    groups: dict[str, list[Trial]] = {}
-    for trial in sorted(trials, key=lambda t: t.number):
-        if trial.state == FINISHED and math.isfinite(trial.score(metric)):
-            groups.setdefault(json.dumps(trial.values, sort_keys=True), []).append(trial)
-    ranked = []
-    for members in groups.values():
-        scores = [t.score(metric) for t in members]
-        std = statistics.stdev(scores) if len(scores) > 1 else None
-        ranked.append(Setting(members[0].values, tuple(members), statistics.fmean(scores), std))
-    return sorted(ranked, key=lambda s: s.mean if mode == "min" else -s.mean)
+    scored = [t for t in trials if t.state == FINISHED and math.isfinite(t.score(metric))]
+    groups = grouped(sorted(scored, key=lambda t: t.number), lambda t: t.values)
+    score = lambda group: Spread.over((t.seed, t.score(metric)) for t in group)
+    ranked = [Setting(group[0].values, tuple(group), score(group)) for group in groups]
+    return sorted(ranked, key=lambda s: s.score.mean if mode == "min" else -s.score.mean)
 
 
 def judge(trials: Sequence[Trial], metric: str, mode: str, name: Callable[[dict[str, Any]], str]) -> Verdict | None:
@@ -73,30 +72,26 @@ def judge(trials: Sequence[Trial], metric: str, mode: str, name: Callable[[dict[
         return None
     sign = 1 if mode == "min" else -1
     by_first = sorted(ranked, key=lambda s: sign * s.first.score(metric))
-    finalists = list(takewhile(lambda s: s.std is not None, by_first))
+    finalists = list(takewhile(lambda s: s.score.std is not None, by_first))
     best = next((s for s in ranked if s in finalists), by_first[0])
-    score = f"{metric} {best.mean:.4g}"
-    if best.std is None:
-        text = f"{name(best.values)} came out best with {score}, on one seed: nothing says that it would again."
+    if best.score.std is None:
+        text = f"No winner: {name(best.values)} has the best {metric}, {best.score}, on one seed; another may differ."
         return Verdict(best, (), text)
     others = [s for s in ranked if s is not best]
-    rivals = tuple(s for s in others if sign * (s.mean - best.mean) <= max(best.std, s.std or 0.0))
-    if rivals:
-        named = "; ".join(f"{name(s.values)} with {spread(s)}" for s in rivals[:3])
-        more = f"; and {len(rivals) - 3} more" if len(rivals) > 3 else ""
-        text = (
-            f"No winner: {name(best.values)} has {metric} {spread(best)}; within the spread of seeds lie {named}{more}."
-        )
-    else:
-        ahead = f", {abs(others[0].mean - best.mean):.2g} ahead of the next" if others else ""
-        text = f"{name(best.values)} wins: {metric} {spread(best)}{ahead}."
-    return Verdict(best, rivals, text)
+    ahead = [sign * (s.score.mean - best.score.mean) for s in others]
+    rivals = tuple(s for s, lead in zip(others, ahead, strict=True) if lead < 0 or s.score.near(best.score))
+    if not rivals:
+        lead = f", {shown(ahead[0], 2)} ahead of the next" if others else ""
+        return Verdict(best, (), f"{name(best.values)} wins: {metric} {_over_seeds(best.score)}{lead}.")
+    named = "; ".join(f"{name(s.values)} with {_over_seeds(s.score)}" for s in rivals[:3])
+    named += f"; and {len(rivals) - 3} more" if len(rivals) > 3 else ""
+    found = f"{name(best.values)} has {metric} {_over_seeds(best.score)}"
+    return Verdict(best, rivals, f"No winner: {found}; within the spread of seeds lie {named}.")
 
 
-def spread(setting: Setting) -> str:
-    """Returns mean and standard deviation over seeds as a text: `1.44 ± 0.05 (3 seeds)`."""
-    seeds = "1 seed" if setting.std is None else f"{len(setting.trials)} seeds"
-    return f"{setting.mean:.4g}{'' if setting.std is None else f' ± {setting.std:.2g}'} ({seeds})"
+def _over_seeds(score: Spread) -> str:
+    """Returns a score with the number of its seeds: `1.44 ± 0.05 (3 seeds)`."""
+    return f"{score} ({score.seeds} seed{'s' if score.seeds > 1 else ''})"
 
 
 def wide(scores: Sequence[float]) -> bool:

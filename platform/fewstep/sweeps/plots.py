@@ -50,21 +50,21 @@ def draw(
     space: Space, trials: Sequence[Trial], names: Mapping[str, str], shares: Mapping[str, float] | None
 ) -> dict[str, Figure]:
     """Draws the figures that fit this sweep. Returns them by name. names: short names of the keys."""
-    shown = [t for t in trials if t.state in (FINISHED, STOPPED) and math.isfinite(t.score(space.metric))]
+    scored = [t for t in trials if t.state in (FINISHED, STOPPED) and math.isfinite(t.score(space.metric))]
     found = settings(trials, space.metric, space.mode)
-    if not shown:
+    if not scored:
         return {}
     figures: dict[str, Figure] = {}
     with matplotlib.rc_context(STYLE):
         if _is_grid(found):
             figures["map"] = score_map(space, found, names)
         if len(space.domains) > 1:
-            figures["parallel"] = parallel(space, shown, names)
+            figures["parallel"] = parallel(space, scored, names)
         if shares:
             figures["importance"] = importance_bars(shares, names)
-        figures["slices"] = slices(space, shown, names)
+        figures["slices"] = slices(space, scored, names)
         others = [name for name in space.objectives if name not in (space.metric, "hours")]
-        figures["pareto"] = pareto(space, shown, [*others, "hours"])
+        figures["pareto"] = pareto(space, scored, [*others, "hours"])
     return figures
 
 
@@ -163,7 +163,7 @@ def parallel(space: Space, trials: Sequence[Trial], names: Mapping[str, str]) ->
     last = len(keys)
     axes.plot([last, last], [0, 1], color=INK, linewidth=1.2, zorder=4)
     for score in _marks(norm):
-        axes.text(last + 0.05, height(score), f"{score:.3g}", ha="left", va="center", fontsize=7.5)
+        axes.text(last + 0.05, height(score), shown(score, 3), ha="left", va="center", fontsize=7.5)
     axes.text(last, 1.08, space.metric, ha="center", va="bottom", fontsize=8, fontweight="bold")
     return figure
 
@@ -300,12 +300,12 @@ def score_map(space: Space, found: Sequence[Setting], names: Mapping[str, str]) 
     rows, columns = (
         sorted({s.values[key] for s in found}, key=space.domains[key].axis_position) for key in (down, across)
     )
-    norm = _norm([s.mean for s in found])
+    norm = _norm([s.score.mean for s in found])
     figure = Figure(figsize=(min(WIDTH, 1.6 + 1.05 * len(columns)), 0.9 + 0.55 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for setting in found:
         x, y = columns.index(setting.values[across]), rows.index(setting.values[down])
-        at = float(norm(setting.mean)) if space.mode == "min" else 1 - float(norm(setting.mean))
+        at = float(norm(setting.score.mean)) if space.mode == "min" else 1 - float(norm(setting.score.mean))
         best = setting is found[0]
         axes.add_patch(
             matplotlib.patches.Rectangle(
@@ -320,15 +320,15 @@ def score_map(space: Space, found: Sequence[Setting], names: Mapping[str, str]) 
         ink = "white" if at < 0.55 else INK
         axes.text(
             x,
-            y - (0.12 if setting.std is not None else 0),
-            f"{setting.mean:.3g}",
+            y - (0.12 if setting.score.std is not None else 0),
+            shown(setting.score.mean, 3),
             ha="center",
             va="center",
             color=ink,
             fontsize=9.5,
         )
-        if setting.std is not None:
-            axes.text(x, y + 0.22, f"± {setting.std:.2g}", ha="center", va="center", color=ink, fontsize=7)
+        if setting.score.std is not None:
+            axes.text(x, y + 0.22, f"± {shown(setting.score.std, 2)}", ha="center", va="center", color=ink, fontsize=7)
     axes.set_xlim(-0.55, len(columns) - 0.45)
     axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.set_xticks(range(len(columns)), map(shown, columns))

@@ -1,51 +1,26 @@
-"""A sweep in words: a Markdown table fit for a paper, and one HTML page that opens without a network."""
+"""The report of a sweep: a Markdown table for a paper, and one HTML page that opens without a network."""
 
 from __future__ import annotations
 
-import re
-import statistics
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 
 from ..metrics.base import SEEN
+from ..page import render
 from ..texts import shown
 from .judge import Setting, Verdict, settings
 from .record import FAILED, FINISHED, Trial
 from .space import HOURS, Space
 
-CAPTIONS = {
-    "map": (
-        "Mean {metric} at each point of the grid ({better}); ± is the standard deviation over seeds where a point was "
-        "repeated. The best mean is framed."
-    ),
-    "parallel": (
-        "A line a trial, through its settings to its {metric} on the right, the better the higher. Dashed: stopped "
-        "early. Thick: the best trial."
-    ),
-    "importance": (
-        "How much of the variance of {metric} over this space (of its logarithm, where scores span more than a factor "
-        "of four) each setting explains alone, by a random forest (fANOVA; Hutter et al. 2014). What is missing from "
-        "100 % is noise and interplay."
-    ),
-    "slices": (
-        "{metric} against each setting alone. Hollow: stopped early, so at fewer images. Diamond: the best trial."
-    ),
-    "pareto": "What a better {metric} is paid with. The line joins the trials that no other one beats in both.",
-}
 
-
-def _mean(setting: Setting, metric: str) -> str:
-    """Mean over seeds, with the standard deviation where there are several."""
-    values = [t.score(metric) for t in setting.trials]
-    if metric == HOURS:
-        return f"{statistics.fmean(values):.3g}"
-    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4g}{spread}"
+def _score(setting: Setting, metric: str) -> str:
+    """Mean over seeds, with the standard deviation where there are several; of the hours the mean alone."""
+    spread = setting.over_seeds(metric)
+    return shown(spread.mean, 3) if metric == HOURS else str(spread)
 
 
 def _heads(metrics: Sequence[str], trials: Sequence[Trial]) -> list[str]:
-    """The columns' titles; one says where a loss used the metric's network."""
+    """Titles of the metrics' columns; a title says if a loss used the metric's network."""
     seen = {metric for metric in metrics if any(trial.seen_by_loss(metric) for trial in trials)}
     names = {HOURS: "device hours"} | {metric: f"{metric} ({SEEN})" for metric in seen}
     return [names.get(metric, metric) for metric in metrics]
@@ -57,11 +32,11 @@ def markdown(space: Space, trials: Sequence[Trial], names: Mapping[str, str], me
     head = [*(f"`{names[key]}`" for key in space.domains), *_heads(metrics, trials), "seeds"]
     lines = [f"| {' | '.join(head)} |", f"|{'|'.join(['---'] * len(space.domains) + ['---:'] * (len(metrics) + 1))}|"]
     for i, setting in enumerate(found):
-        values = [shown(setting.values[key]) if key in setting.values else "" for key in space.domains]
-        scores = [_mean(setting, metric) for metric in metrics]
+        values = [shown(setting.values.get(key, "")) for key in space.domains]
+        scores = [_score(setting, metric) for metric in metrics]
         if i == 0:
             scores[0] = f"**{scores[0]}**"
-        lines.append(f"| {' | '.join([*values, *scores, str(len(setting.trials))])} |")
+        lines.append(f"| {' | '.join([*values, *scores, str(setting.score.seeds)])} |")
     left = [t for t in trials if t.state != FINISHED]
     if left:
         failed = sum(t.state == FAILED for t in left)
@@ -69,42 +44,7 @@ def markdown(space: Space, trials: Sequence[Trial], names: Mapping[str, str], me
     return "\n".join(lines) + "\n"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int, marked: Sequence[bool] = ()) -> str:
-    """An HTML table of texts that are escaped here; the last `numbers` columns are right-aligned."""
-    side = lambda i: ' class="num"' if i >= len(head) - numbers else ""
-    top = "".join(f"<th scope=col{side(i)}>{escape(text).replace('_', '_<wbr>')}" for i, text in enumerate(head))
-    body = []
-    for r, row in enumerate(rows):
-        cells = "".join(f"<td{side(i)}>{escape(text).replace('_', '_<wbr>')}" for i, text in enumerate(row))
-        body.append(f"<tr{' class=best' if r < len(marked) and marked[r] else ''}>{cells}")
-    return f"<div class=scroll tabindex=0><table><thead><tr>{top}<tbody>{''.join(body)}</table></div>"
-
-
-def _settings_table(
-    space: Space, trials: Sequence[Trial], names: Mapping[str, str], metrics: Sequence[str], verdict: Verdict
-) -> str:
-    rows, marked = [], []
-    for setting in settings(trials, space.metric, space.mode):
-        first, *others = (_mean(setting, metric) for metric in metrics)
-        values = [shown(setting.values.get(key, "–")) for key in space.domains]
-        rows.append([first, str(len(setting.trials)), *values, *others])
-        marked.append(setting.values == verdict.best.values)
-    first, *others = _heads(metrics, trials)
-    head = [first, "seeds", *(names[key] for key in space.domains), *others]
-    return _table(head, rows, len(head), marked)
-
-
-def _trials_table(space: Space, trials: Sequence[Trial], names: Mapping[str, str], metrics: Sequence[str]) -> str:
-    head = ["trial", "state", *(names[key] for key in space.domains), "seed", "images", *_heads(metrics, trials)]
-    rows = []
-    for t in sorted(trials, key=lambda t: t.number):
-        values = [shown(t.values.get(key, "–")) for key in space.domains]
-        scores = [f"{t.score(metric):.4g}" if t.score(metric) == t.score(metric) else "–" for metric in metrics]
-        rows.append([f"{t.number:03d}", t.state or "open", *values, str(t.seed), f"{t.images:,}", *scores])
-    return _table(head, rows, len(head) - 2)
-
-
-def page(
+def report(
     template: Path,
     name: str,
     space: Space,
@@ -116,34 +56,37 @@ def page(
     command: str,
     figures: Mapping[str, str],
 ) -> str:
-    """The report. template: its HTML, with {{title}}, {{facts}}, {{answer}}, {{figures}}, {{trials}} and {{why}}.
+    """The page of a sweep. template: dashboards/sweep.html. figures: SVG elements by name, shown as they are."""
+    ranked = settings(trials, space.metric, space.mode)
+    by_number = sorted(trials, key=lambda t: t.number)
+    first, *others = heads = _heads(metrics, trials)
+    keys = [names[key] for key in space.domains]
+    values = lambda chosen: [shown(chosen.get(key, "–")) for key in space.domains]
+    number = lambda trial: f"{trial.number:03d}"
 
-    figures: SVG elements by name. Whatever is text is escaped; nothing is asked of a network.
-    """
-    words = {"metric": space.metric, "better": "lower is better" if space.mode == "min" else "higher is better"}
-    answer = "<p class=verdict>No trial finished, so there is no answer.</p>"
-    if verdict is not None:
-        kind = "won" if verdict.won else "open"
-        answer = f"<p class='verdict {kind}'>{escape(verdict.text)}</p><p><code>{escape(command)}</code></p>"
-        answer += _settings_table(space, trials, names, metrics, verdict)
-    drawn = "".join(
-        f"<figure id={key}>{svg}<figcaption>{escape(CAPTIONS[key].format(**words))}</figcaption></figure>"
-        for key, svg in figures.items()
+    rows = []
+    for setting in ranked:
+        score, *more = (_score(setting, metric) for metric in metrics)
+        rows.append([score, str(setting.score.seeds), *values(setting.values), *more])
+    head = [first, "seeds", *keys, *others]
+    best = next((i for i, setting in enumerate(ranked) if verdict and setting.values == verdict.best.values), -1)
+
+    listed = []
+    for t in by_number:
+        scores = [shown(t.last.get(metric, "–"), 4) for metric in metrics]
+        listed.append([number(t), t.state or "open", *values(t.values), str(t.seed), f"{t.images:,}", *scores])
+    columns = ["trial", "state", *keys, "seed", "images", *heads]
+
+    return render(
+        template,
+        name=name,
+        space=space,
+        facts=facts,
+        verdict=verdict,
+        command=command,
+        figures=figures,
+        settings=(head, rows, len(head), best),
+        bounds=(["key", "values", "why"], [[k, d.span(), space.why.get(k, "")] for k, d in space.domains.items()], 0),
+        trials=(columns, listed, len(columns) - 2),
+        failed=[[number(t), t.reason or ""] for t in by_number if t.state == FAILED],
     )
-    failed = [t for t in trials if t.state == FAILED]
-    listed = _trials_table(space, trials, names, metrics)
-    if failed:
-        listed += "<h3>Why trials failed</h3>" + _table(
-            ["trial", "reason"], [[f"{t.number:03d}", t.reason or ""] for t in failed], 0
-        )
-    why = _table(["key", "values", "why"], [[k, d.span(), space.why.get(k, "")] for k, d in space.domains.items()], 0)
-    parts = {
-        "title": escape(name),
-        "question": escape(space.question),
-        "facts": "".join(f"<div><dt>{escape(k)}<dd>{escape(v)}</div>" for k, v in facts.items()),
-        "answer": answer,
-        "figures": drawn,
-        "trials": listed,
-        "why": why,
-    }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template.read_text(encoding="utf-8"))
