@@ -190,7 +190,7 @@ def make_engine(
     teacher = teacher or Mixture()
     nets = method.nets(Make(start, teacher)) | {"teacher": teacher}
     rates = {"student": 1e-3, "fake": 1e-3, "disc": 1e-3} | (lr or {})
-    optims = {role: Optim(lr=rates[role], **(optim or {})) for role in method.roles}
+    optims = {role: Optim(lr=rates.get(role, 1e-3), **(optim or {})) for role in method.roles}
     settings = Train(**{"steps": 10, "batch": 16, "report_every": 5, "save_every": 10} | train)
     feed = Feed(data or teacher)
     return Engine(

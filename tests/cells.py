@@ -1,0 +1,69 @@
+"""Every method's settings for the contract of tests/test_every_method.py, and its engine on the toy.
+
+A new method needs one entry in CELLS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import toy
+
+from fewstep.engine.train import Engine
+from fewstep.engine.world import World
+from fewstep.methods import METHODS, Method
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method's part of the contract.
+
+    settings: of the method; each phase runs within four steps. off, host: settings that make it equal to a method of
+    other settings, (name, settings). generates: its step makes samples of the student, and reports their health.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    off: dict[str, Any] | None = None
+    host: tuple[str, dict[str, Any]] = ("dmd2", {})
+    generates: bool = True
+
+
+TTUR = {"critic_updates_per_student_update": 2}
+GAN = TTUR | {"gan_weight": 0.05}
+CELLS = {
+    "dmd2": Cell(GAN | {"student_steps": 2}),
+    "f_distill": Cell(GAN, GAN | {"divergence": "reverse_kl"}, ("dmd2", GAN)),
+    "regression": Cell({"steps": 3}),
+    "denoising": Cell(generates=False),
+    "scm": Cell({"warmup_steps": 2}, generates=False),
+}
+EVERY = sorted(CELLS)
+
+
+def method(tag: str, settings: dict[str, Any] | None = None) -> Method:
+    return METHODS[tag](**(CELLS[tag].settings if settings is None else settings))
+
+
+def engine(chosen: Method, folder: Path | None = None, seed: int = 2, **options: Any) -> Engine:
+    """Four steps on the labelled toy with a network for a teacher; the optimisers' floor of 1 keeps updates smooth."""
+    return toy.make_engine(
+        chosen,
+        teacher=toy.denoiser(1, classes=4),
+        start=toy.denoiser(seed, classes=4),
+        data=toy.Mixture(labelled=True),
+        folder=folder,
+        **{"steps": 4, "batch": 8, "report_every": 2, "save_every": 2, "keep": 5, "optim": {"eps": 1.0}} | options,
+    )
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    """One of two workers that train every method."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for tag in EVERY:
+        toy.finish(engine(method(tag), Path(folder, tag), world=World.current()))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
