@@ -30,10 +30,11 @@ from fewstep.folders import FolderError
 from fewstep.locks import LOCK, Busy
 from fewstep.methods import METHODS
 from fewstep.networks import export as exporting
-from fewstep.networks.backbones import TextUNet, UNet
+from fewstep.networks.backbones import UNet
 from fewstep.networks.card import Card
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.export import ExportError, entries, export
+from fewstep.networks.families import TextUNet
 from fewstep.networks.pipeline import FewStepPipeline
 from fewstep.networks.pretrained import network_of, open_teacher, save_denoiser
 from fewstep.recipe import Recipe

@@ -23,9 +23,10 @@ from fewstep.diffusion.samplers import heun, run_calls
 from fewstep.diffusion.schedules import DDPM, EDM, Flow, Trig, from_config, to_config
 from fewstep.methods.dmd2 import DMD2
 from fewstep.networks.average import Exponential, Power, average
-from fewstep.networks.backbones import Backbone, TextUNet, Transformer, UNet
+from fewstep.networks.backbones import Backbone, Transformer, UNet
 from fewstep.networks.conditions import Labels
 from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.families import TextUNet
 from fewstep.networks.heads import Head
 from fewstep.networks.pretrained import Network, new_denoiser, new_head, open_teacher, save_denoiser
 from fewstep.networks.schedulers import from_scheduler
@@ -274,10 +275,10 @@ def test_a_text_unet_takes_its_embeddings_by_name(config):
     net = Denoiser(TextUNet(diffusers.UNet2DConditionModel(**config).eval()), SD, "eps")
     cond = {"text": draw(3, 2, 7, 12)}
     if config is SDXL:
-        cond |= {"pooled": draw(4, 2, 10), "time_ids": torch.tensor([[8.0, 8, 0, 0, 8, 8]] * 2)}
+        cond |= {"pooled": draw(4, 2, 10)}
     x, at = draw(1, 2, 2, 8, 8), level(SD, 100, 900)
     with torch.no_grad():
-        added = {"text_embeds": cond.get("pooled"), "time_ids": cond.get("time_ids")}
+        added = {"text_embeds": cond.get("pooled"), "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)}
         t = net.own(at, 4)[1].float()
         eps = net.backbone.model(x, t, cond["text"], added_cond_kwargs=added).sample
         assert torch.equal(net(x, at, cond), (1 / at.alpha) * x + (-at.sigma / at.alpha) * eps)

@@ -25,9 +25,10 @@ from fewstep.engine.train import Engine, Train
 from fewstep.engine.world import Layout, World, full
 from fewstep.methods import METHODS
 from fewstep.networks.average import average
-from fewstep.networks.backbones import TextUNet, Transformer
+from fewstep.networks.backbones import Transformer
 from fewstep.networks.blocks import blocks, checkpoint_activations, compile_passes
 from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.families import TextUNet
 from fewstep.networks.lora import Lora
 
 GAN = METHODS["dmd2"](gan_weight=0.05, critic_updates_per_student_update=2, student_steps=2)

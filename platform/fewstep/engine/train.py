@@ -451,7 +451,7 @@ class Engine:
                     real=real,
                     real_cond=None if real is None else self.conditions.of(mine),
                     z=draws.normal("z", (count // n, *self.shape)),
-                    cond=self.conditions.draw(draws, count // n),
+                    cond=self.conditions.draw(draws, count // n, mine),
                     draws=draws,
                     conditions=self.conditions,
                     progress=self.step / self.train.steps,

@@ -1,4 +1,7 @@
-"""Backbones: diffusers models behind one call, backbone(x, time, cond, mode, at, shift), with features at taps."""
+"""Backbones: diffusers models behind one call, backbone(x, time, cond, mode, at, shift), with features at taps.
+
+Those of classes stand here, those of texts in networks/families.py.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..texts import quoted
-from .conditions import Texts
 
 ELEMENTS = 1 << 28  # most that one sample has; a picture of 4096 x 4096 has 2^25.6
 
@@ -29,9 +31,11 @@ class Backbone(nn.Module):
     Subclasses say how the model is called. Raises ValueError for a model without those modules.
     apart: modules inside a block that the model also calls by themselves, so that they are laid out by themselves.
     attention_layers: ends of the paths of the attention's projections, which adapters change by default.
+    stream: index of the features in the output of a module that has several.
     """
 
     apart: tuple[nn.Module, ...] = ()
+    stream: int = 0
     attention_layers: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # diffusers' names
 
     def __init__(
@@ -103,7 +107,7 @@ class Backbone(nn.Module):
         wanted = () if mode == "x0" else at
 
         def tap(name: str, module: nn.Module, args: Any, out: Any) -> None:
-            features[name] = self.as_map(out[0] if isinstance(out, tuple) else out)
+            features[name] = self.as_map(out[self.stream] if isinstance(out, tuple) else out)
             if mode == "features" and len(features) == len(set(at)):
                 raise _Leave
 
@@ -159,50 +163,41 @@ class UNet(Backbone):
             raise ValueError(f"patch: {patch}, but in_channels {config.in_channels} is no multiple of {patch}^2")
         shape = (config.in_channels // patch**2, height * patch, width * patch)
         null = classes if embeds != classes else None
-        super().__init__(model, _unet_taps(model), shape, classes, null, ("time_embedding",))
+        super().__init__(model, unet_taps(model), shape, classes, null, ("time_embedding",))
         self.patch = patch
 
     def call(self, x: Tensor, time: Tensor, cond: Any) -> Tensor:
         labels = self.labels(cond, x)
         x = F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x
-        out = _mean(self.model(x, time, class_labels=labels, return_dict=False)[0], x)
+        out = mean_of(self.model(x, time, class_labels=labels, return_dict=False)[0], x)
         return F.pixel_shuffle(out, self.patch) if self.patch > 1 else out
 
 
-class TextUNet(Backbone):
-    """diffusers UNet2DConditionModel.
+class Tokens(Backbone):
+    """A transformer over patches; a block's tokens are laid out as a map, and the middle block's is the bottleneck.
 
-    cond: {"text": (B, L, D)}, and for SDXL also "pooled" (B, P) and "time_ids" (B, 6).
+    patch: side of a patch. containers: the model's lists of blocks, in the order in which they run.
     """
 
-    def __init__(self, model: nn.Module):
-        config = model.config
-        if config.in_channels != config.out_channels:
-            raise ValueError(
-                f"in_channels {config.in_channels} and out_channels {config.out_channels} of a text UNet differ"
-            )
-        shape = (config.in_channels, *size_of(config.sample_size))
-        super().__init__(model, _unet_taps(model), shape, times=("time_embedding",))
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: tuple[int, int, int],
+        patch: int,
+        containers: tuple[str, ...] = ("transformer_blocks",),
+        **more: Any,
+    ):
+        blocks = [f"{name}.{i}" for name in containers for i in range(len(model.get_submodule(name)))]
+        taps = {f"block{i}": path for i, path in enumerate(blocks)} | {"middle": blocks[len(blocks) // 2]}
+        super().__init__(model, taps, shape, **more)
+        self.grid = (shape[1] // patch, shape[2] // patch)
 
-    def call(self, x: Tensor, time: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        added = None
-        if "pooled" in cond:
-            added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
-        return self.model(x, time, encoder_hidden_states=cond["text"], added_cond_kwargs=added, return_dict=False)[0]
-
-    @property
-    def conditions(self) -> Texts:
-        """Texts of the model's own widths; one token is enough to measure shapes."""
-        config = self.model.config
-        shapes: dict[str, tuple[int, ...]] = {"text": (1, config.cross_attention_dim)}
-        if config.addition_embed_type == "text_time":
-            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            shapes |= {"pooled": (pooled,), "time_ids": (6,)}
-        return Texts(shapes)
+    def as_map(self, features: Tensor) -> Tensor:
+        return features.transpose(1, 2).unflatten(2, self.grid)
 
 
-class Transformer(Backbone):
-    """diffusers DiTTransformer2DModel, class labels; the bottleneck is its middle block, tokens laid out as a map.
+class Transformer(Tokens):
+    """diffusers DiTTransformer2DModel, class labels.
 
     Every block embeds the label anew and would drop it at random in training mode; which samples train without a label
     is the method's to decide, so that is switched off.
@@ -214,30 +209,23 @@ class Transformer(Backbone):
         for block in model.transformer_blocks:
             block.norm1.emb.class_embedder.dropout_prob = 0.0
         shape = (config.in_channels, *size_of(config.sample_size))
-        count = len(model.transformer_blocks)
-        taps = {f"block{i}": f"transformer_blocks.{i}" for i in range(count)}
-        taps |= {"middle": f"transformer_blocks.{count // 2}"}
-        times = tuple(f"transformer_blocks.{i}.norm1.emb.timestep_embedder" for i in range(count))
-        super().__init__(model, taps, shape, classes, classes, times)
+        times = tuple(f"transformer_blocks.{i}.norm1.emb.timestep_embedder" for i in range(config.num_layers))
+        super().__init__(model, shape, config.patch_size, classes=classes, null=classes, times=times)
 
     @property
     def apart(self) -> tuple[nn.Module, ...]:
         """The first block's embedding, which the model borrows for its output layer."""
         return (self.model.transformer_blocks[0].norm1.emb,)
 
-    def as_map(self, features: Tensor) -> Tensor:
-        side = self.shape[1] // self.model.config.patch_size
-        return features.transpose(1, 2).unflatten(2, (side, side))
-
     def call(self, x: Tensor, time: Tensor, cond: Any) -> Tensor:
-        return _mean(self.model(x, timestep=time, class_labels=self.labels(cond, x), return_dict=False)[0], x)
+        return mean_of(self.model(x, timestep=time, class_labels=self.labels(cond, x), return_dict=False)[0], x)
 
 
-def _unet_taps(model: nn.Module) -> dict[str, str]:
+def unet_taps(model: nn.Module) -> dict[str, str]:
     """The down blocks and the bottleneck."""
     return {f"down{i}": f"down_blocks.{i}" for i in range(len(model.down_blocks))} | {"middle": "mid_block"}
 
 
-def _mean(out: Tensor, x: Tensor) -> Tensor:
+def mean_of(out: Tensor, x: Tensor) -> Tensor:
     """The prediction alone: a model that also predicts the variance puts it behind."""
     return out if out.shape[1] == x.shape[1] else out[:, : x.shape[1]]

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from .lora import active, using
 
 Pass = Literal["full", "encoder", "no_grad"]
-CONTAINERS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks")  # what diffusers calls them
+# what diffusers calls them
+CONTAINERS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "single_transformer_blocks")
 
 
 def blocks(net: nn.Module) -> list[nn.Module]:
@@ -134,7 +135,9 @@ def in_float32(net: nn.Module) -> None:
 
 
 def _autocast(run: Callable, *args: Any, **kwargs: Any) -> Any:
-    args, kwargs = _cast((args, kwargs), torch.bfloat16, ndim=2)  # a time (B,) keeps its digits
+    positions = {key: value for key, value in kwargs.items() if key == "image_rotary_emb"}
+    args, kwargs = _cast((args, kwargs), torch.bfloat16, ndim=2)  # a time (B,) keeps its digits, and so do positions
+    kwargs |= positions
     device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     # no cache of cast weights: one of a pass without gradients would cut the graph of the next
     with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):

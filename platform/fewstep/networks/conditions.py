@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -18,8 +19,8 @@ class Conditions(Protocol):
 
     classes: int | None
 
-    def draw(self, draws: Draws, count: int) -> Any:
-        """Conditions of `count` generated samples."""
+    def draw(self, draws: Draws, count: int, rows: Mapping[str, Any] = MappingProxyType({})) -> Any:
+        """Conditions of `count` generated samples. rows: of data at hand, as many, by column."""
 
     def of(self, rows: Mapping[str, Any]) -> Any:
         """Conditions of rows of data, by column. Raises ValueError where a column is missing."""
@@ -40,7 +41,7 @@ class Nothing:
 
     classes: None = field(default=None, init=False)
 
-    def draw(self, draws: Draws, count: int) -> None:
+    def draw(self, draws: Draws, count: int, rows: Mapping[str, Any] = MappingProxyType({})) -> None:
         return None
 
     def of(self, rows: Mapping[str, Any]) -> None:
@@ -65,7 +66,7 @@ class Labels:
     null_class: int | None = None
     listing: tuple[int, ...] = ()
 
-    def draw(self, draws: Draws, count: int) -> Tensor:
+    def draw(self, draws: Draws, count: int, rows: Mapping[str, Any] = MappingProxyType({})) -> Tensor:
         return draws.integers("cond", 0, self.classes - 1, count)
 
     def of(self, rows: Mapping[str, Any]) -> Tensor:
@@ -90,40 +91,57 @@ class Labels:
 
 @dataclass(frozen=True)
 class Texts:
-    """Embedded texts by column: {"text": (B, L, D)}, and for some networks {"pooled": (B, P), "time_ids": (B, 6)} too.
+    """Embedded texts by column: {"text": (B, L, D)}, and for some networks {"pooled": (B, P)} or {"mask": (B, L)}.
 
-    shapes: of one sample, by column. prompts: embedded prompts (N, ...) by column, for generated samples. nothing: one
-    sample's condition without text (1, ...), by column, as the family defines it: SD 1.5 the encoded empty string, SDXL
-    zeros.
+    shapes: of one sample, by column. prompts: embedded prompts (N, ...) by column, for generated samples; without any
+    a student generates for the texts of the data at hand. nothing: one sample's condition without text (1, ...), by
+    column, as the family defines it: SD 1.5 the encoded empty string, SDXL zeros. words: the N prompts themselves.
+    A copy is the object itself: networks share their prompts.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     prompts: Mapping[str, Tensor] = field(default_factory=dict)
     nothing: Mapping[str, Tensor] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
     classes: None = field(default=None, init=False)
+    _held: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Texts:
+        return self
+
+    @property
+    def count(self) -> int:
+        """Number of prompts."""
+        return len(next(iter(self.prompts.values()), ()))
 
     def _pick(self, numbers: Tensor) -> dict[str, Tensor]:
         if not self.prompts:
             raise ValueError("prompts: missing; a network that takes texts generates for embedded prompts")
-        return {k: v.to(numbers.device)[numbers] for k, v in self.prompts.items()}
+        if numbers.device not in self._held:  # moved there once, in the precision in which they are kept
+            self._held[numbers.device] = {k: v.to(numbers.device) for k, v in self.prompts.items()}
+        return {k: v[numbers].float() for k, v in self._held[numbers.device].items()}
 
-    def draw(self, draws: Draws, count: int) -> dict[str, Tensor]:
-        rows = len(next(iter(self.prompts.values()), ()))
-        return self._pick(draws.integers("cond", 0, max(rows - 1, 0), count))
+    def draw(self, draws: Draws, count: int, rows: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Tensor]:
+        if not self.prompts and rows:
+            return self.of(rows)
+        return self._pick(draws.integers("cond", 0, max(self.count - 1, 0), count))
 
     def of(self, rows: Mapping[str, Any]) -> dict[str, Tensor]:
         missing = [name for name in self.shapes if name not in rows]
         if missing:
-            raise ValueError(f"data.path: its rows have no column {missing[0]!r}, which the network takes")
-        return {name: rows[name] for name in self.shapes}
+            raise ValueError(
+                f"data.path: its rows have no column {missing[0]!r}, which the network takes; add it with: python "
+                "jobs/encode.py"
+            )
+        return {name: rows[name].float() for name in self.shapes}
 
     def null(self, like: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         if not self.nothing:
             return None
-        return {k: self.nothing[k].to(v.device).expand(v.shape) for k, v in like.items()}
+        return {k: self.nothing[k].to(v.device, v.dtype).expand(v.shape) for k, v in like.items()}
 
     def listed(self, numbers: Tensor) -> dict[str, Tensor]:
-        return self._pick(numbers % max(len(next(iter(self.prompts.values()), ())), 1))
+        return self._pick(numbers % max(self.count, 1))
 
     def zeros(self, count: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         return {name: torch.zeros(count, *shape, device=device) for name, shape in self.shapes.items()}

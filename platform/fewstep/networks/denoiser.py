@@ -56,7 +56,7 @@ class Denoiser(nn.Module):
             raise ValueError(f"precision: {precision!r} is not one of fp32, bf16 (fp16 diverges: DMD2, appendix)")
         self.backbone, self.schedule, self.prediction = backbone, schedule, prediction
         self.data_std, self.time_scale, self._precision = data_std, time_scale, precision
-        self.extras = nn.ModuleDict()
+        self.extras, self._conditions = nn.ModuleDict(), None
         if precision == "bf16":
             in_bf16(backbone)
 
@@ -114,11 +114,17 @@ class Denoiser(nn.Module):
 
     @property
     def conditions(self) -> Conditions:
-        """The conditions that the network takes."""
+        """The conditions that the network takes: those that it was given, or by shape alone."""
+        if self._conditions is not None:
+            return self._conditions
         own = getattr(self.backbone, "conditions", None)
         if own is not None:
             return own
         return Nothing() if self.classes is None else Labels(self.classes, self.null)
+
+    @conditions.setter
+    def conditions(self, conditions: Conditions) -> None:
+        self._conditions = conditions
 
     def add_extra(self, *names: str) -> Denoiser:
         """Gives the network further scalars, by name, through embeddings that have no effect until they are trained.

@@ -21,8 +21,9 @@ from ..config import ConfigError, Strict, read_json, resolve, validate
 from ..diffusion.level import Level
 from ..diffusion.schedules import from_config, to_config
 from ..texts import one_line, quoted
-from .backbones import Backbone, TextUNet, Transformer, UNet, size_of
+from .backbones import Backbone, Tokens, UNet, size_of
 from .denoiser import Denoiser
+from .families import BACKBONES, FLUX_SIDE
 from .heads import Head
 from .hub import PREFIX, snapshot
 from .schedulers import from_scheduler
@@ -39,14 +40,22 @@ from .weights import (
     weight_files,
 )
 
-BACKBONES = {"UNet2DModel": UNet, "UNet2DConditionModel": TextUNet, "DiTTransformer2DModel": Transformer}
 DESCRIPTION = "fewstep.json"
+FLUX = "FluxTransformer2DModel"
 
 
 class Network(Strict):
     """A network as JSON types: a diffusers model and how it is read as a denoiser."""
 
-    model: Literal["UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel"] = "UNet2DModel"
+    model: Literal[
+        "UNet2DModel",
+        "DiTTransformer2DModel",
+        "UNet2DConditionModel",
+        "SD3Transformer2DModel",
+        "FluxTransformer2DModel",
+        "SanaTransformer2DModel",
+        "PixArtTransformer2DModel",
+    ] = "UNet2DModel"
     """diffusers class."""
     config: dict[str, Any] = {}
     """Its constructor's arguments; for a model read from a folder they stand in its config.json."""
@@ -62,6 +71,8 @@ class Network(Strict):
     """Labels, the null class not counted (it has the index `classes`); null for none."""
     patch: Annotated[int, Field(ge=1)] = 1
     """Side of the pixel blocks folded into channels (UNet2DModel)."""
+    size: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
+    """Side of a latent, for FLUX.1, whose config.json names none; null takes 128, of 1024 x 1024 pixels."""
 
 
 def _denoiser(model: nn.Module, network: Network, precision: str) -> Denoiser:
@@ -83,7 +94,10 @@ def _denoiser(model: nn.Module, network: Network, precision: str) -> Denoiser:
 def _backbone(model: nn.Module, network: Network) -> Backbone:
     if network.model == "UNet2DModel":
         return UNet(model, network.classes, network.patch)
-    backbone = BACKBONES[network.model](model)
+    if network.size is not None and network.model != FLUX:
+        raise ValueError(f"size: {network.size}, but its config.json names the size; leave it out")
+    size = (network.size,) if network.size is not None else ()
+    backbone = BACKBONES[network.model](model, *size)
     if network.classes not in (None, backbone.classes) or network.patch != 1:
         raise ValueError(
             f"classes {network.classes} and patch {network.patch}, but the model itself has classes {backbone.classes} "
@@ -107,7 +121,7 @@ def new_denoiser(network: Network, precision: str = "fp32", weights: bool = True
     import diffusers
 
     model = getattr(diffusers, network.model)(**config)
-    last = getattr(model, "conv_out", None) or model.proj_out_2
+    last = next(getattr(model, name) for name in ("conv_out", "proj_out_2", "proj_out") if hasattr(model, name))
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     return _denoiser(model, network, precision)
@@ -163,6 +177,7 @@ def network_of(denoiser: Denoiser) -> Network:
         time_scale=denoiser.time_scale,
         classes=backbone.classes,
         patch=getattr(backbone, "patch", 1),
+        size=getattr(backbone, "size", None),
     )
 
 
@@ -173,7 +188,7 @@ def save_denoiser(denoiser: Denoiser, folder: Path) -> None:
     """
     if not isinstance(denoiser, Denoiser):
         raise ValueError(f"{folder}: a {type(denoiser).__name__} is no denoiser; merge an adapter into its base first")
-    sub = folder / ("transformer" if isinstance(denoiser.backbone, Transformer) else "unet")
+    sub = folder / ("transformer" if isinstance(denoiser.backbone, Tokens) else "unet")
     denoiser.backbone.model.save_pretrained(sub, safe_serialization=True)
     config = read_json(sub / "config.json")
     config.pop("_name_or_path", None)  # where the weights once came from is a path on this machine
@@ -290,7 +305,7 @@ def _described(folder: Path, model: str, config: dict[str, Any], where: Path) ->
         if path is None:
             raise ValueError(f"teacher: {str(folder)!r} holds neither {DESCRIPTION} nor {names[0]}")
         classes = config.get("num_class_embeds") if model == "UNet2DModel" else None
-        tokens = _tokens(config, where)
+        tokens = _tokens({"sample_size": FLUX_SIDE, "patch_size": 2} if model == FLUX else config, where)
         fields = {"model": model, "classes": classes, **from_scheduler(read_json(path), path, tokens)}
     try:
         network = validate(Network, fields)
