@@ -38,7 +38,9 @@ CELLS = {
     "f_distill": Cell(GAN, GAN | {"divergence": "reverse_kl"}, ("dmd2", GAN)),
     "regression": Cell({"steps": 3}),
     "denoising": Cell(generates=False),
-    "scm": Cell({"warmup_steps": 2}, generates=False),
+    "scm": Cell({"warmup_steps": 2, "weighting": "learned", "guidance_range": (1, 3)}, generates=False),
+    "lcm": Cell({"guidance": 2, "guidance_range": (1, 3)}),
+    "pcm": Cell({"solver_steps": 20}),
 }
 EVERY = sorted(CELLS)
 

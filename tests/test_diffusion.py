@@ -14,9 +14,9 @@ from fewstep.diffusion.draws import (
     Draws,
     descending_levels,
     fold,
+    grid_level,
     index_level,
     lognormal_level,
-    neighbour_levels,
     noised,
     ramp_level,
 )
@@ -623,20 +623,17 @@ def test_levels_of_a_rollout_descend_from_the_noisiest():
     assert torch.equal(levels[1].t, second)  # no draw is above pi/2
 
 
-def test_neighbours_are_lcms_pairs():
-    """Luo et al. 2023, as published: timesteps 19, 39, ..., 999 of 50 steps, each with the one 20 below, from 0."""
-    level, to = neighbour_levels(Draws(0, 0), "t", SD, 50, torch.zeros(20_000, 1, 1, 1))
-    high, low = level.t.round().long(), to.t.round().long()
-    assert (level.t - high).abs().max() < 1e-9 and (to.t - low).abs().max() < 1e-9
-    assert high.unique().tolist() == list(range(19, 1000, 20))
-    assert torch.equal(low, (high - 20).clamp(min=0))
-    counts = high.bincount()[high.unique()].double()
-    assert ((counts - 400) ** 2 / 400).sum() < 85.4  # chi-square, 49 degrees of freedom, p = 0.001
-
-
 def test_noised_samples_are_those_of_their_level_and_noise():
     x, draws = torch.randn(6, 2, 1, 1), Draws(3, 1)
     x_t, level, eps = noised(draws, "a", EDM(), x, 100, 200)
     assert torch.equal(x_t, level.alpha * x + level.sigma * eps)
     assert torch.equal(level.sigma, index_level(draws, "a/t", EDM(), 100, 200, x).sigma)
     assert torch.equal(eps, draws.normal("a/eps", x.shape))
+
+
+def test_a_solvers_grid_is_lcms():
+    """Luo et al. 2023, as published: timesteps 19, 39, ..., 999 of 50 steps; below the least of them is 0."""
+    numbers = torch.arange(51)
+    t = grid_level(SD, numbers, 50, torch.zeros(51, 1, 1, 1)).t
+    expected = torch.tensor([0, *range(19, 1000, 20)])
+    assert (t - expected).abs().max() < 1e-9

@@ -6,15 +6,18 @@ Images are (B, D, 1, 1): points of the plane in the shape that the library train
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.level import Level
+from fewstep.diffusion.samplers import ddim, run_calls
 from fewstep.diffusion.schedules import EDM, Schedule
+from fewstep.diffusion.tangent import TRIG
 from fewstep.engine.guard import Guard
 from fewstep.engine.optim import Optim
 from fewstep.engine.train import Engine, Train
@@ -75,6 +78,20 @@ class Mixture(nn.Module):
         each = self.means + shrink * (x_t.double().flatten(1)[:, None] - a * self.means)
         x0 = (logs.softmax(1)[..., None] * each).sum(1).to(x_t.dtype).view_as(x_t)
         return (x0, (logs.float()[..., None, None],)) if mode == "both" else x0
+
+
+class ExactMap(nn.Module):
+    """The teacher's own map from any level to its endpoint, for data N(mean, std^2) per value: the affine solution of
+    the probability-flow ODE, mean + std (x - alpha mean) / sqrt(alpha^2 std^2 + sigma^2)."""
+
+    def __init__(self, mean: Sequence[float], std: float, schedule: Schedule | None = None):
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(mean).view(1, -1, 1, 1))
+        self.std, self.schedule = std, schedule or EDM()
+
+    def forward(self, x: Tensor, level: Level, cond=None, extra=None) -> Tensor:
+        scale = ((level.alpha * self.std) ** 2 + level.sigma**2).sqrt()
+        return self.mean + self.std * (x - level.alpha * self.mean) / scale
 
 
 class MLP(nn.Module):
@@ -188,7 +205,7 @@ def make_engine(
     """An engine on the toy; the student and the critic start as `start`, by default random weights."""
     method = METHODS[method]() if isinstance(method, str) else method
     teacher = teacher or Mixture()
-    nets = method.nets(Make(start, teacher)) | {"teacher": teacher}
+    nets = {"teacher": teacher} | method.nets(Make(start, teacher))
     rates = {"student": 1e-3, "fake": 1e-3, "disc": 1e-3} | (lr or {})
     optims = {role: Optim(lr=rates.get(role, 1e-3), **(optim or {})) for role in method.roles}
     settings = Train(**{"steps": 10, "batch": 16, "report_every": 5, "save_every": 10} | train)
@@ -212,6 +229,21 @@ def weights(net: nn.Module) -> dict[str, Tensor]:
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def map_error(sample: Callable[[Tensor], Tensor], teacher: Mixture, count: int = 2000) -> float:
+    """RMS distance of sample(z) to the teacher's endpoint for the same noise, as a share of its four Euler steps'."""
+    z = torch.randn(count, *teacher.shape, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        endpoint, euler = (ddim(teacher, z, None, steps, TRIG) for steps in (100, 4))
+        errors = [(x - endpoint).square().mean().sqrt() for x in (sample(z), euler)]
+    return (errors[0] / errors[1]).item()
+
+
+def student_map_error(engine: Engine, teacher: Mixture) -> float:
+    """`map_error` of an engine's trained student, sampled as its method does."""
+    calls = engine.method.calls(engine.student)
+    return map_error(lambda z: run_calls(engine.sampling, calls, z, None, Draws(0, 0)), teacher)
 
 
 def energy(a: Tensor, b: Tensor) -> float:

@@ -132,11 +132,9 @@ def descending_levels(
     return levels
 
 
-def neighbour_levels(draws: Draws, name: str, schedule: Schedule, steps: int, like: Tensor) -> tuple[Level, Level]:
-    """A level of a solver's grid of `steps` levels, uniform, and the next cleaner one: LCM's pair (Luo et al. 2023).
+def grid_level(schedule: Schedule, number: Tensor, steps: int, like: Tensor) -> Level:
+    """Levels of a solver's grid of `steps` levels by their number (B,), from the cleanest, 1, to the noisiest, `steps`.
 
-    The grid is every 1000 / steps of the schedule's indices up to 999, and below the least of them is index 0.
+    The grid is every 1000 / steps of the schedule's indices up to 999, and number 0 is index 0 (LCM, Luo et al. 2023).
     """
-    stride = INDICES // steps
-    index = draws.integers(name, 1, steps, like.shape[0]) * stride - 1
-    return _at_index(schedule, index, like), _at_index(schedule, (index - stride).clamp(min=0), like)
+    return _at_index(schedule, (number * (INDICES // steps) - 1).clamp(min=0), like)

@@ -6,12 +6,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from functools import partial
+from typing import Annotated, Any, ClassVar, Protocol
 
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ..config import Strict
 from ..diffusion.draws import Draws
+from ..diffusion.guidance import guided
 from ..diffusion.samplers import Call
 
 METHODS: dict[str, type[Method]] = {}
@@ -160,3 +163,56 @@ class Method(Strict):
     def known_roles(self) -> tuple[str, ...]:
         """Every role that other settings of this method would train: a recipe may set their optimisers all the same."""
         return self.roles
+
+
+class Trajectory(Method):
+    """Base of methods whose student learns the teacher's trajectories. A subclass gives `loss` and `calls`."""
+
+    guidance: Annotated[float, Field(ge=1)] = 1.0
+    """Guidance scale of the teacher, and of the samples."""
+    guidance_range: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] | None = None
+    """Guidance scales of the teacher, drawn uniformly; the student gets them as an input and samples at `guidance`.
+    null trains at `guidance` alone, without the input."""
+
+    @field_validator("guidance_range")
+    @classmethod
+    def _guidance_range(cls, scales: tuple[float, float] | None) -> tuple[float, float] | None:
+        if scales is not None and scales[0] > scales[1]:
+            raise ValueError("give the lower scale first")
+        return scales
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the further scalars that the student gets."""
+        return () if self.guidance_range is None else ("guidance",)
+
+    def nets(self, make: Make) -> dict[str, nn.Module]:
+        return {"teacher": make.teacher, "student": make.copy("student", self.inputs)}
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase("student", ("student",), self.loss),)
+
+    @abstractmethod
+    def loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
+        """The student's terms and health signals, as `Phase` has them."""
+
+    def scale(self, draws: Draws, count: int) -> float | Tensor:
+        """The teacher's guidance scale: one number, or (B,) drawn from the range."""
+        if self.guidance_range is None:
+            return self.guidance
+        low, high = self.guidance_range
+        return low + (high - low) * draws.uniform("guidance", count)
+
+    def teacher(self, nets: Nets, scale: float | Tensor, null: Any) -> Callable[..., Tensor]:
+        """The guided teacher, (x_t, level, cond) -> x0."""
+        return lambda x_t, level, cond: guided(nets["teacher"], x_t, level, cond, scale, null)
+
+    def told(self, net: nn.Module, scale: float | Tensor, **more: Tensor) -> Callable[..., Tensor]:
+        """A network of the student's kind that gets the scale, and `more` scalars (B,) by name."""
+        extra = more if self.guidance_range is None else {"guidance": scale} | more
+        return partial(net, extra=extra) if extra else net
+
+    def at_guidance(self, calls: tuple[Call, ...], **more: float) -> tuple[Call, ...]:
+        """The calls, which give the student the samples' guidance scale, and `more` scalars by name."""
+        extra = more if self.guidance_range is None else {"guidance": self.guidance} | more
+        return tuple(replace(call, extra=extra) for call in calls) if extra else calls
