@@ -205,7 +205,9 @@ def make_engine(
     """An engine on the toy; the student and the critic start as `start`, by default random weights."""
     method = METHODS[method]() if isinstance(method, str) else method
     teacher = teacher or Mixture()
-    nets = {"teacher": teacher} | method.nets(Make(start, teacher))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of heads and embeddings
+        nets = {"teacher": teacher} | method.nets(Make(start, teacher))
     rates = {"student": 1e-3, "fake": 1e-3, "disc": 1e-3} | (lr or {})
     optims = {role: Optim(lr=rates.get(role, 1e-3), **(optim or {})) for role in method.roles}
     settings = Train(**{"steps": 10, "batch": 16, "report_every": 5, "save_every": 10} | train)

@@ -45,7 +45,7 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from child
-        elif any(child.children()):
+        elif any(child.children()) and not isinstance(child, nn.ModuleDict):  # extra scalars' embeddings are root
             yield child
 
 
