@@ -294,6 +294,87 @@ def test_recomputed_activations_allow_a_second_backward_pass():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+# Extra scalars
+
+
+def with_extra(net: nn.Module, seed: int = 5) -> nn.Module:
+    """The network with a scalar "w" whose embedding is trained already, so that it changes the answer."""
+    net.add_extra("w")
+    draw = lambda *shape: 0.3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for value in net.extras["w"].parameters():
+            value.copy_(draw(*value.shape))
+    return net
+
+
+def asked(net: nn.Module, name: str, w: float) -> Tensor:
+    x, level, cond = ask(name)
+    return net(x, level, cond, extra={"w": torch.full((len(x),), w)})
+
+
+def test_an_adapter_takes_scalars_that_its_base_does_not():
+    base, name = backbone("dit"), "dit"
+    adapter = Lora(base, 2).add_extra("w")
+    assert torch.equal(asked(adapter, name, 3.0), answer(base, name))  # no effect until it is trained
+    adapter, other = with_extra(moved(Lora(base, 2))), moved(Lora(base, 2))
+    assert not torch.allclose(asked(adapter, name, 3.0), asked(adapter, name, 1.0), atol=1e-3)
+    for net in (base, other):
+        with pytest.raises(ValueError, match="extra: w; this network takes none"):
+            asked(net, name, 3.0)
+
+
+@pytest.mark.parametrize("name", ["unet", "dit"])
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+def test_recomputed_blocks_take_the_extra_scalar_of_their_first_run(kind, name):
+    """Between a pass and its second run others run, with another scalar and with none."""
+
+    def gradients(recompute: bool) -> dict[str, Tensor]:
+        base = backbone(name)
+        net = with_extra(base if kind == "whole" else moved(Lora(base, 2, targets="all")))
+        if recompute:
+            checkpoint_activations(base)
+        loss = asked(net, name, 3.0).square().mean() + asked(net, name, 1.0).square().mean()
+        answer(base, name)
+        loss.backward()
+        return {key: p.grad for key, p in net.named_parameters() if p.grad is not None}
+
+    expected = gradients(False)
+    assert expected.keys() >= {"extras.w.hidden.weight", "extras.w.out.weight"}
+    assert distance(gradients(True), expected) < 2e-6
+
+
+@pytest.mark.parametrize("name", ["unet", "dit"])
+def test_a_merged_network_and_a_file_keep_the_scalars_of_an_adapter(name, tmp_path):
+    base = backbone(name)
+    adapter = with_extra(moved(Lora(base, 2, targets="all")))
+    merged = merge(adapter, *ask(name))
+    save_adapter(adapter, tmp_path / "adapter.safetensors")
+    opened = open_adapter(backbone(name), tmp_path / "adapter.safetensors")
+    with torch.no_grad():
+        expected = asked(adapter, name, 3.0)
+        assert (asked(merged, name, 3.0) - expected).abs().max() < 1e-5
+        assert torch.equal(asked(opened, name, 3.0), expected)
+    assert not base.extras and "extras.w.out.weight" in merged.state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_blocks_take_the_extra_scalar_of_the_pass(recompute):
+    def gradients(compiled: bool) -> dict[str, Tensor]:
+        net = with_extra(backbone("dit"))
+        if recompute:
+            checkpoint_activations(net)
+        if compiled:
+            compile_passes(net, ["full", "no_grad"], backend="eager")
+        with torch.no_grad():
+            answer(net, "dit")
+            asked(net, "dit", 2.0)
+        (asked(net, "dit", 3.0).square().mean() + asked(net, "dit", 1.0).square().mean()).backward()
+        return {key: p.grad for key, p in net.named_parameters() if p.grad is not None}
+
+    assert distance(gradients(True), gradients(False)) < 2e-6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_blocks_run_with_the_adapter_of_the_pass(recompute):
@@ -425,7 +506,8 @@ def test_a_merged_network_gives_what_the_adapter_gives_and_is_plain(name):
     net = merge(adapter, *ask(name))
     assert type(net) is type(base) and net.state_dict().keys() == base.state_dict().keys()
     assert (answer(net, name) - expected).abs().max() < 1e-4 < 0.01 < (expected - before).abs().max()
-    assert sum(len(module._forward_hooks) for module in net.modules()) == 0
+    hooks = lambda net: sum(len(module._forward_hooks) for module in net.modules())
+    assert hooks(net) == hooks(backbone(name)) < hooks(base)
     assert torch.equal(answer(base, name), before) and torch.equal(answer(adapter, name), expected)
     with using(adapter):
         assert torch.equal(answer(net, name), answer(merge(adapter, *ask(name)), name))

@@ -64,15 +64,11 @@ class Maker:
         adapter = self.recipe.lora(role)
         if adapter is None:
             return deepcopy(self.teacher).add_extra(*extra)
-        if extra:
-            raise ValueError(
-                f"roles.{role}.lora: {self.recipe.method.tag} gives this network further scalars, which an adapter does"
-                " not take; leave the role out to train a whole copy"
-            )
         try:
-            return Lora(self.teacher, adapter.rank, adapter.alpha, adapter.targets, seed=fold(self.recipe.seed, role))
+            net = Lora(self.teacher, adapter.rank, adapter.alpha, adapter.targets, seed=fold(self.recipe.seed, role))
         except ValueError as error:
             raise ValueError(f"roles.{role}.lora.{error}") from None
+        return net.add_extra(*extra)
 
     def head(self, role: str, at: tuple[str, ...] = ("middle",)) -> nn.Module:
         """A GAN head over the teacher's taps."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..texts import quoted
+from .extras import add_shift, shifted
 
 ELEMENTS = 1 << 28  # most that one sample has; a picture of 4096 x 4096 has 2^25.6
 
@@ -58,6 +59,8 @@ class Backbone(nn.Module):
             except AttributeError:
                 text = f"{type(model).__name__} has no {path}, whose output would be its tap {name!r}"
                 raise ValueError(text) from None
+        for path in times:
+            model.get_submodule(path).register_forward_hook(add_shift)
 
     @property
     def time_width(self) -> int:
@@ -99,12 +102,12 @@ class Backbone(nn.Module):
     ) -> Any:
         """The prediction ("x0"), the maps of the taps `at` ("features"), or both. shift: (B, W), added to the time
         embedding. Raises ValueError for an unknown tap."""
-        if mode == "x0" and shift is None:
-            return self.call(x, time, cond)
+        if mode == "x0":
+            with shifted(shift):
+                return self.call(x, time, cond)
         if unknown := [name for name in at if name not in self.taps]:
             raise ValueError(f"taps: {unknown[0]!r} is not one of {', '.join(self.taps)}")
         features: dict[str, Tensor] = {}
-        wanted = () if mode == "x0" else at
 
         def tap(name: str, module: nn.Module, args: Any, out: Any) -> None:
             features[name] = self.as_map(out[self.stream] if isinstance(out, tuple) else out)
@@ -112,20 +115,18 @@ class Backbone(nn.Module):
                 raise _Leave
 
         # registered for this pass, hence behind the hook that lays a sharded block out again
-        handles = [self.model.get_submodule(self.taps[n]).register_forward_hook(partial(tap, n)) for n in set(wanted)]
-        if shift is not None:
-            add = lambda module, args, out: out + shift.to(out.dtype)
-            handles += [self.model.get_submodule(name).register_forward_hook(add) for name in self.times]
+        handles = [self.model.get_submodule(self.taps[n]).register_forward_hook(partial(tap, n)) for n in set(at)]
         try:
-            out = self.call(x, time, cond)
+            with shifted(shift):
+                out = self.call(x, time, cond)
         except _Leave:
             return tuple(features[name] for name in at)
         finally:
             for handle in handles:
                 handle.remove()
-        if missing := [name for name in wanted if name not in features]:
+        if missing := [name for name in at if name not in features]:
             raise RuntimeError(f"backbone: module {self.taps[missing[0]]!r} was not reached, so there are no features")
-        return out if mode == "x0" else (out, tuple(features[name] for name in at))
+        return out, tuple(features[name] for name in at)
 
 
 def size_of(sample_size: Any) -> tuple[int, int]:

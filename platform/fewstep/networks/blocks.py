@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextvars import copy_context
 from functools import partial
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .lora import active, using
+from .lora import active
 
 Pass = Literal["full", "encoder", "no_grad"]
 # what diffusers calls them
@@ -68,15 +68,11 @@ def checkpoint_activations(net: nn.Module) -> None:
 
 
 def _recompute(run: Callable, *args: Any, **kwargs: Any) -> Any:
-    """The second run, in the backward pass, has the adapter of the first, whichever ran in between. A compiled graph
-    holds both runs and needs no reminder."""
+    """The second run, in the backward pass, has the context variables of the first: the adapter and the extra scalars,
+    whichever ran in between. A compiled graph holds both runs and needs no reminder."""
     if not torch.compiler.is_compiling():
-        kwargs["context_fn"] = partial(_contexts, active())
+        run = partial(copy_context().run, run)
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
-def _contexts(adapter: nn.Module | None) -> tuple[Any, Any]:
-    return nullcontext(), using(adapter)
 
 
 def compile_passes(net: nn.Module, passes: Iterable[Pass], **options: Any) -> None:

@@ -13,9 +13,10 @@ from ..diffusion.level import PREDICTIONS, TARGETS, Level
 from ..diffusion.schedules import EDM, Schedule, ends_in_noise
 from .blocks import Pass, in_bf16, in_float32
 from .conditions import Conditions, Labels, Nothing
+from .extras import ScalarEmbedding
+from .lora import active
 
 Mode = Literal["x0", "raw", "features", "both", "raw+features"]
-FREQUENCIES = (1, 2, 4, 8, 16, 32)  # of an extra scalar's embedding
 
 
 class Denoiser(nn.Module):
@@ -174,25 +175,12 @@ class Denoiser(nn.Module):
     def shift(self, extra: Mapping[str, Tensor]) -> Tensor | None:
         """The sum (B, W) that extra scalars (B,) add to the time embedding; None without any.
 
-        Raises ValueError for names that the network does not take.
+        The embeddings are this network's and those of the adapter that runs. Raises ValueError for other names.
         """
-        if unknown := extra.keys() - self.extras.keys():
-            known = ", ".join(self.extras) or "none"
-            raise ValueError(f"extra: {', '.join(sorted(unknown))}; this network takes {known}")
-        shifts = [self.extras[name](value.float()) for name, value in extra.items()]
+        adapter = active()
+        known = {**self.extras, **(adapter.extras if adapter is not None else {})}
+        if unknown := extra.keys() - known.keys():
+            takes = ", ".join(known) or "none"
+            raise ValueError(f"extra: {', '.join(sorted(unknown))}; this network takes {takes}")
+        shifts = [known[name](value.float()) for name, value in extra.items()]
         return torch.stack(shifts).sum(0) if shifts else None
-
-
-class ScalarEmbedding(nn.Module):
-    """A scalar (B,) -> (B, width), zero until it is trained."""
-
-    def __init__(self, width: int, hidden: int = 128):
-        super().__init__()
-        self.hidden = nn.Linear(1 + 2 * len(FREQUENCIES), hidden)
-        self.out = nn.Linear(hidden, width)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, value: Tensor) -> Tensor:
-        waves = [g(k * value) for k in FREQUENCIES for g in (torch.sin, torch.cos)]
-        return self.out(nn.functional.silu(self.hidden(torch.stack([value, *waves], 1))))

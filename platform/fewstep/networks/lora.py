@@ -1,8 +1,8 @@
 """LoRA: low-rank adaptation of large language models. Hu et al. 2021, arXiv:2106.09685. Here of any frozen network.
 
-An adapter is a module whose only parameters are its factors, so that optimisers, averages, checkpoints and sharding
-treat it as any network. Several adapters share one base: each adapted layer has one forward hook, which adds the change
-of the adapter that runs, and nothing while none runs.
+An adapter is a module whose parameters are its own and none of its base, so that optimisers, averages, checkpoints and
+sharding treat it as any network. Several adapters share one base: each adapted layer has one forward hook, which adds
+the change of the adapter that runs, and nothing while none runs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..diffusion.draws import fold
+from .extras import ScalarEmbedding
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TOLERANCE = 1e-4  # of a merged network's output, float32, in units of the largest output or of 1
@@ -38,8 +39,7 @@ def active() -> Lora | None:
 
 
 class using:
-    """Context in which adapted layers add this adapter's change; None switches all adapters off. It may be entered
-    several times, one after the other, as a backward pass that is taken twice does."""
+    """Context in which adapted layers add this adapter's change; None switches all adapters off."""
 
     def __init__(self, adapter: Lora | None):
         self.adapter = adapter
@@ -55,8 +55,8 @@ class Lora(nn.Module):
     """A frozen network with a low-rank change of some layers: W x + (alpha / rank) up down x.
 
     It is called as its base is, and has its base's attributes. The base is no child of it: `parameters` and
-    `state_dict` are the factors, float32, and a deep copy copies the factors alone. `up` starts at zero, so that a new
-    adapter equals its base. Factors compute in the precision of the layer they change.
+    `state_dict` are the factors and the embeddings of `add_extra`, float32, and a deep copy copies those alone. `up`
+    starts at zero, so that a new adapter equals its base. Factors compute in the precision of the layer they change.
 
     base: any module, which becomes frozen. rank: of a change, at most; a layer takes less where its weight, as a matrix
     (outputs, inputs x kernel) of each group, has fewer rows or columns. alpha: None stands for `rank`, a factor of 1.
@@ -82,7 +82,7 @@ class Lora(nn.Module):
         object.__setattr__(self, "base", base.requires_grad_(False))  # set as an attribute it would be a child
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
         self.targets = (targets,) if isinstance(targets, str) else tuple(targets)
-        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        self.down, self.up, self.extras = nn.ParameterDict(), nn.ParameterDict(), nn.ModuleDict()
         for path, layer in find_layers(base, self.targets).items():
             key = path.replace(".", "/")
             down, up = _new_factors(layer, rank, fold(seed, path))
@@ -90,6 +90,12 @@ class Lora(nn.Module):
             if all(hook.args != (key,) for hook in _hooks(layer).values()):
                 layer.register_forward_hook(partial(_add, key))
         self.register_buffer("identity", torch.tensor(fold(fingerprint(base), str(self.scale))))
+
+    def add_extra(self, *names: str) -> Lora:
+        """Gives the adapter further scalars, by name, which its base does not take; see `Denoiser.add_extra`."""
+        width = self.base.backbone.time_width if names else 0
+        self.extras.update({name: ScalarEmbedding(width) for name in names})
+        return self
 
     @property
     def scale(self) -> float:
@@ -237,7 +243,7 @@ def fingerprint(base: nn.Module) -> int:
 
 @torch.no_grad()
 def merge(adapter: Lora, *inputs: Any, tolerance: float = TOLERANCE) -> nn.Module:
-    """A copy of the base with the adapter's change in its weights, and no hooks.
+    """A copy of the base with the adapter's change in its weights and its further scalars, and no hooks of adapters.
 
     inputs: of one pass, on which the copy must give the adapter's output, a tensor, when both compute in float32.
     tolerance: of the largest difference, in units of the largest output or of 1. The adapter is whole, not sharded.
@@ -259,6 +265,8 @@ def merge(adapter: Lora, *inputs: Any, tolerance: float = TOLERANCE) -> nn.Modul
     net = deepcopy(adapter.base)  # in the base's own precision
     net.load_state_dict(exact.state_dict())
     _remove_hooks(net)
+    if adapter.extras:
+        net.extras.update(deepcopy(adapter.extras))
     return net
 
 
@@ -266,11 +274,12 @@ def merge(adapter: Lora, *inputs: Any, tolerance: float = TOLERANCE) -> nn.Modul
 
 
 def save_adapter(adapter: Lora, path: str | Path) -> None:
-    """Writes the factors as safetensors, with rank, alpha and targets in the file's metadata."""
+    """Writes the factors as safetensors; the file's metadata have rank, alpha, targets and names of further scalars."""
     from safetensors.torch import save_file
 
     tensors = {key: value.detach().cpu().contiguous() for key, value in adapter.state_dict().items()}
     settings = {"rank": adapter.rank, "alpha": adapter.alpha, "targets": adapter.targets}
+    settings |= {"extra": list(adapter.extras)}
     save_file(tensors, path, {"lora": json.dumps(settings)})
 
 
@@ -282,7 +291,8 @@ def open_adapter(base: nn.Module, path: str | Path) -> Lora:
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {})["lora"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
-        adapter = Lora(base, **settings)
+        extra = settings.pop("extra", ())
+        adapter = Lora(base, **settings).add_extra(*extra)
         if not torch.equal(tensors["identity"], adapter.identity.cpu()):
             raise ValueError("its factors were trained on another network; open them with that one")
         adapter.load_state_dict(tensors)
