@@ -487,6 +487,7 @@ GENERATORS = {
     "hellinger": lambda r: (1 - r.sqrt()) ** 2,
     "kl": lambda r: r * r.log(),
     "jeffreys": lambda r: (r - 1) * r.log(),
+    "neyman": lambda r: (1 - r) ** 2 / r,
 }
 
 

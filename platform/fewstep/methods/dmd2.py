@@ -97,7 +97,7 @@ class DMD2(DistributionMatching):
         return nets[self.judge](x_t, level, cond, "features", at=self.taps)
 
     def matching(self, nets: Nets, batch: Batch) -> Terms:
-        """The base's, and the discriminator's `features` at the same draw where they are wanted."""
+        """The base's, and where they are wanted the discriminator's `features` at that draw, and its `angle` (B,)."""
         shared = self.gan_weight > 0 and self.gan_draw == "match"
         if not (shared or self.weighs):
             return super().matching(nets, batch)
@@ -109,7 +109,8 @@ class DMD2(DistributionMatching):
             known = {self.judge: lambda *given: out[0]} if plain else {}
             scores = self.scores({**nets, **known}, batch, x_t.detach(), level)
             gradient, normaliser = self.direction(batch.x.detach(), *(x0.detach() for x0 in scores), level)
-        return {"gradient": gradient, "normaliser": normaliser, "features": out[1] if plain else out}
+        features, angle = out[1] if plain else out, level.angle.flatten()
+        return {"gradient": gradient, "normaliser": normaliser, "features": features, "angle": angle}
 
     def extra(self, nets: Nets, batch: Batch, found: Terms) -> Terms:
         if not self.gan_weight:
