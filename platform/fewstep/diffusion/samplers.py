@@ -46,10 +46,15 @@ def heun(denoise: Denoise, z: Tensor, cond: Tensor | None = None, steps: int = 1
 def ddim(denoise: Denoise, z: Tensor, cond: Tensor | None = None, steps: int = 50, schedule: Schedule | None = None):
     """First-order deterministic sampler (Song et al. 2021); `steps` network calls; returns x0 (B, ...)."""
     levels = _levels(schedule or EDM(), steps, z)
-    x = z * levels[0].start
+    x = follow(denoise, z * levels[0].start, levels, cond)
+    return denoise(x, levels[-1], cond)
+
+
+def follow(denoise: Denoise, x: Tensor, levels: Sequence[Level], cond: Any = None) -> Tensor:
+    """x (B, ...) carried from the first level to the last along the ODE, by one first-order step a level."""
     for level, to in zip(levels, levels[1:], strict=False):
         x = level.step(x, denoise(x, level, cond), to)
-    return denoise(x, levels[-1], cond)
+    return x
 
 
 @dataclass(frozen=True)
@@ -125,11 +130,12 @@ def enter_call(
 
 @torch.no_grad()
 def simulated_call(
-    nets: Mapping[str, Any], calls: Sequence[Call], z: Tensor, cond: Any, draws: Draws
+    nets: Mapping[str, Any], calls: Sequence[Call], z: Tensor, cond: Any, draws: Draws, first: int = 0
 ) -> tuple[Tensor, Level]:
     """Input and level of a call drawn for the step, after the generator's own calls before it: DMD2's backward
-    simulation (section 4.5). All ranks draw the same, as their collectives must line up."""
-    return enter_call(nets, calls, z, cond, draws, draws.choice("last", len(calls)))
+    simulation (section 4.5). All ranks draw the same, as their collectives must line up. first: number of the earliest
+    call that is drawn."""
+    return enter_call(nets, calls, z, cond, draws, first + draws.choice("last", len(calls) - first))
 
 
 def noised_call(calls: Sequence[Call], z: Tensor, real: Tensor, draws: Draws) -> tuple[Tensor, Level]:
