@@ -35,7 +35,13 @@ TTUR = {"critic_updates_per_student_update": 2}
 GAN = TTUR | {"gan_weight": 0.05}
 CELLS = {
     "dmd2": Cell(GAN | {"student_steps": 2}),
-    "f_distill": Cell(GAN, GAN | {"divergence": "reverse_kl"}, ("dmd2", GAN)),
+    "f_distill": Cell(GAN | {"bins": 3}, GAN | {"divergence": "reverse_kl"}, ("dmd2", GAN)),
+    "decoupled_dmd": Cell(GAN | {"guidance": 2.0}, GAN | {"guidance_range": None}, ("dmd2", GAN | {"guidance": 2.0})),
+    "dp_dmd": Cell(
+        TTUR | {"anchor_steps": 2}, TTUR | {"anchor_steps": 0}, ("dmd2", TTUR | {"gan_weight": 0, "student_steps": 4})
+    ),
+    "swiftbrush": Cell({"alignment_weight": 0.1}),
+    "snoopi": Cell({}, {"guidance_spread": 0.0}, ("swiftbrush", {"guidance": 2.25})),
     "regression": Cell({"steps": 3}),
     "denoising": Cell(generates=False),
     "scm": Cell({"warmup_steps": 2, "weighting": "learned", "guidance_range": (1, 3)}, generates=False),

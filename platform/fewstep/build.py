@@ -29,6 +29,7 @@ from .engine.world import World
 from .files import sha256_of
 from .folders import write_private
 from .metrics.base import Measure, Samples
+from .metrics.features import ClassReward, open_features
 from .networks.conditions import Conditions, Texts
 from .networks.denoiser import Denoiser
 from .networks.lora import Lora, merge
@@ -75,9 +76,11 @@ class Maker:
         return new_head(self.teacher, at)
 
     def helper(self, name: str) -> nn.Module:
-        """A frozen network of the recipe's `helpers`."""
+        """A frozen network of the recipe's `helpers`: a file of jobs/features.py for a reward, else a denoiser."""
         if name not in self.recipe.helpers:
             raise ValueError(f"helpers.{name}: missing; {self.recipe.method.tag} needs it: give its folder or file")
+        if name == "reward":
+            return ClassReward(open_features(resolve(self.recipe.helpers[name])))
         return open_teacher(self.recipe.helpers[name], self.recipe.precision)
 
     def run(self, folder: str) -> nn.Module:

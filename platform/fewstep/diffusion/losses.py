@@ -41,6 +41,11 @@ def pseudo_huber(x: Tensor, target: Tensor, knee: float = 1e-3) -> Tensor:
     return (((x - target) ** 2 + knee**2).sqrt() - knee).mean()
 
 
+def clamped(score: Tensor, enough: float) -> Tensor:
+    """mean(max(0, enough - score)): raises scores (B,) up to a bound (SwiftBrush v2, Dao et al. 2024)."""
+    return F.relu(enough - score).mean()
+
+
 def gan_generator(logits: Tensor) -> Tensor:
     """Non-saturating generator loss, mean softplus(-D)."""
     return F.softplus(-logits).mean()

@@ -187,6 +187,21 @@ def open_features(path: str | Path, device: str | torch.device = "cpu", batch: i
     return SmallNetwork(net, info, sha256_of(path), device, batch)
 
 
+class ClassReward(nn.Module):
+    """Log-probability (B,) that the classifier gives to the class asked for, as a reward for a student's training.
+
+    Called with images (B, C, H, W), about [-1, 1], and labels (B,); differentiable in the images. Scores of the same
+    network are then marked `seen_by_loss`.
+    """
+
+    def __init__(self, network: SmallNetwork):
+        super().__init__()
+        self.net = network.net
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        return -F.cross_entropy(self.net(x)[1].float(), cond, reduction="none")
+
+
 FEATURES = File(
     open=open_features,
     suffix=".safetensors",
