@@ -1,4 +1,5 @@
-"""What a method may be: each kind is one class here, with no edit elsewhere; it trains, resumes exactly and samples."""
+"""What a method may be: each kind is one class here, with no edit elsewhere; it trains, resumes exactly, samples and is
+exported."""
 
 from __future__ import annotations
 
@@ -8,6 +9,9 @@ from typing import Any, ClassVar, Literal
 import pytest
 import torch
 import toy
+from diffusers import DiffusionPipeline
+from diffusers.utils import dynamic_modules_utils
+from test_predictions import Images, unet
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,12 +19,16 @@ from fewstep.build import make_nets
 from fewstep.diffusion.draws import INDICES, Draws, index_level
 from fewstep.diffusion.health import statistics
 from fewstep.diffusion.samplers import Call, calls_at, run_calls
+from fewstep.diffusion.schedules import EDM
 from fewstep.engine.checkpoint import read_weights, tensors_of
 from fewstep.engine.guard import Guard
 from fewstep.engine.optim import Optim
 from fewstep.engine.train import Collapsed, Engine, Train
 from fewstep.methods import METHODS, Method, Phase
 from fewstep.methods.base import Batch, Make, Nets, Terms
+from fewstep.networks import export as exporting
+from fewstep.networks.card import Card
+from fewstep.networks.export import CHECKED_IMAGES, export
 from fewstep.recipe import load_recipe
 
 TRAIN = {"batch": 16, "report_every": 4, "save_every": 4, "keep": 5}
@@ -134,11 +142,12 @@ def registry():
         METHODS.pop(method.tag, None)
 
 
-def an_engine(method: Method, folder=None, seed: int = 0, feed: Any = True, **train) -> Engine:
-    """An engine whose networks come from `Method.nets` alone."""
-    nets = method.nets(toy.Make(toy.denoiser(seed)))
+def an_engine(method: Method, folder=None, seed: int = 0, make: toy.Make | None = None, **train) -> Engine:
+    """An engine whose networks come from `Method.nets` alone, and its data, if it wants any, from the teacher."""
+    make = make or toy.Make(toy.denoiser(seed))
+    nets = method.nets(make)
     optims = {role: Optim(lr=1e-3) for role in method.roles}
-    feed = toy.Feed(toy.Mixture()) if feed else None
+    feed = toy.Feed(make.teacher) if "real" in method.needs else None
     return Engine(method, nets, optims, feed, Train(**{"steps": 8} | TRAIN | train), folder=folder, recipe={"toy": 1})
 
 
@@ -148,12 +157,11 @@ def everything(engine: Engine) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("method", [Follower(), Fitter(), Dreamer()], ids=lambda m: m.tag)
 def test_a_method_of_one_class_trains_resumes_exactly_and_samples(method, tmp_path):
-    feed = "real" in method.needs
-    whole = an_engine(method, tmp_path / "a", feed=feed)
+    whole = an_engine(method, tmp_path / "a")
     before = toy.weights(whole.nets["student"])
     reports = toy.finish(whole)
     assert not toy.same(before, toy.weights(whole.nets["student"]))
-    second = an_engine(method, tmp_path / "b", seed=99, feed=feed)
+    second = an_engine(method, tmp_path / "b", seed=99)
     second.resume(tmp_path / "a" / "step-00000004")
     assert toy.finish(second) == reports[1:]
     assert toy.same(everything(second), everything(whole))
@@ -161,6 +169,26 @@ def test_a_method_of_one_class_trains_resumes_exactly_and_samples(method, tmp_pa
     with torch.no_grad():
         x = run_calls(whole.sampling, method.calls(whole.student), torch.randn(4, 2, 1, 1), None, Draws(0, 0))
     assert x.shape == (4, 2, 1, 1) and x.isfinite().all()
+
+
+@pytest.mark.parametrize("method", [Follower(), Fitter(), Dreamer()], ids=lambda m: m.tag)
+def test_a_method_of_one_class_is_exported_with_the_images_of_its_generator(method, tmp_path, monkeypatch):
+    """`export` compares the images; diffusers loads the folder in this process, where its import is paid for."""
+
+    def images(folder: Path) -> Tensor:
+        pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+        found.append(pipe.sample(pipe.labels(None, CHECKED_IMAGES), torch.Generator().manual_seed(0)))
+        return found[0]
+
+    found: list[Tensor] = []
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(exporting, "_in_fresh_process", images)
+    engine = an_engine(method, make=toy.Make(unet(EDM(), "edm", 0), Images(EDM())), steps=2, report_every=2)
+    calls, start = method.calls(engine.student), toy.weights(engine.student)
+    toy.finish(engine)
+    assert not toy.same(start, toy.weights(engine.student))
+    difference = export(engine.student, tmp_path / "model", calls=calls, card=Card(name=method.tag))
+    assert difference <= 1e-5 and found[0].std() > 0.01
 
 
 def test_an_averaged_role_follows_every_update_of_its_source_and_a_frozen_one_stays():
