@@ -25,23 +25,24 @@ from fewstep.data.sources import SOURCES, pack
 FILES = ("folder", "webdataset", "parquet")
 # Settings that only some sources have; anywhere else they would change nothing, in silence.
 ONLY = {
-    "split": ("fashion_mnist", "cifar10", "parquet"),
+    "split": ("fashion_mnist", "cifar10", "emoji", "parquet"),
     "encoding": ("folder", "webdataset"),
     "columns": ("parquet",),
+    "groups": ("emoji",),
 } | dict.fromkeys(("classes", "size", "channels", "background", "max_pixels"), FILES)
 
 
 class Prepare(Strict):
     """Write a set of images as Parquet shards with a manifest."""
 
-    source: Literal["fashion_mnist", "cifar10", "folder", "webdataset", "parquet"]
+    source: Literal["fashion_mnist", "cifar10", "emoji", "folder", "webdataset", "parquet"]
     """Kind of the source: a known set, a folder of pictures, tars of webdataset, or Parquet files as hubs have them."""
     out: str
     """Folder to write; `shipped:name` is in the package."""
     path: str | None = None
-    """The source's file or folder; fashion_mnist finds or downloads its own."""
+    """The source's file or folder; fashion_mnist and emoji find or download their own."""
     split: Literal["train", "test", "validation"] = "train"
-    """Part of fashion_mnist, of cifar10, and of Parquet files named after their split."""
+    """Part of fashion_mnist, of cifar10, of emoji, and of Parquet files named after their split."""
     encoding: str | None = None
     """Encoding of captions and metadata, such as cp1252; null is UTF-8, or what a byte order mark says."""
     follow_links: bool = False
@@ -50,6 +51,8 @@ class Prepare(Strict):
     """Number of classes, where it is more than the labels show; names that are whole numbers are then class numbers."""
     columns: dict[Literal["image", "label", "caption"], str] = {}
     """Columns of Parquet files with other names than the usual, such as columns.label=fine_label."""
+    groups: list[str] = []
+    """Groups of emoji to take, such as "Food & Drink"; [] takes all."""
     limit: int | None = Field(None, ge=1)
     """Keep this many rows, chosen at random by the seed."""
     seed: int = Field(0, ge=0)
@@ -71,7 +74,7 @@ class Prepare(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> Prepare:
-        if self.path is None and self.source != "fashion_mnist":
+        if self.path is None and self.source not in ("fashion_mnist", "emoji"):
             raise ValueError("path: missing; give the source's file or folder, path=...")
         for key in ONLY.keys() & self.model_fields_set:
             if self.source not in ONLY[key]:
@@ -82,7 +85,7 @@ class Prepare(Strict):
 @command(Prepare)
 def main(job: Prepare) -> None:
     started = time.perf_counter()
-    reading = Reading(job.encoding, job.follow_links, job.classes, job.columns)
+    reading = Reading(job.encoding, job.follow_links, job.classes, job.columns, tuple(job.groups))
     source = SOURCES[job.source](resolve(job.path) if job.path else None, job.split, reading)
     manifest = pack(
         source, resolve_out(job.out), limit=job.limit, seed=job.seed, size=job.size, channels=job.channels,

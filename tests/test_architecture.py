@@ -46,6 +46,7 @@ ONLY = {
     "jinja2": {"page"},
     "pyarrow": {"data", "cluster"},
     "torchvision": {"data"},
+    "resvg_py": {"data"},
 }
 
 # The engine knows what a method is and no particular one; of networks it knows the average, the blocks and adapters.

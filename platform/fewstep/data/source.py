@@ -66,6 +66,7 @@ class Reading:
     follow_links: also take what lies outside the source's folder and is reached by links in it.
     classes: how many there are, where the labels do not show it.
     columns: names of a Parquet file's columns, by what they hold: image, label, caption.
+    groups: of emoji to take; () takes all.
     Raises SourceError for an encoding that Python does not know.
     """
 
@@ -73,6 +74,7 @@ class Reading:
     follow_links: bool = False
     classes: int | None = None
     columns: dict[str, str] = field(default_factory=dict)
+    groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         try:

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import ImageColor
 
 from fewstep.data.decode import FORMATS, MAX_PIXELS, CorruptImage, OtherSize, read_picture, size_of
+from fewstep.data.emoji import emoji
 from fewstep.data.folder import folder
 from fewstep.data.hub import parquet
 from fewstep.data.known import cifar10, fashion_mnist
@@ -22,6 +23,7 @@ _SELECT = 4  # the stream of hashes that chooses which rows a limit keeps
 SOURCES: dict[str, Callable[[Path | None, str, Reading], Source]] = {
     "fashion_mnist": fashion_mnist,
     "cifar10": cifar10,
+    "emoji": emoji,
     "folder": folder,
     "webdataset": webdataset,
     "parquet": parquet,
