@@ -405,7 +405,7 @@ def write_latents(out, columns=(), rows=12, **options):
 def test_further_columns_are_listed_and_read_when_they_are_asked_for(tmp_path):
     shards, values = write_latents(tmp_path / "set", (TEXT, POOLED))
     assert [column.name for column in shards.manifest.columns] == ["latent", "caption", "text", "pooled"]
-    assert shards.columns == ["latent", "caption"] == shards.read(0).column_names
+    assert shards.columns == ["latent", "caption", "text", "pooled"] == shards.read(0).column_names
     for unit in range(len(shards.units)):
         table = shards.read(unit, columns=["caption", "text", "pooled"])
         for name in ("text", "pooled"):
@@ -643,6 +643,22 @@ def test_flipped_images_are_mirrored(tmp_path):
     kept = (mirrored == plain).flatten(1).all(1)
     turned = (mirrored == plain.flip(-1)).flatten(1).all(1)
     assert torch.all(kept ^ turned) and 10 < int(turned.sum()) < 40
+
+
+def test_columns_of_numbers_arrive_with_their_rows(tmp_path):
+    text = Column(name="text", kind="text", shape=(2, 3), dtype="float16")
+    with ShardWriter(tmp_path / "set", (1, 4, 4), columns=(text,), group_rows=7) as writer:
+        for i in range(30):
+            writer.add(np.full((1, 4, 4), i, np.uint8), text=np.full((2, 3), i / 8))
+    shards = open_shards(tmp_path / "set")
+    assert shards.decoded_bytes == 30 * (16 + 6 * 2)
+    for feed in (MemoryFeed(shards), StreamFeed(shards)):
+        with feed:
+            rows = next(feed.batches(0, 30))
+        number = ((rows["real"][:, 0, 0, 0] + 1) * 127.5).round()
+        assert sorted(number.tolist()) == list(range(30))
+        assert rows["text"].dtype == torch.float32
+        assert torch.equal(rows["text"], (number / 8).view(-1, 1, 1).expand(-1, 2, 3))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

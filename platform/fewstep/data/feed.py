@@ -21,7 +21,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from queue import Empty, Full, Queue
@@ -33,7 +33,7 @@ import torch
 
 from fewstep.data.decode import CorruptImage, decode, decode_all
 from fewstep.data.plan import Piece, Plan, check
-from fewstep.data.shards import CorruptRows, ShardError, Shards, labels, latents, open_shards, refuse
+from fewstep.data.shards import CorruptRows, ShardError, Shards, labels, latents, numbers, open_shards, refuse
 
 log = logging.getLogger("fewstep.data")
 
@@ -98,7 +98,8 @@ class Feed(ABC):
 
         batch: images of a global batch, a multiple of world.
         Yields rows by column: "real" float32 (batch / world, C, H, W), images in [-1, 1] or latents as stored; "label"
-        int64 (batch / world,) of a set with classes; "caption", a list of texts, where asked for.
+        int64 (batch / world,) of a set with classes; "caption", a list of texts, where asked for; and each further
+        column of numbers under its name, float32 (batch / world, ...).
         """
         check(batch, rank, world)
         if position < 0:
@@ -153,9 +154,18 @@ class Feed(ABC):
         return refuse(self.corrupt, self.allowed, where, self.corrupt_rows)
 
     def _finish(
-        self, values: torch.Tensor, found: np.ndarray, texts: list[str] | None, epochs: np.ndarray, rows: np.ndarray
+        self,
+        values: torch.Tensor,
+        found: np.ndarray,
+        texts: list[str] | None,
+        more: Mapping[str, torch.Tensor],
+        epochs: np.ndarray,
+        rows: np.ndarray,
     ) -> dict[str, Any]:
-        """A batch as it is handed out; epochs and rows are those of the plan, whatever took a corrupt row's place."""
+        """A batch as it is handed out; epochs and rows are those of the plan, whatever took a corrupt row's place.
+
+        more: further columns of numbers.
+        """
         images = values.float()
         if self.shards.manifest.kind == "image":
             images = images.div_(127.5).sub_(1)
@@ -167,6 +177,7 @@ class Feed(ABC):
             columns["label"] = torch.from_numpy(np.array(found, np.int64))
         if self.with_captions:
             columns["caption"] = texts
+        columns |= {name: held.float() for name, held in more.items()}
         return columns
 
 
@@ -185,6 +196,7 @@ class MemoryFeed(Feed):
         values = np.empty((self.rows, *self.shape), dtype)
         self._labels = np.empty(self.rows, np.int64)
         self._texts: list[str] = []
+        self._more = {c.name: np.empty((self.rows, *c.shape), c.dtype) for c in shards.numbers}
         row = 0
         with ThreadPoolExecutor(threads) as pool:
             for table in tables:
@@ -198,6 +210,8 @@ class MemoryFeed(Feed):
                 self._labels[here] = labels(table)
                 if self.with_captions:
                     self._texts += table.column("caption").to_pylist()
+                for column in shards.numbers:
+                    self._more[column.name][here] = numbers(table, column)
                 row = here.stop
         if row != self.rows:
             raise ValueError(f"tables: {row} rows where the manifest of {str(shards.path)!r} says {self.rows}")
@@ -212,7 +226,8 @@ class MemoryFeed(Feed):
                 for i in np.flatnonzero(np.isin(rows, list(self._corrupt))):
                     used[i] = self._stand_in(int(epochs[i]), int(rows[i]))
             texts = [self._texts[row] for row in used] if self.with_captions else None
-            yield self._finish(self._values[torch.from_numpy(used)], self._labels[used], texts, epochs, rows)
+            more = _tensors({name: values[used] for name, values in self._more.items()})
+            yield self._finish(self._values[torch.from_numpy(used)], self._labels[used], texts, more, epochs, rows)
 
     def _stand_in(self, epoch: int, row: int) -> int:
         for _, others in self.plan.stand_ins(epoch, row):
@@ -286,8 +301,10 @@ class StreamFeed(Feed):
     def _decode(self, epochs: np.ndarray, rows: np.ndarray, table: pa.Table, pool: ThreadPoolExecutor) -> Any:
         found = labels(table)
         texts = table.column("caption").to_pylist() if self.with_captions else None
+        more = {c.name: numbers(table, c).copy() for c in self.shards.numbers}
         if self.shards.manifest.kind == "latent":
-            return self._finish(torch.from_numpy(latents(table, self.shape).copy()), found, texts, epochs, rows)
+            values = torch.from_numpy(latents(table, self.shape).copy())
+            return self._finish(values, found, texts, _tensors(more), epochs, rows)
         values, bad = decode_all(table.column("image").to_pylist(), self.shape, pool, self.threads)
         if bad:
             found, used = found.copy(), table.column("row").to_numpy()
@@ -297,7 +314,9 @@ class StreamFeed(Feed):
             found[i] = labels(other)[0]
             if texts is not None:
                 texts[i] = other.column("caption")[0].as_py()
-        return self._finish(torch.from_numpy(values), found, texts, epochs, rows)
+            for column in self.shards.numbers:
+                more[column.name][i] = numbers(other, column)[0]
+        return self._finish(torch.from_numpy(values), found, texts, _tensors(more), epochs, rows)
 
     def _stand_in(self, epoch: int, row: int) -> tuple[np.ndarray, pa.Table]:
         """The pixels and the row that replace a corrupt one; its row group is read once more."""
@@ -398,6 +417,10 @@ def ahead(source: Generator[T, None, None], depth: int, patience_s: float | None
             except Empty:
                 break
         thread.join(wait_s)
+
+
+def _tensors(columns: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(values) for name, values in columns.items()}
 
 
 def _threads() -> int:

@@ -84,14 +84,19 @@ class Shards:
 
     @property
     def decoded_bytes(self) -> int:
-        """Size of all images in memory: a byte a value for images, the stored numbers for latents."""
-        item = 1 if self.manifest.kind == "image" else np.dtype(self.manifest.encoding).itemsize
-        return self.rows * int(np.prod(self.size)) * item
+        """Size of all rows in memory: a byte a value for images, the stored numbers for latents and other columns."""
+        columns = [self.manifest.all_columns[0], *self.numbers]
+        return self.rows * sum(int(np.prod(c.shape)) * np.dtype(c.dtype).itemsize for c in columns)
+
+    @property
+    def numbers(self) -> list[Column]:
+        """The further columns of numbers, such as a caption's embedding."""
+        return [column for column in self.manifest.all_columns[1:] if column.is_numbers]
 
     @property
     def columns(self) -> list[str]:
-        """The columns that `read` gives: image or latent, and label and caption where there are any."""
-        return [self.manifest.kind] + ["label"] * (self.classes > 0) + ["caption"] * self.manifest.captions
+        """The columns that `read` gives: all of the rows."""
+        return [column.name for column in self.manifest.all_columns]
 
     def column(self, name: str) -> Column:
         """A column of the manifest. Raises ShardError with the columns there are."""
@@ -201,6 +206,14 @@ def open_shards(path: str | os.PathLike[str], verify: Literal["sha256", "size"] 
     for shard in manifest.shards:
         _verify(shards, shard, verify == "sha256")
     return shards
+
+
+def captions(path: str | os.PathLike[str]) -> list[str]:
+    """All captions of a set, in order. Raises ShardError, also where it has none."""
+    shards = open_shards(path, "size")
+    shards.column("caption")
+    tables = (shards.read(unit, columns=["caption"]) for unit in range(len(shards.units)))
+    return [text for table in tables for text in table.column("caption").to_pylist()]
 
 
 def check(recipe: Any) -> list[Check]:
