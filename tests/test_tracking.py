@@ -289,7 +289,7 @@ def test_a_killed_training_loses_nothing(uri, client, tmp_path, monkeypatch, cap
         timeout=60,
     )
     assert sent.returncode == 0, sent.stderr
-    assert "the last line was cut short and is dropped" in sent.stderr
+    assert "the last line is incomplete and is dropped" in sent.stderr
     sent = int(re.search(r"(\d+) operations sent, 0 unsent, 0 refused", sent.stdout)[1])
     ops = [json.loads(line) for line in (folder / "tracking/journal.jsonl").read_text().splitlines()]
     count = sum(op["op"] == "metrics" for op in ops)
@@ -320,7 +320,7 @@ def test_a_damaged_line_is_named(start, tmp_path):
     path = tmp_path / "run/tracking/journal.jsonl"
     first, rest = path.read_bytes().split(b"\n", 1)
     path.write_bytes(first + b"\n#" + rest)
-    with pytest.raises(ValueError, match=rf"journal.jsonl: byte {len(first) + 1} starts a damaged line"):
+    with pytest.raises(ValueError, match=rf"journal.jsonl: damaged line at byte {len(first) + 1}"):
         start()
 
 
@@ -339,9 +339,9 @@ def test_without_a_server_training_goes_on_and_the_job_sends_later(start, client
     assert time.monotonic() - begun < 5
     assert unsent == 5 and tracker.run_id is None and tracker.url is None
     assert caplog.messages[-1] == (
-        f"5 tracked operations are not sent; send them later with: python jobs/track.py folder={tmp_path / 'run'}"
+        f"5 tracked operations are not sent yet; send them with: python jobs/track.py folder={tmp_path / 'run'}"
     )
-    assert sum("tracking waits, training goes on" in m for m in caplog.messages) == 1
+    assert sum("tracking waits and training continues" in m for m in caplog.messages) == 1
     with pytest.raises(RuntimeError, match="after finish"):
         tracker.log({"loss": 0.5}, 2, 128)
     tracker._thread.join(20)
@@ -437,7 +437,7 @@ def test_a_server_that_hangs_and_dies_delays_and_loses_nothing(start, server, tm
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)  # MLflow looks models:/ up nowhere else
     got = download_artifacts("models:/tough@champion", dst_path=str(tmp_path / "got"))
     assert (Path(got) / "weights.bin").read_bytes() == b"weights"
-    assert sum("tracking goes on after" in m for m in caplog.messages) == 1
+    assert sum("tracking continues after" in m for m in caplog.messages) == 1
 
 
 def test_what_the_server_refuses_is_recorded_and_the_rest_arrives(start, client, tmp_path):
@@ -578,7 +578,7 @@ def test_a_masked_store_is_found_again_in_the_environment_and_else_asked_for(sta
 def test_a_damaged_journal_is_named(tmp_path, line):
     (tmp_path / "tracking").mkdir()
     (tmp_path / "tracking" / "journal.jsonl").write_text(line + "\n")
-    with pytest.raises(ValueError, match="journal.jsonl: byte 0 starts a damaged line; move the folder .* away"):
+    with pytest.raises(ValueError, match="journal.jsonl: damaged line at byte 0; move the folder .* away"):
         send(tmp_path, timeout_s=0.0)
 
 

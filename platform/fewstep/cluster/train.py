@@ -28,7 +28,7 @@ from ..recipe import Recipe
 from ..students import open_student
 from ..texts import first_line
 from ..tracking.provenance import Provenance, provenance
-from ..tracking.store import TrackingError, answering, prepare_store, tracking_uri
+from ..tracking.store import TrackingError, prepare_store, store_errors, tracking_uri
 from .gauges import DriverGauges, WorkerGauges
 from .session import SOURCE, connect
 from .stream import DATA_CPUS, Published, check_cpus, publish
@@ -114,7 +114,7 @@ def _fit(
     streaming = published is not None and published.streaming
     check_cpus(c.workers_min or c.workers, c.cpus_per_worker, streaming)
     try:  # once, here: several workers creating one database would collide
-        with answering(recipe.tracking.uri):
+        with store_errors(recipe.tracking.uri):
             prepare_store(recipe.tracking.uri)
     except TrackingError as error:
         if "locked" not in str(error):

@@ -1,4 +1,4 @@
-"""Tracking of runs with MLflow: what is reported is on disk at once and on the server when the server answers."""
+"""Tracking of runs with MLflow. A report is written to disk at once, and sent as soon as the server answers."""
 
 from .provenance import Provenance, provenance
 from .runs import Point, Run, Store, find_run

@@ -1,14 +1,14 @@
-"""The journal of a run: everything reported, on disk before it is sent, and a marker of what the server acknowledged.
+"""The journal of a run: all reports, on disk before they are sent, and a marker of the last one that the server has.
 
 A run's folder holds `tracking/`:
 
     journal.jsonl   append-only, one operation a line: {"serial": 1, 2, ..., "time": ms, "op": ..., ...}
     sent.json       {"serial": last acknowledged, "run_id": ..., "experiment_id": ...}, replaced atomically
-    refused.jsonl   serials that the server answered with "never", and why
-    files/<id>/     copies of the files that unsent operations name
+    refused.jsonl   serials of operations that the server refuses for good, and why
+    files/<id>/     copies of the files of unsent operations
 
-A line is one write(2), so it survives the death of the process (kill -9) at any moment; it is not fsynced, so it does
-not survive the power failing. A line that was cut short is dropped on opening, and counted.
+Each line is one write(2), so a process that is killed (kill -9) loses no complete line. Lines are not fsynced, so a
+power failure may lose the last ones. Opening a journal drops an incomplete last line, and counts it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..files import write_file
 from ..folders import append_private
 from ..texts import masked
 
-OPEN = {"uri", "experiment", "name", "run_id", "tags", "time", "journal"}  # what the first operation says
+OPEN = {"uri", "experiment", "name", "run_id", "tags", "time", "journal"}  # keys of the first operation
 log = logging.getLogger("fewstep.tracking")
 
 
@@ -49,11 +49,11 @@ class Entry:
 
 
 class Journal:
-    """The open journal of one run folder. One process at a time holds it; its methods may be called from any thread.
+    """The open journal of one run folder. It belongs to one process at a time; all threads of it may call the methods.
 
     folder: the run's folder. create: make the journal when there is none.
-    lock_s: how long to wait for a holder: a killed process lets go at once, one whose last request hangs after that
-    request's time limit.
+    lock_s: seconds to wait for another process that has the journal. A killed process releases it at once, and a
+    process with a hanging request when that request times out.
     Raises FileNotFoundError when there is no journal and `create` is false, TrackingError when another process holds
     it, ValueError when a line other than the last is damaged.
     """
@@ -69,8 +69,8 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock_file = self._lock(lock_s)
         self._mutex = threading.Lock()
-        self.dropped = 0  # lines cut short by the death of an earlier process
-        self.lost = 0  # operations that could not be written, such as on a full disk
+        self.dropped = 0  # incomplete lines, of a process that died while it wrote
+        self.lost = 0  # operations that could not be written, for example on a full disk
         self.refused = 0
         try:
             self._open()
@@ -117,7 +117,7 @@ class Journal:
         if os.fstat(self._file).st_size > self._size:
             self.dropped = 1
             os.ftruncate(self._file, self._size)
-            log.warning("%s: the last line was cut short and is dropped", self.path)
+            log.warning("%s: the last line is incomplete and is dropped", self.path)
         self.sent = min(self.sent, self.last)
         for left in (self.folder / "files").glob("*"):
             if left.name not in staged:
@@ -130,7 +130,7 @@ class Journal:
         try:
             return dict(json.loads(path.read_bytes()))
         except (ValueError, TypeError, RecursionError):
-            log.warning("%s: unreadable; everything is sent again, which the server recognises", path)
+            log.warning("%s: unreadable, so all operations are sent again; the server keeps each once", path)
             return {}
 
     def entries(self, start: int = 0) -> Iterator[Entry]:
@@ -144,19 +144,19 @@ class Journal:
                 try:
                     op = json.loads(line)
                     damaged = not (isinstance(op["serial"], int) and isinstance(op["op"], str))
-                    if end == len(line):  # the first, of which all others are a part
+                    if end == len(line):  # the first line opens the run
                         damaged |= op["op"] != "open" or not OPEN <= op.keys()
                 except (ValueError, KeyError, TypeError, RecursionError):
                     damaged = True
                 if damaged:
                     raise ValueError(
-                        f"{self.path}: byte {end - len(line)} starts a damaged line; move the folder "
-                        f"{str(self.folder)!r} away to track the run afresh"
+                        f"{self.path}: damaged line at byte {end - len(line)}; move the folder {str(self.folder)!r} "
+                        "away, and a new journal is started"
                     )
                 yield Entry(op["serial"], op, end)
 
     def append(self, op: dict[str, Any]) -> int:
-        """Writes one operation and returns its serial. A full disk loses the operation, which is counted and logged."""
+        """Writes one operation and returns its serial. On a full disk the operation is lost; `lost` counts it."""
         with self._mutex:
             serial = self.last + 1
             line = {"serial": serial, "time": time.time_ns() // 1_000_000} | masked(op)
@@ -175,7 +175,7 @@ class Journal:
         """Counts an operation that could not be written to disk, and logs the first one."""
         self.lost += 1
         if self.lost == 1:
-            log.error("%s: cannot write (%s); what is reported from now on is not tracked", self.folder, error)
+            log.error("%s: cannot write (%s); reports are lost until it can be written again", self.folder, error)
 
     def stage(self) -> Path:
         """Makes a folder for the files of the next operation. It names them as `file`, relative to `files/`."""
@@ -214,7 +214,7 @@ class Journal:
         write_file(self.folder / "sent.json", json.dumps(marker), sync=False, mode=0o600)
 
     def refuse(self, entry: Entry, what: str, reason: str) -> None:
-        """Records that the server will never take (a part of) an operation. It stays in the journal."""
+        """Records that the server refuses an operation, or a part of it, for good. The journal keeps it."""
         self.refused += 1
         what, reason = masked(what), masked(reason)
         line = json.dumps({"serial": entry.serial, "what": what, "reason": reason})

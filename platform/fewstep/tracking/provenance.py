@@ -23,7 +23,7 @@ class Provenance:
 def provenance(root: Path, **fingerprints: str) -> Provenance:
     """Collects the provenance of a run: git commit and diff, packages, hardware, the caller's fingerprints.
 
-    root: a folder of the checkout. Outside one the tag `git.commit` says "not a git checkout". fingerprints: such as
+    root: a folder of a git checkout. Elsewhere the tag `git.commit` is "not a git checkout". fingerprints: such as
     data="sha256:...", recorded as the tags `fingerprint.<name>`.
     Files: `environment.txt`, every installed package; `git.diff` when the checkout differs from its commit.
     Call it in the process that trains: it asks torch for the devices.
@@ -76,7 +76,7 @@ def _cpu() -> str:
 
 
 def _torch() -> dict[str, str]:
-    import torch  # here, because the other users of this package have no need to wait for it
+    import torch  # here: no other module of this package waits for it
 
     devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     return {

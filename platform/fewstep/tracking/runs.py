@@ -13,7 +13,7 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from .store import answering, database, prepare_store, tracking_uri, without_password
+from .store import database, prepare_store, store_errors, tracking_uri, without_password
 
 NEWEST = ["attributes.start_time DESC"]
 PAGE = 1000  # runs asked for at once
@@ -39,7 +39,7 @@ class Run:
 
 
 class Point(NamedTuple):
-    """One report of a metric: when it was made, at which step (or image count, under `by_images/`), and its value."""
+    """One report of a metric. step: the image count for metrics under `by_images/`."""
 
     step: int
     value: float
@@ -51,7 +51,7 @@ class Store:
 
     uri: see `tracking_uri`; experiment: look in this experiment only, default in all.
     Raises ValueError when there is no such database or experiment. All methods raise TrackingError when the store
-    cannot be used, such as a file that is no database or a server that does not answer.
+    cannot be used: the file is no database, or the server does not answer.
     """
 
     def __init__(self, uri: str | None = None, experiment: str | None = None):
@@ -62,7 +62,7 @@ class Store:
                 f"tracking.uri: no runs yet, {str(path)!r} does not exist; set MLFLOW_TRACKING_URI or train first"
             )
         self.uri = without_password(uri)
-        with answering(uri):
+        with store_errors(uri):
             self._client = prepare_store(uri)
             known = self._client.search_experiments()
         self._experiments = [e.experiment_id for e in known if experiment in (None, e.name)]
@@ -74,10 +74,10 @@ class Store:
     def find(self, ref: str) -> Run:
         """Returns the run of a reference: a run's id, a run's name, or `last` for the one started last.
 
-        Raises ValueError when no run, or more than one, is meant; the text names those that could be.
+        Raises ValueError when no run or several runs match; the text lists the candidates.
         """
         if re.fullmatch(r"[0-9a-f]{32}", ref):
-            with answering(self.uri):
+            with store_errors(self.uri):
                 try:
                     return _run(self._client.get_run(ref))
                 except MlflowException as error:
@@ -85,7 +85,7 @@ class Store:
                         raise
         if ref == "last":
             found = self._search("", 1)
-        elif "'" in ref and '"' in ref:  # MLflow's queries have no way to write it
+        elif "'" in ref and '"' in ref:  # a query of MLflow cannot quote both
             found = [run for run in self._search("", None) if run.name == ref]
         else:
             mark = '"' if "'" in ref else "'"
@@ -102,25 +102,25 @@ class Store:
         raise ValueError(f"run: no run has the id or name {ref!r} in {self.uri}; {hint}the latest are: {latest}")
 
     def children(self, parent: Run) -> list[Run]:
-        """The runs that were started as parts of `parent`, by name: a sweep's trials are numbered."""
+        """The child runs of `parent`, such as the trials of a sweep, sorted by name."""
         found = self._search(f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent.run_id}'", None)
         return sorted(found, key=lambda run: (run.name, run.start_ms))
 
     def history(self, run: Run, metric: str) -> list[Point]:
-        """Every report of a metric, in the order of steps; of those at one step the newest, as MLflow's page shows."""
-        with answering(self.uri):
+        """All reports of a metric, sorted by step. Of several at one step the newest counts, as on MLflow's page."""
+        with store_errors(self.uri):
             found = self._client.get_metric_history(run.run_id, metric)
         newest = {m.step: Point(m.step, m.value, m.timestamp) for m in sorted(found, key=lambda m: m.timestamp)}
         return [newest[step] for step in sorted(newest)]
 
     def files(self, run: Run, folder: str = "") -> list[str]:
-        """Paths of the run's artifact files directly in `folder`; none where there is no such folder."""
-        with answering(self.uri):
+        """Paths of the run's artifact files directly in `folder`; an empty list if there is no such folder."""
+        with store_errors(self.uri):
             return [f.path for f in self._client.list_artifacts(run.run_id, folder or None) if not f.is_dir]
 
     def read(self, run: Run, path: str) -> bytes:
         """Returns the content of one artifact file."""
-        with answering(self.uri), tempfile.TemporaryDirectory() as folder:
+        with store_errors(self.uri), tempfile.TemporaryDirectory() as folder:
             return Path(self._client.download_artifacts(run.run_id, path, folder)).read_bytes()
 
     def grids(self, run: Run, name: str) -> dict[int, str]:
@@ -129,10 +129,10 @@ class Store:
         return dict(sorted((int(match[1]), path) for match, path in found if match))
 
     def _search(self, query: str, limit: int | None) -> list[Run]:
-        """The newest `limit` runs that fit a query, or all of them."""
+        """The newest `limit` runs that match a query; None: all of them."""
         found, token = [], None
         while limit is None or len(found) < limit:
-            with answering(self.uri):
+            with store_errors(self.uri):
                 page = self._client.search_runs(
                     self._experiments, query, max_results=limit or PAGE, order_by=NEWEST, page_token=token
                 )
@@ -144,7 +144,7 @@ class Store:
 
 
 def find_run(uri: str | None, ref: str, experiment: str | None = None) -> Run:
-    """The run that `ref` means; see `Store` and `Store.find`, which say what it raises."""
+    """Finds a run. Arguments and errors are those of `Store` and `Store.find`."""
     return Store(uri, experiment).find(ref)
 
 

@@ -1,8 +1,8 @@
 """The sender: copies operations from the journal to MLflow, in order.
 
-Every operation may be sent twice without harm, so a crash between the server's answer and the marker costs nothing:
-metrics carry the time at which they were journalled, and an SQL store keeps one row per (name, time, step, value);
-parameters, tags and files land on themselves; the run and its model versions carry a tag by which they are found.
+Sending an operation twice has the same effect as sending it once, so a crash between the server's answer and the
+marker does no harm. Metrics carry the time of their journal entry, and an SQL store keeps one row per (name, time,
+step, value). Parameters, tags and files overwrite themselves. The run and its model versions are found by a tag.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .journal import Entry, Journal, log
 from .store import experiment, page, prepare_store
 
 METRICS, PARAMS = 1000, 100  # entities MLflow takes in one request
-NEVER = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # the same request will be answered the same way tomorrow
-THUMBNAIL = 256  # pixels; what the page loads before the full image
+PERMANENT = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # errors that the same request gets again
+THUMBNAIL = 256  # pixels; MLflow's page loads this copy before the full image
 
 
 class Sender:
@@ -40,9 +40,9 @@ class Sender:
         return page(self.uri, experiment_id, run_id) if run_id and experiment_id else None
 
     def step(self) -> int:
-        """Sends the oldest operations, metrics many at a time; returns how many, 0 when nothing waits.
+        """Sends the oldest operations, many metrics in one request. Returns their number, 0 if none are waiting.
 
-        Raises whatever MLflow raises when the store cannot be reached: nothing is marked as sent then.
+        Errors of MLflow pass through when the store cannot be reached; nothing is marked as sent then.
         """
         waiting = self.journal.pending()
         if not waiting:
@@ -74,7 +74,7 @@ class Sender:
         self.journal.mark()
 
     def _open(self, entry: Entry) -> None:
-        # A run made here has these tags since its creation; one that was handed in has not.
+        # a run that was created here has these tags already; one that the caller named has not
         if entry.op["run_id"]:
             self._tags(entry)
 
@@ -85,16 +85,17 @@ class Sender:
     def _status(self, entry: Entry) -> None:
         self.client.set_terminated(self.journal.run_id, status=entry.op["status"], end_time=entry.op["time"])
 
-    # --------------------------------------------------------------------------------------------- small things
+    # ----------------------------------------------------------------------------- metrics, parameters, tags
 
     def _batches(self, entry: Entry, items: Sequence, size: int, send: Callable[[Sequence], None]) -> None:
-        """Sends `items` by `size`; when one is refused, sends the rest of its batch singly and records it."""
+        """Sends `items` in batches of `size`. The items of a refused batch are sent one by one, and those that are
+        refused again are recorded."""
         for start in range(0, len(items), size):
             part = items[start : start + size]
             try:
                 send(part)
             except MlflowException as error:
-                if error.error_code not in NEVER:
+                if error.error_code not in PERMANENT:
                     raise
                 if len(part) > 1:
                     self._batches(entry, part, 1, send)
@@ -152,12 +153,12 @@ class Sender:
         self._upload(entry, self.journal.file(entry), entry.op["to"])
 
     def _image(self, entry: Entry) -> None:
-        """The PNG under its own path, and once more with a small copy as MLflow's page expects images with a step."""
+        """Uploads the PNG under its own path, and again with a small copy where MLflow's page looks for images."""
         op, path, run_id = entry.op, self.journal.file(entry), self.journal.run_id
         if not path.exists():
             return self.journal.refuse(entry, f"image {op['name']}", "its file is gone")
         image = Image.fromarray(np.load(path))
-        # The names MLflow's own log_image gives, but with an identity that is the same when the image is sent again.
+        # the names of MLflow's log_image, with an identity that is the same when the image is sent again
         identity = uuid.uuid5(uuid.NAMESPACE_URL, f"{run_id}/{entry.serial}")
         name = f"{op['name'].replace('/', '~')}+step+{op['step']}+timestamp+{op['time']}+{identity}"
         with tempfile.TemporaryDirectory() as folder:
@@ -193,23 +194,23 @@ class Sender:
 
 
 def drain(sender: Sender, give_up: Callable[[], bool], wait: Callable[[float], object]) -> None:
-    """Sends until nothing waits or `give_up()`; after a failure calls `wait(seconds)` with growing intervals.
+    """Sends until nothing is waiting or `give_up()`. After a failure it calls `wait(seconds)`, longer each time.
 
-    The first failure and the recovery are logged, with the reason; the failures between are not.
+    It logs the first failure, with the reason, and the recovery.
     """
     pause_s, failures = 0.5, 0
     while not give_up():
         try:
             if not sender.step():
                 return
-        except Exception as error:  # the thread must outlive anything a store, a network or a proxy comes up with
+        except Exception as error:  # of any kind: the thread must survive it
             if failures == 0:
                 reason = masked(str(error).strip() or type(error).__name__).splitlines()[0]
-                log.warning("tracking waits, training goes on: %s", reason)
+                log.warning("tracking waits and training continues: %s", reason)
             failures += 1
             wait(pause_s)
             pause_s = min(2 * pause_s, 30.0)
         else:
             if failures:
-                log.warning("tracking goes on after %d failed attempts", failures)
+                log.warning("tracking continues after %d failed attempts", failures)
             pause_s, failures = 0.5, 0

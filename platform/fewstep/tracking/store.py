@@ -1,4 +1,4 @@
-"""The tracking store: its URI, and its creation when many processes open it at the same time."""
+"""The tracking store: its URI, its creation, and whether it can be used."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ..config import UserError, home
 from ..engine.storage import probe
 from ..texts import has_masked, masked, quoted, reason, revealed
 
-# Read by MLflow when it is imported (telemetry) and at each call (the rest). A server that does not answer must hold
-# the sender for seconds; MLflow's own defaults hold it for four minutes.
+# MLflow reads these when it is imported (telemetry) and at each call (the rest). With MLflow's defaults the sender
+# would wait four minutes for a server that does not answer; with these it waits some seconds.
 for _name, _value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -44,9 +44,9 @@ def tracking_uri(uri: str | None = None, root: Path | None = None) -> str:
     """Absolute URI of the tracking store.
 
     uri: None takes MLFLOW_TRACKING_URI, and when that is unset `sqlite:///<root>/mlflow.db`, which `mlflow ui` shows
-    without options when it is started in `root`. root: default `home`, where jobs write, so call this in the driver: a
-    training worker has another one. Raises ValueError for a store that is neither a server nor an SQL database, and
-    for a URI that was written down without its password.
+    without options when it is started in `root`. root: default `home`, the folder that jobs write to. It differs in a
+    training worker, so call this in the driver. Raises ValueError for a store that is neither a server nor an SQL
+    database, and for a URI whose password was masked.
     """
     base = (root or home()).absolute()
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{base / 'mlflow.db'}"
@@ -77,7 +77,7 @@ def without_password(uri: str) -> str:
 
 
 def check(recipe: Any) -> list[Check]:
-    """The tracking store can be used from here: an SQLite file can be written, a server answers."""
+    """Checks that this process can use the tracking store: it can write an SQLite file, or the server answers."""
     uri = recipe.tracking.uri
     parts, file = urlsplit(uri), database(uri)
     if file is not None:
@@ -95,9 +95,9 @@ def check(recipe: Any) -> list[Check]:
 
 
 def reach(uri: str, timeout_s: float = 10.0) -> str | None:
-    """Why the tracking store cannot be used from here, or None.
+    """Returns the reason why this process cannot use the tracking store; None if it can.
 
-    An SQLite file's folder has to be writable; a server has to answer /health; any other database's port to be open.
+    The folder of an SQLite file must be writable, a server must answer /health, the port of another database be open.
     """
     file = database(uri)
     if file is not None and file.exists() and not os.access(file, os.W_OK):
@@ -130,10 +130,10 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def prepare_store(uri: str) -> MlflowClient:
-    """A client of the store, which exists and has its tables when this returns.
+    """Returns a client of the store. An SQLite database is created first, with its tables.
 
-    MLflow creates an SQLite database by some seventy migrations, and of several processes that start them at once all
-    but one fail; a file lock beside the database lets one do it while the others wait.
+    MLflow creates an SQLite database in some seventy migrations. If several processes start them at once, all but one
+    fail. So a file lock beside the database lets one process create it while the others wait.
     """
     path = database(uri)
     with _locked(path.with_name(path.name + ".lock")) if path else contextlib.nullcontext():
@@ -145,22 +145,22 @@ def prepare_store(uri: str) -> MlflowClient:
 
 
 @contextlib.contextmanager
-def answering(uri: str) -> Iterator[None]:
-    """Whatever a store's client raises inside becomes a TrackingError that names the store: a file that is no database,
-    a missing driver, a server that is not there."""
+def store_errors(uri: str) -> Iterator[None]:
+    """Context that turns every error of a store's client into a TrackingError that names the store: the file is no
+    database, the driver is missing, the server does not answer."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # MLflow's own, SQLAlchemy's, a driver's, the network's
+    except Exception as error:  # of MLflow, SQLAlchemy, a driver or the network
         text = masked(str(error).strip().split("\n")[0]) or type(error).__name__
         raise TrackingError(f"tracking.uri: {without_password(uri)} cannot be used: {text[:300]}") from error
 
 
 def experiment(client: MlflowClient, uri: str, name: str) -> str:
-    """Id of the experiment, created when it is not there, by this process or by one that races it.
+    """Returns the id of the experiment, and creates it if it is missing. Other processes may do so at the same time.
 
-    With SQLite its artifacts go to `mlartifacts/` beside the database; a server decides for itself.
+    With SQLite its artifacts go to `mlartifacts/` beside the database; a server chooses the place itself.
     Raises TrackingError for a deleted experiment.
     """
     path = database(uri)

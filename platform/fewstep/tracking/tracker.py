@@ -25,7 +25,7 @@ from .store import tracking_uri, without_password
 
 log = logging.getLogger("fewstep.tracking")
 
-LINGER_S = 0.5  # reports gathered before they are sent together
+LINGER_S = 0.5  # seconds in which reports are gathered, to be sent together
 PARAM_CHARS = 6000  # MLflow's limit on a parameter's value
 TAG_CHARS = 8000
 NAME = re.compile(r"[\w.: -][\w./: -]{0,199}", re.ASCII)
@@ -34,10 +34,10 @@ STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 
 class Tracker:
-    """One run's reports. Open it with `Tracker.open`, on one rank only.
+    """Reports of one run. Open it with `Tracker.open`, on one rank only.
 
-    After opening nothing here raises because of a server, a network or a disk; a mistake of the caller does: TypeError
-    and ValueError for what cannot be reported, RuntimeError for a report after `finish`.
+    After that a failing server, network or disk raises nothing. A mistake of the caller does: TypeError and ValueError
+    for a value that cannot be reported, RuntimeError for a report after `finish`.
     As a context manager it finishes the run: FINISHED, KILLED on KeyboardInterrupt or SystemExit, otherwise FAILED.
     """
 
@@ -46,7 +46,7 @@ class Tracker:
         self._replayed: set[tuple[str, str, int]] = set()
         self._wake = threading.Condition()
         self._closing = self._finished = False
-        self._hurry = 0  # how many callers of flush() wait
+        self._hurry = 0  # number of callers that wait in flush()
         self._thread = threading.Thread(target=self._send, name="fewstep-tracking", daemon=True)
 
     @classmethod
@@ -62,13 +62,13 @@ class Tracker:
         run_id: str | None = None,
         aside: Collection[str] = (),
     ) -> Tracker:
-        """Opens or resumes the tracking of a run and starts sending; does not wait for the server.
+        """Opens or resumes the tracking of a run and starts sending. It does not wait for the server.
 
-        folder: the run's folder. When it holds a journal, what is unsent is sent first and the same MLflow run goes on.
+        folder: the run's folder. If it has a journal, the same MLflow run continues, and unsent operations go first.
         uri: see `tracking_uri`. recipe: resolved and nested; logged as dotted parameters and whole as `recipe.yaml`.
         A parameter that a resumed run changes becomes the tag `changed.<key>`: MLflow's parameters are immutable.
-        run_id: an existing MLflow run to report to, instead of a new one. aside: the recipe's keys that say nothing of
-        the numbers, which are no parameters: whoever compares runs looks at the first that differ.
+        run_id: an existing MLflow run to report to, instead of a new one. aside: recipe keys that change no numbers.
+        They are not logged as parameters, so that a comparison of runs shows the settings that matter.
         Raises ValueError for an unusable name, uri or run_id, TrackingError when another process tracks this folder.
         """
         uri = tracking_uri(uri)
@@ -129,8 +129,8 @@ class Tracker:
     def rewind(self, step: int) -> None:
         """Resumes the records at `step`. Reports that the journal already holds after `step` are not recorded again.
 
-        A metric, image or score with the name and step of a journalled one is dropped once. Training is a function of
-        (seed, step), so it is the same report. The journal itself does not change.
+        A metric, image or score with the name and step of one in the journal is dropped once. It is the same report,
+        as training is a function of (seed, step). The journal itself does not change.
         """
         _check_step(step)
         self._replayed = {key for entry in self._journal.entries() for key in _keys(entry.op) if key[2] > step}
@@ -148,8 +148,8 @@ class Tracker:
         """Records each metric against steps under its name and against images under `by_images/<name>`.
 
         metrics: Python or numpy numbers; nan is kept, an SQL store keeps an infinity as the largest float64.
-        images: images consumed so far by all ranks. Raises TypeError for a tensor (reading it would wait for the
-        device: the caller decides when) and ValueError for a name MLflow does not take.
+        images: number of images that all ranks have trained on. Raises TypeError for a tensor, because reading it would
+        wait for the device, and ValueError for a name that MLflow does not take.
         """
         _check_step(step)
         _check_step(images, "images")
@@ -173,11 +173,11 @@ class Tracker:
         if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
             raise ValueError(f"image {name}: shape {array.shape} is not (H, W) or (H, W, C) with C of 1, 3 or 4")
         if self._new("image", name, step):
-            # Raw, because making a PNG of a large grid takes seconds; the sender does it.
+            # raw: the sender makes the PNG, which takes seconds for a large grid
             self._staged({"op": "image", "name": name, "step": int(step)}, "image.npy", lambda p: np.save(p, array))
 
     def artifact(self, path: Path, to: str = "") -> None:
-        """Records a copy of a file or folder as it is now, below the artifact folder `to`. Meant for small things."""
+        """Records a copy of a small file or folder as it is now, below the artifact folder `to`."""
         path = Path(path)
         if not path.exists():
             raise FileNotFoundError(f"artifact: {str(path)!r} does not exist")
@@ -209,13 +209,12 @@ class Tracker:
             self._append({"op": "score", "score": plain, "step": int(step)})
 
     def event(self, kind: str, step: int, images: int, reason: str) -> None:
-        """Records that something happened: 1 as the metric `event/<kind>` at `step`, and why as the tag
-        `event.<step>.<kind>`."""
+        """Records an event: the metric `event/<kind>` is 1 at `step`, the tag `event.<step>.<kind>` is the reason."""
         self.log({f"event/{kind}": 1.0}, step, images)
         self.tags({f"event.{step:08d}.{kind}": reason})
 
     def diverge(self) -> None:
-        """Records all further reports, also those whose name and step are in the journal, as after a roll-back."""
+        """Ends the effect of `rewind`: after a roll-back training differs, so all further reports are recorded."""
         self._replayed = set()
 
     def tags(self, tags: Mapping[str, str]) -> None:
@@ -225,7 +224,8 @@ class Tracker:
     def model(self, folder: Path, name: str, alias: str) -> None:
         """Uploads an exported folder as `model/` and registers it as a version of `name`, to which `alias` then points.
 
-        The folder is not copied: it must stay until it is sent. A run's second export replaces the files of its first.
+        The folder is not copied, so it must stay until it is sent. A second export of a run replaces the first one's
+        files.
         """
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"model: no folder {str(folder)!r}")
@@ -270,17 +270,17 @@ class Tracker:
 
     @property
     def refused(self) -> int:
-        """Parts of operations that the server will never take; `tracking/refused.jsonl` lists them with the reason."""
+        """Number of refused operations and parts of them; `tracking/refused.jsonl` lists them with the reasons."""
         return self._journal.refused
 
     @property
     def dropped(self) -> int:
-        """Journal lines found cut short when the run was opened: 1 when an earlier process died while writing."""
+        """Number of incomplete lines in the journal when it was opened: 1 if a process died while it wrote."""
         return self._journal.dropped
 
     @property
     def lost(self) -> int:
-        """Reports that could not be written to disk."""
+        """Number of reports that could not be written to disk."""
         return self._journal.lost
 
     def _send(self) -> None:
@@ -296,14 +296,14 @@ class Tracker:
             self._journal.close()
 
     def _pause(self, seconds: float) -> None:
-        """Waits before the next attempt, but not long while somebody waits in flush()."""
+        """Waits before the next attempt, at most half a second while a caller waits in flush()."""
         with self._wake:
             if not self._wake.wait_for(lambda: self._closing or self._hurry, seconds):
                 return
             self._wake.wait_for(lambda: self._closing, min(seconds, 0.5))
 
     def flush(self, timeout_s: float) -> int:
-        """Waits at most `timeout_s` until all is sent; returns how many operations are not."""
+        """Waits until all operations are sent, at most `timeout_s`. Returns the number of unsent ones."""
         with self._wake:
             self._hurry += 1
             self._wake.notify_all()
@@ -312,10 +312,8 @@ class Tracker:
         return self._journal.unsent
 
     def finish(self, status: str = "FINISHED", timeout_s: float = 60.0) -> int:
-        """Ends the run with FINISHED, FAILED or KILLED, sending for at most `timeout_s`; returns what stays unsent.
-
-        What stays is in the run's folder; one line on standard error says how much, and the command that sends it.
-        """
+        """Ends the run as FINISHED, FAILED or KILLED. Sends for at most `timeout_s`; returns the number of unsent
+        operations, which stay in the run's folder. A line on standard error has the command that sends them."""
         if status not in STATUSES:
             raise ValueError(f"status: {status!r} is not one of {', '.join(STATUSES)}")
         if self._finished:
@@ -326,12 +324,14 @@ class Tracker:
         with self._wake:
             self._closing = True
             self._wake.notify_all()
-        # A request to a dead server ends by its own time limit; the thread is a daemon and the journal outlives it.
+        # a request to a dead server ends by its own timeout; the thread is a daemon, and the journal keeps the rest
         self._thread.join(0.0 if unsent else 5.0)
         if unsent:
             log.warning("%s", later(self._journal.run_folder, unsent))
         if self._journal.lost:
-            log.error("%s: %d reports are lost, the disk refused them", self._journal.folder, self._journal.lost)
+            log.error(
+                "%s: %d reports could not be written to disk and are lost", self._journal.folder, self._journal.lost
+            )
         return unsent
 
     def __enter__(self) -> Tracker:
@@ -344,11 +344,11 @@ class Tracker:
 
 def later(folder: Path, unsent: int) -> str:
     """Returns a line with the number of unsent operations of a run and the command that sends them."""
-    return f"{unsent} tracked operations are not sent; send them later with: python jobs/track.py folder={folder}"
+    return f"{unsent} tracked operations are not sent yet; send them with: python jobs/track.py folder={folder}"
 
 
 class Sent(NamedTuple):
-    """Counts of operations after `send`. refused: those the server will never take, listed in `refused.jsonl`."""
+    """Counts of operations after `send`. refused: those that the server refuses for good, as `refused.jsonl` lists."""
 
     sent: int
     unsent: int
@@ -356,10 +356,10 @@ class Sent(NamedTuple):
 
 
 def send(folder: Path, *, uri: str | None = None, timeout_s: float = 60.0) -> Sent:
-    """Sends what a run's journal still holds, in this thread, for at most about `timeout_s`.
+    """Sends the unsent operations of a run's journal, in this thread, for about `timeout_s` at most.
 
-    uri: the store to send to, default the one the run was opened with. Raises as `Journal` does, and ValueError when
-    the store's password is needed: it is never written to disk.
+    uri: the store, by default that of the run. Raises as `Journal` does, and ValueError when the store needs a
+    password, which is never written to disk.
     """
     journal = Journal(Path(folder), create=False, lock_s=1.0)
     try:
@@ -378,7 +378,8 @@ def send(folder: Path, *, uri: str | None = None, timeout_s: float = 60.0) -> Se
 
 
 def params_of(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """Nested settings as {dotted key: text}: strings as they are, the rest as JSON; a long value is cut and says so."""
+    """Nested settings as {dotted key: text}: strings as they are, other values as JSON. A long value is cut, with a
+    note that says so."""
     out: dict[str, str] = {}
     for key, value in flatten(recipe).items():
         value = _plain(value)
