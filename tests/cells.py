@@ -40,6 +40,7 @@ CELLS = {
     "dp_dmd": Cell(
         TTUR | {"anchor_steps": 2}, TTUR | {"anchor_steps": 0}, ("dmd2", TTUR | {"gan_weight": 0, "student_steps": 4})
     ),
+    "dmd": Cell(TTUR),
     "swiftbrush": Cell({"alignment_weight": 0.1}),
     "snoopi": Cell({}, {"guidance_spread": 0.0}, ("swiftbrush", {"guidance": 2.25})),
     "regression": Cell({"steps": 3}),

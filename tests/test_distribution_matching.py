@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import toy
+from job import job as command
 from test_methods import Calls, a_batch, a_team, gradient
 from torch.nn import functional as F
 
+from fewstep.build import check_data
+from fewstep.config import resolve
+from fewstep.data.feed import open_feed
+from fewstep.data.noise import noise
+from fewstep.data.shards import open_shards
 from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.level import Level
 from fewstep.diffusion.losses import clamped
+from fewstep.diffusion.perceptual import feature_distance
+from fewstep.diffusion.samplers import to_uint8
 from fewstep.diffusion.schedules import EDM
 from fewstep.methods import METHODS, Batch
 from fewstep.methods.f_distill import H
+from fewstep.metrics.features import ClassReward, FeatureMaps, open_features
 from fewstep.networks.conditions import Labels
 from fewstep.networks.lora import Lora
+from fewstep.networks.pretrained import open_teacher
+from fewstep.students import open_sampler
 
 DMD2, SwiftBrush = METHODS["dmd2"], METHODS["swiftbrush"]
 
@@ -217,3 +230,56 @@ def test_the_clamped_loss_leaves_what_is_good_enough_alone():
     batch = method.prepare(nets, batch, ())
     loss = method.extra(nets, batch, {})["alignment"]
     torch.testing.assert_close(loss, 0.5 * F.relu(-0.1 - nets["reward"](batch.x, batch.cond)).mean())
+
+
+# DMD
+
+
+def test_the_regression_replays_the_pairs_noise_through_the_student():
+    method = METHODS["dmd"](distance="pixels", regression_weight=0.5)
+    nets, batch = a_labelled_team(method), a_labelled_batch()
+    noise = torch.randn(8, 2, 1, 1)
+    batch = method.prepare(nets, replace(batch, rows={"noise": noise}), ("student",))
+    calls = Calls({"student": nets["student"]})
+    loss = method.extra(nets, batch, {})["pair"]
+    (call,) = calls.of("student")
+    assert torch.equal(call.args[0], 80 * noise) and torch.equal(call.args[2], batch.real_cond)
+    torch.testing.assert_close(loss, 0.5 * F.mse_loss(call.out, batch.real))
+
+
+def test_the_feature_distance_is_of_directions():
+    a, b = (torch.randn(4, 6, 3, 3) for _ in range(2))
+    assert feature_distance((a,), (a * 3,)) < 1e-12
+    cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+    torch.testing.assert_close(feature_distance((a,), (b,)), (2 - 2 * cosine).mean())
+
+
+def test_pairs_are_written_and_replayed_by_their_numbers(tmp_path):
+    """The images that training reads are the teacher's samples of the noise that it reads beside them."""
+    teacher, plain = "shipped:fashion_mnist/teacher", open_shards("shipped:fashion_mnist/shards", "size")
+    command("pairs")([f"teacher={teacher}", f"out={tmp_path / 'pairs'}", "pairs=12", "steps=5", "batch=5", "seed=3"])
+    sampler = open_sampler(teacher, 5)
+    for memory in (1 << 20, 0):  # in memory, and streamed
+        with open_feed(tmp_path / "pairs", memory_bytes=memory) as feed:
+            rows = next(feed.batches(0, 12))
+        with torch.no_grad():
+            x0 = sampler.sample(rows["noise"], rows["label"], Draws(0, 0))
+        assert (to_uint8(x0).int() - to_uint8(rows["real"]).int()).abs().max() <= 1  # another batch rounds otherwise
+    assert rows["label"].bincount().tolist() == [2, 2] + 8 * [1]
+    z = noise(np.arange(4000), (1, 28, 28))
+    assert abs(z.mean()) < 2e-3 and abs(z.std() - 1) < 2e-3 and abs((z[:, :, 0] * z[:, :, 14]).mean()) < 1e-2
+    assert torch.equal(noise(np.array([7]), (2, 3)), noise(np.array([3, 7]), (2, 3))[1:])
+    with pytest.raises(ValueError, match="data.flip: a mirrored image is not what the teacher makes"):
+        open_feed(tmp_path / "pairs", flip=True)
+    with pytest.raises(ValueError, match="the rows have no noise, .*python jobs/pairs.py"):
+        check_data(plain, open_teacher(teacher, weights=False), ("real", "noise"))
+
+
+def test_a_files_network_rewards_a_class_and_compares_images():
+    file = open_features(resolve("shipped:fashion_mnist/features.safetensors"))
+    with open_feed("shipped:fashion_mnist/shards") as feed:
+        rows = next(feed.batches(0, 64))
+    right, wrong = (ClassReward(file)(rows["real"], (rows["label"] + k) % 10) for k in (0, 1))
+    assert (right > -0.7).float().mean() > 0.8 and (right - wrong).mean() > 2
+    maps = FeatureMaps(file)(rows["real"])
+    assert [m.shape[1:] for m in maps] == [(32, 28, 28), (64, 14, 14), (128, 7, 7)]

@@ -149,7 +149,8 @@ class Feed:
     def batches(self, position: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
         while True:
             images, labels = self.mixture.sample(batch, seed=position + 1)
-            yield {"real": images[rank::world], "label": labels[rank::world]}
+            noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(position))
+            yield {"real": images[rank::world], "label": labels[rank::world], "noise": noise[rank::world]}
             position += batch
 
 

@@ -29,7 +29,7 @@ from .engine.world import World
 from .files import sha256_of
 from .folders import write_private
 from .metrics.base import Measure, Samples
-from .metrics.features import ClassReward, open_features
+from .metrics.features import ClassReward, FeatureMaps, open_features
 from .networks.conditions import Conditions, Texts
 from .networks.denoiser import Denoiser
 from .networks.lora import Lora, merge
@@ -38,6 +38,7 @@ from .recipe import Data, Recipe, check_secrets, read_run
 from .texts import quoted
 
 DESCRIBED = "network.json"
+SMALL = {"reward": ClassReward, "features": FeatureMaps}  # helpers that are files of jobs/features.py
 
 
 def make_teacher(recipe: Recipe, weights: bool = True) -> Denoiser:
@@ -76,11 +77,11 @@ class Maker:
         return new_head(self.teacher, at)
 
     def helper(self, name: str) -> nn.Module:
-        """A frozen network of the recipe's `helpers`: a file of jobs/features.py for a reward, else a denoiser."""
+        """A frozen network of the recipe's `helpers`: a file of jobs/features.py, or a denoiser."""
         if name not in self.recipe.helpers:
             raise ValueError(f"helpers.{name}: missing; {self.recipe.method.tag} needs it: give its folder or file")
-        if name == "reward":
-            return ClassReward(open_features(resolve(self.recipe.helpers[name])))
+        if name in SMALL:
+            return SMALL[name](open_features(resolve(self.recipe.helpers[name])))
         return open_teacher(self.recipe.helpers[name], self.recipe.precision)
 
     def run(self, folder: str) -> nn.Module:
@@ -253,10 +254,18 @@ def check_start(recipe: Recipe) -> None:
         _start(ref, role)
 
 
-def check_data(data: Feed | NoData | Shards, student: Denoiser) -> None:
-    """Raises ValueError where the images do not fit the network. data: a feed, or the shard set that it will read."""
+def check_data(data: Feed | NoData | Shards, student: Denoiser, needs: Sequence[str] = ()) -> None:
+    """Raises ValueError where the images do not fit the network, or lack the method's columns.
+
+    data: a feed, or the shard set that it will read. needs: of the method.
+    """
     if isinstance(data, NoData):
         return
+    if "noise" in needs and not (data if isinstance(data, Shards) else data.shards).has_noise:
+        raise ValueError(
+            "data.path: the rows have no noise, and the method trains on a teacher's pairs; make them with: "
+            "python jobs/pairs.py teacher=... out=..."
+        )
     if isinstance(data, Shards) and data.manifest.kind != "image":
         raise ValueError(f"data.path: holds {data.manifest.kind}s, of which no pictures are made here; prepare images")
     shape = tuple(data.size if isinstance(data, Shards) else data.shape)
@@ -280,7 +289,7 @@ def check_data(data: Feed | NoData | Shards, student: Denoiser) -> None:
 def make_engine(recipe: Recipe, feed: Feed | NoData, world: World | None = None, folder: Path | None = None) -> Engine:
     """The engine of a recipe on this rank; `folder` is where its checkpoints go."""
     nets = make_nets(recipe)
-    check_data(feed, nets["student"])
+    check_data(feed, nets["student"], recipe.method.needs)
     return Engine(
         recipe.method,
         nets,

@@ -490,7 +490,7 @@ def check(recipe: Recipe) -> None:
     if recipe.data is not None:
         shards = tried(lambda: open_shards(resolve(recipe.data.path), "size"))
         if net is not None and shards is not None:
-            tried(lambda: build.check_data(shards, net))
+            tried(lambda: build.check_data(shards, net, recipe.method.needs))
     tried(lambda: build.check_start(recipe))
     metrics = tried(lambda: build.make_metrics(recipe))
     if net is not None and metrics:

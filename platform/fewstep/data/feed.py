@@ -32,6 +32,7 @@ import pyarrow as pa
 import torch
 
 from fewstep.data.decode import CorruptImage, decode, decode_all
+from fewstep.data.noise import noise
 from fewstep.data.plan import Piece, Plan, check
 from fewstep.data.shards import CorruptRows, ShardError, Shards, labels, latents, numbers, open_shards, refuse
 
@@ -60,7 +61,7 @@ class Feed(ABC):
         are named in `corrupt` and counted in `corrupt_rows`, each rank's by itself, and others take their place: the
         next good row of the row group in the order of the epoch; of a row group that is lost, the row of the same
         number (modulo its rows) of the next one that can be read.
-    Raises CorruptRows where more rows than that are found, ValueError for a flip of latents.
+    Raises CorruptRows where more rows than that are found, ValueError for a flip of latents or of pairs.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class Feed(ABC):
     ):
         if flip and shards.manifest.kind == "latent":
             raise ValueError("data.flip: a mirrored latent is not the latent of the mirrored image; use flip=false")
+        if flip and shards.has_noise:
+            raise ValueError("data.flip: a mirrored image is not what the teacher makes of its noise; use flip=false")
         if captions and not shards.manifest.captions:
             raise ValueError(f"data.captions: the rows of {str(shards.path)!r} have none; use captions=false")
         self.shards, self.flip, self.with_captions = shards, flip, captions
@@ -99,7 +102,7 @@ class Feed(ABC):
         batch: images of a global batch, a multiple of world.
         Yields rows by column: "real" float32 (batch / world, C, H, W), images in [-1, 1] or latents as stored; "label"
         int64 (batch / world,) of a set with classes; "caption", a list of texts, where asked for; and each further
-        column of numbers under its name, float32 (batch / world, ...).
+        column of numbers under its name, float32 (batch / world, ...): of pairs, "noise" (batch / world, C, H, W).
         """
         check(batch, rank, world)
         if position < 0:
@@ -177,7 +180,9 @@ class Feed(ABC):
             columns["label"] = torch.from_numpy(np.array(found, np.int64))
         if self.with_captions:
             columns["caption"] = texts
-        columns |= {name: held.float() for name, held in more.items()}
+        columns |= {name: held.float() for name, held in more.items() if name != "noise"}
+        if "noise" in more:
+            columns["noise"] = noise(more["noise"][:, 0].numpy(), self.shape)
         return columns
 
 

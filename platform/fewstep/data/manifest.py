@@ -39,7 +39,7 @@ _KINDS: dict[str, tuple[int, tuple[str, ...]]] = {
     "text": (2, ("float16", "float32")),
     "pooled": (1, ("float16", "float32")),
     "mask": (1, ("uint8",)),
-    "pairs": (4, ("float16", "float32")),
+    "noise": (1, ("int64",)),
 }
 
 
@@ -48,14 +48,16 @@ class Column(Strict):
 
     name: str
     """Its name in the Parquet files: small letters, digits and _."""
-    kind: Literal["image", "latent", "label", "caption", "text", "pooled", "mask", "pairs"]
+    kind: Literal["image", "latent", "label", "caption", "text", "pooled", "mask", "noise"]
     """image: an encoded file, (C, H, W) when decoded. latent: a codec's numbers (C, H, W). label: a class number.
     caption: a text. text: a text encoder's numbers (tokens, width) for the caption; pooled: its summary (width,);
-    mask: 1 for the tokens (tokens,) that count. pairs: a noise and a teacher's answer to it, (2, C, H, W)."""
+    mask: 1 for the tokens (tokens,) that count. noise: the number (1,) of the noise (data/noise.py) of which a teacher
+    made the row's image."""
     shape: Shape = ()
     """Shape of one row's values; () for a label and a caption."""
     dtype: str
-    """Type of the values: uint8 for images and masks, int64 for labels, string for captions, or float16 or float32."""
+    """Type of the values: uint8 for images and masks, int64 for labels and noises, string for captions, or float16 or
+    float32."""
 
     @model_validator(mode="after")
     def _fits(self) -> Column:

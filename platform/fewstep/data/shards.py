@@ -98,6 +98,11 @@ class Shards:
         """The columns that `read` gives: all of the rows."""
         return [column.name for column in self.manifest.all_columns]
 
+    @property
+    def has_noise(self) -> bool:
+        """True for pairs: a row holds the number of the noise of which a teacher made its image."""
+        return any(column.kind == "noise" for column in self.numbers)
+
     def column(self, name: str) -> Column:
         """A column of the manifest. Raises ShardError with the columns there are."""
         known = {column.name: column for column in self.manifest.all_columns}

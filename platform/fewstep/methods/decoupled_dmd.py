@@ -15,8 +15,8 @@ from ..diffusion.draws import noised
 from ..diffusion.guidance import both
 from ..diffusion.level import Level
 from .base import Batch, Nets
-from .dmd import Index
 from .dmd2 import DMD2
+from .matching import Index
 
 
 class DecoupledDMD(DMD2):

@@ -16,7 +16,7 @@ from ..diffusion.level import Level
 from ..diffusion.losses import gan_discriminator, gan_generator
 from ..diffusion.samplers import noised_call
 from .base import Batch, Make, Nets, Phase, Terms
-from .dmd import DistributionMatching
+from .matching import DistributionMatching
 
 
 class DMD2(DistributionMatching):

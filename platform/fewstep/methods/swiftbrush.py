@@ -17,7 +17,7 @@ from ..diffusion.guidance import choose, guided
 from ..diffusion.level import Level
 from ..diffusion.losses import clamped
 from .base import Batch, Make, Nets, Terms
-from .dmd import DistributionMatching
+from .matching import DistributionMatching
 
 
 class SwiftBrush(DistributionMatching):

@@ -202,6 +202,21 @@ class ClassReward(nn.Module):
         return -F.cross_entropy(self.net(x)[1].float(), cond, reduction="none")
 
 
+class FeatureMaps(nn.Module):
+    """The small network's maps before its two poolings and at its end, to compare images by; called with images."""
+
+    def __init__(self, network: SmallNetwork):
+        super().__init__()
+        self.net = network.net
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        body, maps = self.net.body, []
+        for first, last in ((0, 1), (1, 4), (4, 7)):
+            x = body[first:last](x)
+            maps.append(x)
+        return tuple(maps)
+
+
 FEATURES = File(
     open=open_features,
     suffix=".safetensors",
