@@ -46,6 +46,20 @@ def ray_cluster():
 
 
 @pytest.fixture(scope="session")
+def pretrained():
+    """A denoiser trained on samples of `toy.OVERLAPPING` by the project's own method."""
+    import toy
+
+    from fewstep.methods import METHODS
+
+    train = {"steps": 1000, "batch": 96, "report_every": 1000, "save_every": 1000, "average_decay": 0.99}
+    method, settings = METHODS["denoising"](mean=-0.5, ramp_share=0.3), {"lr": {"student": 4e-3}}
+    engine = toy.make_engine(method, data=toy.OVERLAPPING, optim={"decay_from": 0.3}, **settings, **train)
+    toy.finish(engine)
+    return engine.student
+
+
+@pytest.fixture(scope="session")
 def store(tmp_path_factory) -> str:
     """URI of one MLflow database for all runs of the session: its seventy migrations take seconds."""
     from fewstep.tracking.store import prepare_store

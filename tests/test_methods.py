@@ -577,19 +577,7 @@ def test_a_generator_is_the_list_of_its_calls():
 # Truth: what training arrives at
 
 
-# Its Gaussians overlap a little: from a student that knows the mean alone, reverse KL drops modes that lie far apart.
-MIXTURE = toy.Mixture(std=0.3)
-
-
-@pytest.fixture(scope="module")
-def pretrained():
-    """A denoiser trained on samples of the mixture by the project's own method."""
-    train = {"steps": 1000, "batch": 96, "report_every": 1000, "save_every": 1000, "average_decay": 0.99}
-    engine = toy.make_engine(
-        Denoising(mean=-0.5, ramp_share=0.3), data=MIXTURE, lr={"student": 4e-3}, optim={"decay_from": 0.3}, **train
-    )
-    toy.finish(engine)
-    return engine.student
+MIXTURE = toy.OVERLAPPING
 
 
 def test_denoising_arrives_at_the_exact_denoiser(pretrained):

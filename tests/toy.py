@@ -80,6 +80,10 @@ class Mixture(nn.Module):
         return (x0, (logs.float()[..., None, None],)) if mode == "both" else x0
 
 
+# Its Gaussians overlap a little: from a student that knows the mean alone, reverse KL drops modes that lie far apart.
+OVERLAPPING = Mixture(std=0.3)
+
+
 class ExactMap(nn.Module):
     """The teacher's own map from any level to its endpoint, for data N(mean, std^2) per value: the affine solution of
     the probability-flow ODE, mean + std (x - alpha mean) / sqrt(alpha^2 std^2 + sigma^2)."""

@@ -67,6 +67,8 @@ def memory(recipe: Recipe) -> list[dict[str, Any]]:
         cond = student.conditions.zeros(samples)
         if isinstance(net, Denoiser | Lora):
             return x, Level(one, one), cond
+        if not hasattr(net, "at"):  # a weight of the noise level
+            return (torch.rand(samples, dtype=torch.float64),)
         with torch.no_grad():
             return (student(x, Level(one, one), cond, "features", at=net.at),)
 

@@ -56,6 +56,16 @@ def gan_discriminator(real: Tensor, fake: Tensor) -> Tensor:
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
+def hinge_generator(logits: Tensor) -> Tensor:
+    """Hinge generator loss, -mean D."""
+    return -logits.mean()
+
+
+def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """Hinge discriminator loss, mean relu(1 - D(real)) + mean relu(1 + D(fake)) (Lim & Ye 2017)."""
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
 def finite(*tensors: Tensor) -> Tensor:
     """0-d bool on the tensors' device: true where every element is finite. Asks nothing of the host."""
     return torch.stack([t.isfinite().all() for t in tensors]).all()

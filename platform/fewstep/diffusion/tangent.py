@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .schedules import Trig
+from .schedules import Flow, Trig
 
 TRIG = Trig(t_min=1e-3, t_max=1.5583)  # up to EDM's sigma 80
+FLOW = Flow(t_min=1e-3, t_max=80 / 81)
 
 
 @torch.no_grad()
@@ -45,3 +46,12 @@ def velocity(denoise: Callable[..., Tensor], x: Tensor, t: Tensor, cond: Any) ->
     """TrigFlow's F = dx/dt = cos t eps - sin t x0 (B, ...) of any denoiser, at x (B, ...) and angles t (B,) float64."""
     level = TRIG.level(t, x.ndim)
     return (level.alpha * x - denoise(x, level, cond)) / level.sigma
+
+
+def flow_velocity(denoise: Callable[..., Tensor], x: Tensor, t: Tensor, cond: Any) -> Tensor:
+    """The linear path's v = dx/dt = eps - x0 (B, ...) of any denoiser, at x (B, ...) and flow times t (B,) float64.
+
+    Of a network that maps x to the path's end at t = 0, it is the mean velocity from there to t.
+    """
+    level = FLOW.level(t, x.ndim)
+    return (x - denoise(x, level, cond)) / level.sigma
