@@ -48,6 +48,19 @@ CELLS = {
     "scm": Cell({"warmup_steps": 2, "weighting": "learned", "guidance_range": (1, 3)}, generates=False),
     "lcm": Cell({"guidance": 2, "guidance_range": (1, 3)}),
     "pcm": Cell({"solver_steps": 20}),
+    "rcm": Cell(
+        {"student_every": 2, "guidance_range": (1, 3)},
+        {"matching_weight": 0, "mean": -1, "std": 1.4, "warmup_steps": 2},
+        ("scm", {"warmup_steps": 2}),
+    ),
+    "tbcm": Cell({"states": 3, "warmup_steps": 2}, generates=False),
+    "boot": Cell({"guidance": 2}),
+    "instaflow": Cell({"teacher_steps": 3}),
+    "mdt": Cell({"guidance": 2}),
+    "twinflow": Cell({"guidance": 2}),
+    "sana_sprint": Cell({"warmup_steps": 2, "taps": ("middle", "middle"), "guidance_range": (1, 3)}),
+    "ladd": Cell({"taps": ("middle", "middle")}),
+    "sid": Cell({"gan_weight": 0.05}),
 }
 EVERY = sorted(CELLS)
 
