@@ -153,7 +153,9 @@ def test_trials_that_fail_alike_end_the_sweep_and_run_again_once_mended(tmp_path
         raise ValueError("data.path: no folder '/lost'")
 
     asked, cluster = Sweep(space="mine", search="grid", name="s"), MadeUp(lost)
-    with pytest.raises(Unsweepable, match="the first 3 trials failed alike, so the sweep stops: data.path: no folder"):
+    with pytest.raises(
+        Unsweepable, match="first 3 trials failed with the same error, so the sweep stops: data.path: no"
+    ):
         sweep(asked, SPACE, recipe, TEMPLATE, cluster)
     assert len(cluster.calls) == 3
     runs = Store(store, "alike-conductor")

@@ -614,7 +614,7 @@ def test_a_direction_is_the_metrics_and_no_space_turns_it_round(tmp_path):
     space = load_space(str(tmp_path / "mine.py"), tmp_path)
     assert (space.mode, space.objectives) == ("max", {"diversity": "max", "hours": "min"})
     for more, said in (
-        ("METRIC, MODE = 'diversity', 'min'", "MODE: 'min', but the higher diversity is the better; leave it out"),
+        ("METRIC, MODE = 'diversity', 'min'", "MODE: 'min', but a higher diversity is better; leave it out"),
         ("METRIC = 'mine'", "MODE: None is not one of min, max"),
         ("METRIC = 'fid'\nOBJECTIVES = {'fid': 'max'}", r"OBJECTIVES\['fid'\]: 'max', but the lower fid"),
         ("METRIC = 'fid'\nOBJECTIVES = []", "OBJECTIVES: expected a list of metrics"),

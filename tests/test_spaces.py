@@ -95,9 +95,9 @@ def test_positions_run_from_zero_to_one():
         ),
         ({GAN: uniform(-1, 1)}, r"SPACE\['method.gan_weight'\]: .* must be at least 0, got -1.0"),
         ({TTUR: choice(1, 2.5)}, r"SPACE\['method.critic_updates.*: expected a whole number, got 2.5"),
-        ({"seed": choice(0, 1)}, r"SPACE\['seed'\]: a seed is no setting; seeds=3"),
-        ({"train.report_every": choice(1, 2)}, r"SPACE\['train.report_every'\]: changes no number of a run"),
-        ({"cluster.workers": choice(1, 2)}, r"SPACE\['cluster.workers'\]: changes no number of a run"),
+        ({"seed": choice(0, 1)}, r"SPACE\['seed'\]: a seed is not a setting; seeds=3"),
+        ({"train.report_every": choice(1, 2)}, r"SPACE\['train.report_every'\]: does not change the numbers of a run"),
+        ({"cluster.workers": choice(1, 2)}, r"SPACE\['cluster.workers'\]: does not change the numbers of a run"),
         ({"method.name": choice("dmd2", "dmd")}, r"SPACE\['method.name'\]: .*'dmd' is not one of"),
     ],
 )
@@ -119,12 +119,12 @@ def test_a_metric_that_no_report_carries_is_refused(recipe):
         ("SPACE = {}\nMETRIC, MODE = 'fd_fashion', 'min'", "SPACE: empty; give one to 100 dotted recipe keys"),
         ("METRIC, MODE = 'fd_fashion', 'min'", "SPACE: missing"),
         ("SPACE = {'seed': 3}\nMETRIC, MODE = 'fd_fashion', 'least'", "MODE: 'least' is not one of min, max"),
-        ("SPACE = {'a.b': [1, 2]}\nMETRIC, MODE = 'x', 'min'", r"SPACE\['a.b'\]: \[1, 2\] is no domain"),
+        ("SPACE = {'a.b': [1, 2]}\nMETRIC, MODE = 'x', 'min'", r"SPACE\['a.b'\]: \[1, 2\] is not a domain"),
         ("1 / 0", "cannot be run: ZeroDivisionError"),
         ("from fewstep.sweeps.space import *\nSPACE = {'a': loguniform(0, 1)}", r"loguniform\(0, 1\): logarithms need"),
         (
             "from fewstep.sweeps.space import *\nSPACE = {'a': given('b', choice(1))}",
-            r"SPACE\['a'\]: given 'b', which does not stand above",
+            r"SPACE\['a'\]: given 'b', which must come before it",
         ),
     ],
 )
@@ -140,12 +140,12 @@ IMPORTS = "from fewstep.sweeps.space import *\nMETRIC = 'fd_fashion'\n"
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("SPACE = {1: choice(1)}", r"SPACE\[1\]: a key is a recipe's, as text"),
+        ("SPACE = {1: choice(1)}", r"SPACE\[1\]: a key is the text of a recipe key"),
         ("SPACE = [1]", r"SPACE: got \[1\]; give one to 100 dotted recipe keys"),
         ("SPACE = {'a': choice()}", "choice: no values"),
         ("SPACE = {'a': choice(1, 2, 1)}", "choice: 1 is given twice"),
-        ("SPACE = {'a': choice({1, 2})}", r"choice: \{1, 2\} is no value; give numbers, texts, or lists"),
-        ("SPACE = {'a': choice(float('nan'))}", "choice: nan is no value; give numbers"),
+        ("SPACE = {'a': choice({1, 2})}", r"choice: \{1, 2\} is not a value; give numbers, texts, or lists"),
+        ("SPACE = {'a': choice(float('nan'))}", "choice: nan is not a value; give numbers"),
         ("SPACE = {'a': choice(*range(2000))}", "choice: 2,000 values; give one to 1,000"),
         ("SPACE = {'a': uniform(1, 2, points=10**9)}", "uniform: points=1000000000: a grid has at least both ends"),
         (
@@ -178,10 +178,10 @@ def test_a_space_that_is_not_there_is_named_with_its_neighbours():
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ({"search": "grid", "trials": 3}, "trials: a grid has as many as it has points"),
-        ({"search": "random", "warm_start": "x"}, "warm_start: search=random learns from no trial"),
-        ({"budget": "3 days"}, "budget: '3 days' is no amount; write 200000images or 1.5hours"),
-        ({"search": "pareto", "scheduler": "asha"}, "scheduler: asha goes by one score"),
+        ({"search": "grid", "trials": 3}, "trials: a grid has one trial for each point"),
+        ({"search": "random", "warm_start": "x"}, "warm_start: search=random does not learn from trials"),
+        ({"budget": "3 days"}, "budget: '3 days' is not an amount; write 200000images or 1.5hours"),
+        ({"search": "pareto", "scheduler": "asha"}, "scheduler: asha needs a single score"),
         ({"scheduler": "pbt", "search": "tpe"}, "use search=random"),
         ({"paralel": 3}, "paralel: no such key"),
     ],
@@ -199,7 +199,7 @@ def test_budgets_are_amounts_of_images_or_hours():
 def test_early_stopping_needs_scores_on_the_way(recipe):
     domains = {TTUR: choice(1, 2)}
     for every, text in (
-        (None, "goes by scores made while training"),
+        (None, "needs scores during training"),
         (1000, "is not a multiple of report_every x batch"),
     ):
         bare = apply(recipe, {"evaluate.every_images": every})
@@ -327,7 +327,7 @@ def test_a_record_is_read_back_as_it_was_written(tmp_path):
 def test_a_sweep_goes_on_with_what_it_was_begun_with(tmp_path):
     Record(tmp_path, {"space": "ttur", "trials": 3})
     Record(tmp_path, {"space": "ttur", "trials": 9}, {"trials"})
-    with pytest.raises(ConfigError, match="space: 'dmd2', but sweep .* was begun with 'ttur'; give the same words"):
+    with pytest.raises(ConfigError, match="space: 'dmd2', but sweep .* began with 'ttur'; give the same arguments"):
         Record(tmp_path, {"space": "dmd2", "trials": 9}, {"trials"})
 
 

@@ -118,7 +118,7 @@ def test_a_dry_run_says_what_would_run(tmp_path, capsys):
 def test_as_many_trials_run_at_a_time_as_the_cluster_has_room_for(asked, need, device, cpus, gpus, n, capsys):
     recipe = SimpleNamespace(cluster=SimpleNamespace(workers=1))
     assert slots(recipe, asked, need, device, cpus, gpus) == n
-    assert (f"parallel: {n} at a time and not {asked}" in capsys.readouterr().out) == (n < asked)
+    assert (f"parallel: {n} trials at a time instead of {asked}" in capsys.readouterr().out) == (n < asked)
 
 
 # Schedulers go by images, and are told again what a killed sweep knew
@@ -278,7 +278,7 @@ def test_the_same_error_in_the_first_trials_stops_the_sweep(ray_cluster, store, 
     argv = [space, "search=grid", "parallel=1", *words(tmp_path, f"tracking.uri={store}", "tracking.experiment=alike")]
     with pytest.raises(SystemExit):
         sweep(argv)
-    assert "the first 3 trials failed alike" in capsys.readouterr().err
+    assert "the first 3 trials failed with the same error" in capsys.readouterr().err
     assert [e["trial"] for e in events(tmp_path / "runs" / "s", "end")] == [0, 1, 2]
 
     lost.symlink_to(resolve("shipped:fashion_mnist/shards"))

@@ -1,1 +1,1 @@
-"""Sweeps without a cluster: spaces, proposals, the record of trials, and what may be concluded from them."""
+"""Sweeps without a cluster: search spaces, proposals, the record of trials, verdict and report."""

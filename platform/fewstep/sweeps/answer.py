@@ -1,4 +1,4 @@
-"""The answer of a sweep: best.yaml, table, plots and report, in its folder and as artefacts of its MLflow run."""
+"""The answer of a sweep: best.yaml, table, plots and report, in its folder and as artifacts of its MLflow run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .space import HOURS, Space, apply
 
 
 def short_names(space: Space, recipe: Recipe) -> dict[str, str]:
-    """The space's keys as short as the recipe's other keys allow: `gan_weight`, `student.lr`."""
+    """Short names of the space's keys that no other key of the recipe has: `gan_weight`, `student.lr`."""
     return short(space.domains, {*flatten(recipe.model_dump(mode="json")), *space.domains})
 
 
@@ -32,13 +32,13 @@ def label(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
 
 
 def at_the_edge(values: Mapping[str, Any], space: Space, names: Mapping[str, str]) -> str:
-    """A sentence on the settings that are the largest or smallest of their range, so that better may lie beyond."""
+    """A sentence that names the settings at an end of their range, because a better value may lie beyond it."""
     found = []
     for key, value in values.items():
         domain = space.domains[key]
         if getattr(domain, "ordered", True) and len(domain.edges()) > 1:
             at = domain.axis_position(value)
-            # zero switches something off, and a count of one is the least there is
+            # nothing lies below zero, which switches a part off, or below a count of one
             side = "largest" if at > 0.99 else "smallest" if at < 0.01 and value not in (0, 1) else None
             found += [f"{label({key: value}, names)} is the {side}"] if side else []
     return f" {' and '.join(found)} in this space: better may lie beyond." if found else ""
@@ -51,7 +51,7 @@ def best_score(trials: Sequence[Trial], space: Space) -> float | None:
 
 
 def write(sweep: Sweep, space: Space, base: Recipe, record: Record, tracker: Tracker, template: Path) -> dict[str, Any]:
-    """Writes everything that follows from the record, and returns what the job prints last."""
+    """Writes the answer, from the record alone. Returns the values of the job's last line."""
     from . import plots  # matplotlib takes a second
 
     folder, names, ended = record.path.parent, short_names(space, base), record.ended()
@@ -64,9 +64,8 @@ def write(sweep: Sweep, space: Space, base: Recipe, record: Record, tracker: Tra
         print(f"\n{verdict.text}\nagain: {again(best)}")
     for trial in front(ended, space.objectives) if sweep.search == "pareto" else ():
         scores = ", ".join(f"{name} {shown(trial.score(name), 4)}" for name in space.objectives)
-        text = recipe_text(
-            base, trial, sweep, space, f"No other trial is better in one of these and as good in all: {scores}."
-        )
+        why = f"On the Pareto front with {scores}: no other trial is better in one and as good in the others."
+        text = recipe_text(base, trial, sweep, space, why)
         tracker.text(f"front/{trial.number:03d}.yaml", text)
         (folder / "front").mkdir(exist_ok=True)
         (folder / "front" / f"{trial.number:03d}.yaml").write_text(text)
@@ -113,15 +112,17 @@ def count_text(trials: Sequence[Trial]) -> str:
 
 
 def again(recipe: Path) -> str:
-    """The command that trains a recipe file alone."""
+    """The command line that trains a recipe file."""
     return shlex.join(["python", "jobs/distill.py", f"recipe={recipe}"])
 
 
 def recipe_text(base: Recipe, trial: Trial, sweep: Sweep, space: Space, why: str) -> str:
-    """A complete recipe that repeats a trial: its settings and seed, the base's everything else."""
+    """A complete recipe that repeats a trial, with a comment at its head. why: a sentence of that comment."""
     recipe = apply(base, trial.values, seed=trial.seed, name="")
     lines = [f"Trial {trial.number:03d} of sweep {sweep.name}: {space.metric} {trial.score(space.metric)!r}.", why]
     if sweep.scheduler == "pbt":
-        lines.append("A population changed these settings while it trained; this recipe has the last ones throughout.")
+        lines.append(
+            "A population changed these settings during training; this recipe has the last ones from the start."
+        )
     head = "".join(f"# {line}\n" for line in lines)
     return head + to_yaml(recipe.written)

@@ -1,4 +1,4 @@
-"""The conductor of a sweep: which trial is next, and what its results mean. It needs no cluster."""
+"""The conductor of a sweep: it chooses the next trial and records the results. It needs no cluster."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .record import FAILED, FINISHED, SEARCH, SEEDS, STOPPED, Record, Trial
 from .settings import Budget, Sweep, images_of
 from .space import Space, apply
 
-SAME_ERRORS = 3  # trials that fail alike before any other ended: then the sweep, and not a setting, is at fault
+SAME_ERRORS = 3  # if so many first trials fail with the same error, the sweep is at fault, and not a setting
 
 
 class Conductor:
-    """Decides which trial is next, and writes the results of each into the record, MLflow and the console.
+    """Chooses trials, and writes their results to the record, MLflow and the console.
 
-    A cluster asks `next` for a trial, runs it with `config`, and passes each result of TrialRun to `result`.
+    A cluster calls `next` for a trial, runs it with `config`, and passes each result of TrialRun to `result`.
     """
 
     def __init__(self, sweep: Sweep, space: Space, recipe: Recipe, record: Record, tracker: Tracker):
@@ -33,10 +33,10 @@ class Conductor:
         self.phase, self.waiting = SEARCH, []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Ray Tune pickles its arguments; a sweep goes on from its record
+        return {}  # Ray Tune pickles its arguments, but a sweep resumes from its record
 
     def label(self, trial: Trial) -> str:
-        """A trial as a person reads it."""
+        """Text of a trial for people: number, setting, seed."""
         settings = answer.label(trial.values, self.short)
         return f"{trial.number:03d}  {settings}" + (f"  seed={trial.seed}" if trial.phase == SEEDS else "")
 
@@ -45,14 +45,14 @@ class Conductor:
         return f"{Path(self.recipe.out).name}-{number:03d}"
 
     def config(self, trial: Trial) -> dict[str, Any]:
-        """The trial's arguments of TrialRun."""
+        """Arguments of TrialRun for a trial."""
         images = trial.scores[-1]["images"] if trial.scores else -1
         return {"name": self.name(trial.number), "values": trial.values, "seed": trial.seed, "scored_images": images}
 
     # the search
 
     def begin_search(self, known: list[tuple[dict[str, Any], list[float]]]) -> None:
-        """The search phase, going on from the record; `known` are an earlier sweep's settings and scores."""
+        """Begins or resumes the search phase. known: settings and scores of an earlier sweep, to learn from."""
         self.phase = SEARCH
         self.proposals = proposals(self.space, self.sweep.search, self.recipe.seed, self.sweep.room(self.recipe))
         for i, (values, scores) in enumerate(known):
@@ -67,7 +67,7 @@ class Conductor:
         self.waiting = self.record.open(SEARCH)
 
     def begin_seeds(self, wanted: list[tuple[dict[str, Any], int]]) -> None:
-        """The phase that repeats settings with other seeds; what the record has is not run again."""
+        """Begins or resumes the phase that repeats settings with other seeds. wanted: (values, seed) pairs."""
         self.phase, self.proposals = SEEDS, Grid([])
         tried = [(t.values, t.seed) for t in self.record.trials.values()]
         self.waiting = self.record.open(SEEDS)
@@ -76,7 +76,7 @@ class Conductor:
                 self.waiting.append(self._new(values, seed))
 
     def next(self) -> Trial | None:
-        """The next trial to run; None where nothing is left, or the budget is spent."""
+        """Returns the next trial to run; None if none is left or the budget is spent."""
         if self.waiting:
             return self.waiting.pop(0)
         if self.phase == SEEDS or self.alike() or self._spent():
@@ -102,7 +102,7 @@ class Conductor:
         return sum(map(whole, trials)) + images_of(self.recipe) > self.budget.amount
 
     def alike(self) -> str | None:
-        """The reason for which the first trials all failed, if they did."""
+        """The reason of the failures, if the first trials all failed with the same one; else None."""
         ended = [self.record.trials[number] for number in self.record.order]
         first = [t for t in ended if t.phase == SEARCH][:SAME_ERRORS]
         reasons = {t.reason if t.state == FAILED else None for t in first}
@@ -111,7 +111,7 @@ class Conductor:
     # the results
 
     def result(self, number: int, result: dict[str, Any]) -> None:
-        """A score, an end, or both."""
+        """Records a result of a trial: a score, an end, or both."""
         spent = {"spent": result["spent"], "hours": result["hours"]}
         trial = self.record.trials[number]
         if "scores" in result:
@@ -131,7 +131,7 @@ class Conductor:
             self.end(number, state, reason, run_id=result.get("run_id"), **spent)
 
     def end(self, number: int, state: str, reason: str | None, **fields: Any) -> None:
-        """A trial is over."""
+        """Records the end of a trial."""
         trial = self.record.add("end", number, state=state, reason=reason, **fields)
         if trial.phase == SEARCH:
             self._tell(trial)

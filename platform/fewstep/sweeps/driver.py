@@ -1,4 +1,4 @@
-"""A sweep from its settings to its answer. A `Cluster` runs the trials; that of Ray Tune is in cluster/sweep.py."""
+"""The driver of a sweep, from settings to answer. A `Cluster` runs the trials; cluster/sweep.py has Ray Tune's."""
 
 from __future__ import annotations
 
@@ -30,25 +30,24 @@ class Cluster(Protocol):
     """The machines that run the trials of a sweep."""
 
     def localized(self, recipe: Recipe) -> Recipe:
-        """The recipe with absolute paths, for runs that start in another folder."""
+        """Returns the recipe with absolute paths, for runs that start in another folder."""
 
     def place(self, recipe: Recipe, parallel: int) -> tuple[int, str]:
-        """Number of trials at a time, at most `parallel`, and their device, "cpu" or "cuda". Raises Unsweepable."""
+        """Returns the number of trials at a time, at most `parallel`, and their device, "cpu" or "cuda".
+
+        Raises Unsweepable if the cluster has no room for one."""
 
     def run(self, conductor: Conductor, plan: Plan, parallel: int) -> None:
-        """Runs the trials that `conductor.next` gives, until it gives none.
-
-        In the search, the sweep's scheduler may end trials early.
-        """
+        """Runs the trials of `conductor.next` until it returns None. The sweep's scheduler may stop some early."""
 
 
 def sweep(
     asked: Sweep, space: Space, base: Recipe, template: Path, cluster: Cluster, dry_run: bool = False
 ) -> dict[str, Any] | None:
-    """Runs a sweep to its end, or goes on with one, and returns the job's last line.
+    """Runs or resumes a sweep, and returns the values of the job's last line.
 
-    With `dry_run` it checks everything, prints the plan and returns None. template: of report.html.
-    Raises ConfigError, Unsweepable, and Busy where another process runs the same sweep.
+    dry_run: only check everything and print the plan; returns None. template: of report.html.
+    Raises ConfigError, Unsweepable, and Busy if another process runs the same sweep.
     """
     asked = asked.model_copy(update={"name": asked.name or dated_name(space.name)})
     check(asked, space, base)
@@ -66,13 +65,16 @@ def sweep(
         except KeyboardInterrupt:
             own = [word for word in sys.argv[1:] if not word.startswith("name=")]
             again = masked(shlex.join(["python", sys.argv[0], *own, f"name={asked.name}"]))
-            raise KeyboardInterrupt(f"interrupted; go on with: {again}") from None
+            raise KeyboardInterrupt(f"interrupted; resume with: {again}") from None
 
 
 def trial_recipe(recipe: Recipe, sweep: Sweep) -> Recipe:
-    """The recipe of every trial: one folder, scores of the student only, since the teacher's are the same for all, and
-    a longer wait for CPUs, since a trial that is being stopped still holds its own. A population saves at each report,
-    and keeps the checkpoints that another member may take over."""
+    """Returns the recipe that all trials share, with a folder for all of them.
+
+    Only the student is scored, as the teacher's scores are the same for all. Trials wait longer for CPUs, because a
+    trial that is stopping still has its own. A population saves at each report, and keeps the checkpoints that another
+    member may copy.
+    """
     common = {"evaluate.teacher_steps": [], "cluster.wait_s": max(recipe.cluster.wait_s, 2 * STOP_S)}
     if sweep.scheduler == "pbt":
         report = recipe.train.report_every
@@ -82,7 +84,7 @@ def trial_recipe(recipe: Recipe, sweep: Sweep) -> Recipe:
 
 
 def plan_text(sweep: Sweep, space: Space, recipe: Recipe) -> str:
-    """The plan of a sweep in a few lines."""
+    """The plan of a sweep, as lines to print."""
     count = (
         f"{len(space.grid())}"
         if sweep.search == "grid"
@@ -102,7 +104,7 @@ def plan_text(sweep: Sweep, space: Space, recipe: Recipe) -> str:
 def _sweep(
     sweep: Sweep, space: Space, base: Recipe, recipe: Recipe, template: Path, cluster: Cluster
 ) -> dict[str, Any]:
-    """The sweep, once it is checked and its folder is its own."""
+    """Runs the sweep, after all checks and with its folder locked."""
     folder = Path(recipe.out)
     parallel, device = cluster.place(recipe, sweep.parallel)
     recipe = apply(recipe, {"cluster.device": device})
@@ -121,7 +123,7 @@ def _sweep(
         tracker.flush(timeout_s=60)
         if tracker.run_id is None:
             raise Unsweepable(
-                f"tracking.uri: no answer from {recipe.tracking.uri}, and trials need the sweep's run to belong to"
+                f"tracking.uri: no answer from {recipe.tracking.uri}, and trials are children of the sweep's run there"
             )
         tags = {MLFLOW_PARENT: tracker.run_id, "sweep": sweep.name}
         conductor = Conductor(sweep, space, recipe, record, tracker)
@@ -135,7 +137,8 @@ def _sweep(
         annotate(conductor, tags)
         if reason := conductor.alike():
             raise Unsweepable(
-                f"the first {SAME_ERRORS} trials failed alike, so the sweep stops: {reason}; mend it, and retry=true"
+                f"the first {SAME_ERRORS} trials failed with the same error, so the sweep stops: {reason}; "
+                "mend it, and run again with retry=true"
             )
         conductor.begin_seeds(repeats(sweep, space, recipe, record))
         if conductor.waiting:
@@ -145,7 +148,7 @@ def _sweep(
 
 
 def repeats(sweep: Sweep, space: Space, recipe: Recipe, record: Record) -> list[tuple[dict[str, Any], int]]:
-    """Settings and seeds of the second phase: the best settings of the search, and the corners of a grid."""
+    """Returns settings and seeds of the second phase: the best settings of the search, and the corners of a grid."""
     best = judge.settings(record.ended(SEARCH), space.metric, space.mode)[: sweep.finalists]
     wanted = [(s.values, recipe.seed + k) for s in best for k in range(1, sweep.seeds)]
     corners = space.corners() if sweep.corner_seeds > 1 else []
@@ -154,7 +157,7 @@ def repeats(sweep: Sweep, space: Space, recipe: Recipe, record: Record) -> list[
 
 
 def annotate(conductor: Conductor, tags: dict[str, str]) -> None:
-    """Gives a run in MLflow, with the reason, to each trial that ended without finishing and without a run."""
+    """Makes a run in MLflow, with the reason, for each trial that stopped or failed without one."""
     for trial in conductor.record.ended():
         if trial.state == FINISHED or trial.run_id is not None:
             continue

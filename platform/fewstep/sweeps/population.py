@@ -9,7 +9,8 @@ from .space import Choice, Dice, Space
 
 
 def mutation(space: Space, key: str, seed: int) -> list[Any] | Callable[[], Any]:
-    """Change of a key in a population: along a list, or by a factor and now and then by a new draw."""
+    """Returns how a key changes in a population, as Ray's scheduler takes it: a list of values to step along, or a
+    function that draws a new value."""
     domain = space.domains[key]
     if isinstance(domain, Choice):
         return list(domain.values)
@@ -18,7 +19,7 @@ def mutation(space: Space, key: str, seed: int) -> list[Any] | Callable[[], Any]
 
 
 def bounded(space: Space, values: dict[str, Any]) -> dict[str, Any]:
-    """Values that a population changed, back between their bounds."""
+    """Returns the values that a population changed, clamped to the bounds of the space."""
     out = dict(values)
     for key, value in values.items():
         if not isinstance(space.domains[key], Choice):

@@ -1,4 +1,4 @@
-"""Proposals of a sweep: every point of a grid, random settings, or Optuna's suggestions from the scores so far."""
+"""Proposals of a sweep: the points of a grid, random settings, or Optuna's suggestions from the scores so far."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ import numpy as np
 from .space import Dice, Space
 
 SEARCHES = ("grid", "random", "tpe", "gp", "pareto")
-STARTUP_TRIALS = (3, 8)  # random settings before Optuna's models have something to go by, at least and at most
+STARTUP_TRIALS = (3, 8)  # fewest and most random settings before Optuna's model proposes
 REDRAWS = 50
 
 
 class Proposals(Protocol):
-    """A sequence of settings, which may depend on the scores told so far.
+    """A sequence of settings, which may depend on the scores so far.
 
-    A killed sweep goes on from its record: each trial of it is `adopt`ed, in order, and what it scored is told again.
+    A killed sweep resumes from its record: it calls `adopt` for each trial, in order, then `report` and `tell` again.
     """
 
     def propose(self, number: int) -> dict[str, Any] | None:
-        """The setting of trial `number`; None where there is nothing left to try."""
+        """Returns the setting of trial `number`; None if there is nothing left to try."""
 
     def adopt(self, number: int, values: Mapping[str, Any]) -> None:
-        """Trial `number` is being tried with these values, whoever chose them."""
+        """Records that trial `number` runs with these values."""
 
     def report(self, number: int, images: int, score: float) -> None:
-        """A score of a trial that goes on."""
+        """Records a score of a trial that is still running."""
 
     def tell(self, number: int, values: list[float] | None, stopped: bool = False) -> None:
         """Records a trial's result, one value per objective, or None for a failed trial."""
 
 
 class Grid:
-    """Every point of a grid in turn."""
+    """The points of a grid, one after the other."""
 
     def __init__(self, points: list[dict[str, Any]]):
         self.points = points
@@ -52,7 +52,7 @@ class Grid:
 
 
 class Random(Grid):
-    """Independent settings, a function of (seed, number); none is tried twice."""
+    """Independent random settings, a function of (seed, number), without repetition."""
 
     def __init__(self, space: Space, seed: int):
         super().__init__([])
@@ -68,7 +68,7 @@ class Random(Grid):
 
 
 def _fresh(space: Space, tried: list[dict[str, Any]], *seeds: int) -> dict[str, Any] | None:
-    """A random setting that was not tried; None when fifty draws gave none, so that the space is exhausted."""
+    """Returns a random setting that is new; None if fifty draws gave only known ones, so the space is exhausted."""
     for redraw in range(REDRAWS):
         values = space.draw(Dice(*seeds, redraw))
         if values not in tried:
@@ -79,8 +79,8 @@ def _fresh(space: Space, tried: list[dict[str, Any]], *seeds: int) -> dict[str, 
 class Learned:
     """Optuna's TPE or Gaussian process, for one objective or several.
 
-    Each proposal has a sampler of its own, seeded by (seed, number): it depends on what was told so far and on nothing
-    that a killed process would take with it.
+    Each proposal has its own sampler, seeded by (seed, number). So it depends on the record alone, and a resumed sweep
+    proposes the same.
     """
 
     def __init__(self, space: Space, search: str, seed: int, startup: int, directions: list[str]):
@@ -101,14 +101,14 @@ class Learned:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of `group`
             if self.search == "gp":
                 return optuna.samplers.GPSampler(seed=seed, n_startup_trials=self.startup)
-            # what applies together is modelled together, such as the GAN's settings
+            # group: keys that apply together, such as those of the GAN, are modelled together
             return optuna.samplers.TPESampler(seed=seed, n_startup_trials=self.startup, multivariate=True, group=True)
 
     def propose(self, number: int) -> dict[str, Any] | None:
         self.study.sampler = self._sampler(number)
         trial = self.study.ask()
         values = self.space.draw(trial)
-        if values in self.tried:  # a model that is sure of itself repeats itself; a repetition tells nothing
+        if values in self.tried:  # a confident model repeats a setting, which would teach nothing
             self._fail(trial)
             values = _fresh(self.space, self.tried, self.seed, number)
             if values is None:
@@ -137,7 +137,7 @@ class Learned:
         if values is None or not all(map(math.isfinite, values)):
             self._fail(trial)
         elif stopped and len(values) == 1:
-            self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)  # judged by its last report
+            self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)  # Optuna takes its last report
         else:
             self.study.tell(trial, values)
 
@@ -150,8 +150,8 @@ class Learned:
 def proposals(space: Space, search: str, seed: int, trials: int | None = None) -> Proposals:
     """The proposals of a search: grid, random, tpe, gp or pareto.
 
-    trials: how many there is room for, of which tpe, gp and pareto draw the first quarter at random, from three to
-    eight; None where nobody knows.
+    trials: expected number of trials; None if unknown. tpe, gp and pareto draw the first quarter of them at random,
+    at least three and at most eight.
     """
     if search == "grid":
         return Grid(space.grid())

@@ -1,8 +1,8 @@
-"""The record of a sweep: `trials.jsonl`, one event a line, written before anything depends on it.
+"""The record of a sweep: `trials.jsonl`, one event a line, written before the sweep acts on it.
 
-It is what a killed sweep goes on from, and what the report is made of. Events: `sweep`, its settings; `trial`, a
-setting is tried; `score`, what a trial's student scored after so many images; `end`, a trial finished, was stopped
-early, or failed; `run`, its run in MLflow, where its end did not say; `again`, a failed one is tried anew.
+A killed sweep resumes from its record, and the report is made from it. Events: `sweep`, the settings of the sweep;
+`trial`, a new trial; `score`, the scores of a trial after so many images; `end`, a trial finished, was stopped early or
+failed; `run`, a trial's run in MLflow, if its `end` did not name it; `again`, a failed trial is repeated.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ SEARCH, SEEDS = "search", "seeds"
 
 @dataclass
 class Trial:
-    """One trial. values: {dotted key: value}, all that it changes of the recipe but the seed.
+    """One trial. values: {dotted key: value} of the recipe keys that it changes, without the seed.
 
-    phase: `search`, or `seeds` for a setting repeated with another seed. run: name of its run, below the sweep's
-    folder, its newest in a population. scores: as they came, {images, step, scores, seen_by_loss}; the last names the
-    scores whose network a loss used. images: that it was trained on so far. hours: what that took, times the devices
-    held. state: None while it has not ended.
+    phase: `search`, or `seeds` for a setting that is repeated with another seed. run: name of its run, in the sweep's
+    folder; in a population, of the newest one. scores: {images, step, scores, seen_by_loss}, oldest first; seen_by_loss
+    names the scores whose network a loss used. images: number of images trained on so far. hours: device hours of that
+    training. state: None until the trial ends.
     """
 
     number: int
@@ -49,7 +49,7 @@ class Trial:
 
     @property
     def last(self) -> dict[str, float]:
-        """Its newest scores by name, `hours` among them; none before the first."""
+        """The newest scores by name, with `hours`; empty before the first score."""
         return self.scores[-1]["scores"] | {"hours": self.hours} if self.scores else {}
 
     def seen_by_loss(self, metric: str) -> bool:
@@ -57,29 +57,29 @@ class Trial:
         return any(metric in score.get("seen_by_loss", ()) for score in self.scores[-1:])
 
     def score(self, metric: str) -> float:
-        """The newest value of a metric, nan where there is none."""
+        """The newest value of a metric; nan if there is none."""
         return self.last.get(metric, math.nan)
 
 
 class Record:
     """The open record of one sweep's folder; one process writes it.
 
-    settings: what the sweep is; going on with other settings than the record's raises ConfigError naming them, but for
-    those in `may_differ`. A damaged record raises ConfigError naming the file and the line.
+    settings: of the sweep. If they differ from those of the record, in other keys than `may_differ`, ConfigError names
+    the keys. A damaged record raises ConfigError that names the file and the line.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], may_differ: set[str] = frozenset()):
         self.path = folder / "trials.jsonl"
         self.trials: dict[int, Trial] = {}
-        self.order: list[int] = []  # in which they ended
+        self.order: list[int] = []  # numbers of the trials in the order in which they ended
         folder.mkdir(parents=True, exist_ok=True)
         known = self._read()
         plain = json.loads(json.dumps(settings))
         for key in sorted(plain.keys() | known.keys()) if known else ():
             if plain.get(key) != known.get(key) and key not in may_differ:
                 raise ConfigError(
-                    f"{key}: {quoted(plain.get(key))}, but sweep {folder.name!r} was begun with "
-                    f"{quoted(known.get(key))}; give the same words to go on with it, or another name=..."
+                    f"{key}: {quoted(plain.get(key))}, but sweep {folder.name!r} began with "
+                    f"{quoted(known.get(key))}; give the same arguments to resume it, or another name=..."
                 )
         if plain != known:
             self._write({"event": "sweep", "settings": plain})
@@ -100,7 +100,7 @@ class Record:
                     self._apply(event)
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise ConfigError(
-                    f"{self.path}: line {number} is no event of this sweep; mend it, or give the sweep another name=..."
+                    f"{self.path}: line {number} is not an event of this sweep; mend it, or give another name=..."
                 ) from None
         return known
 
@@ -130,15 +130,15 @@ class Record:
         append_private(self.path, json.dumps(masked(event)) + "\n", sync=True)
 
     def add(self, event: str, trial: int, **fields: Any) -> Trial:
-        """Writes an event of a trial and returns the trial as it is after it."""
+        """Writes an event of a trial and returns the updated trial."""
         line = {"event": event, "trial": trial, "time": round(time.time(), 3), **fields}
         self._write(line)
         return self._apply(json.loads(json.dumps(line)))
 
     def ended(self, phase: str | None = None) -> list[Trial]:
-        """Trials with an end, in the order of their numbers."""
+        """Trials that have ended, sorted by number."""
         return [t for _, t in sorted(self.trials.items()) if t.state and phase in (None, t.phase)]
 
     def open(self, phase: str | None = None) -> list[Trial]:
-        """Trials without an end."""
+        """Trials that have not ended, sorted by number."""
         return [t for _, t in sorted(self.trials.items()) if not t.state and phase in (None, t.phase)]

@@ -19,7 +19,7 @@ PBT_KEYS = r"optim\.\w+\.lr|method\.(\w+_)?weight"
 
 
 class Unsweepable(UserError, RuntimeError):
-    """The sweep cannot go on as asked; the text says why and how it can."""
+    """The sweep cannot continue; the text says why, and what to do."""
 
 
 class Sweep(Strict):
@@ -66,19 +66,19 @@ class Sweep(Strict):
     def _fits(self) -> Sweep:
         wrong = []
         if self.search == "grid" and self.trials is not None:
-            wrong.append("trials: a grid has as many as it has points; leave it out")
+            wrong.append("trials: a grid has one trial for each point; leave it out")
         if self.corner_seeds > 1 and self.search != "grid":
             wrong.append(f"corner_seeds: only a grid has corners, and search={self.search}")
         if self.warm_start and self.search in ("grid", "random"):
-            wrong.append(f"warm_start: search={self.search} learns from no trial; use tpe, gp or pareto")
+            wrong.append(f"warm_start: search={self.search} does not learn from trials; use tpe, gp or pareto")
         if self.search == "pareto" and self.scheduler != "none":
-            wrong.append(f"scheduler: {self.scheduler} goes by one score and search=pareto by several; use none")
+            wrong.append(f"scheduler: {self.scheduler} needs a single score, and search=pareto has several; use none")
         if self.search == "pareto" and self.seeds > 1:
             wrong.append("seeds: search=pareto has no single best to repeat; leave it out")
         if self.scheduler == "pbt" and self.search != "random":
             wrong.append("search: scheduler=pbt begins with random settings and changes them itself; use search=random")
         if self.scheduler == "pbt" and self.seeds > 1:
-            wrong.append("seeds: what pbt found is a course of settings, which no recipe repeats; leave it out")
+            wrong.append("seeds: pbt changes settings during training, which no recipe repeats; leave it out")
         if wrong:
             raise ConfigError("\n".join(wrong))
         return self
@@ -113,7 +113,7 @@ class Budget:
         except ValueError:
             amount = 0.0
         if amount <= 0:
-            raise ConfigError(f"budget: {text!r} is no amount; write 200000images or 1.5hours")
+            raise ConfigError(f"budget: {text!r} is not an amount; write 200000images or 1.5hours")
         return cls(amount, match[2])
 
 
@@ -140,7 +140,7 @@ def slots(recipe: Recipe, asked: int, need: float, device: str, cpus: float, gpu
             f"cluster.workers: {needs}, {has}; use fewer workers, a smaller cluster.cpus_per_worker, or add nodes"
         )
     if fits < asked:
-        print(f"parallel: {fits} at a time and not {asked}: {needs}, {has}")
+        print(f"parallel: {fits} trials at a time instead of {asked}: {needs}, {has}")
     return min(fits, asked)
 
 
@@ -150,7 +150,7 @@ def check(sweep: Sweep, space: Space, recipe: Recipe) -> None:
     check_space(space, recipe, objectives)
     wrong = []
     if sweep.search == "pareto" and len(objectives) < 2:
-        wrong.append(f"OBJECTIVES: search=pareto weighs two or more, and space {space.name!r} has {len(objectives)}")
+        wrong.append(f"OBJECTIVES: search=pareto needs two or more, and space {space.name!r} has {len(objectives)}")
     if not recipe.evaluate.rank_seen_by_loss:
         tried = [recipe, *(apply(recipe, {key: value}) for key, d in space.domains.items() for value in d.edges())]
         seen = {name for one in tried for name in one.seen_by_loss}
@@ -164,13 +164,13 @@ def check(sweep: Sweep, space: Space, recipe: Recipe) -> None:
         if every is None or every >= images_of(recipe):
             some = max(images_of(recipe) // 9 // report, 1) * report
             wrong.append(
-                f"evaluate.every_images: {every}: scheduler={sweep.scheduler} goes by scores made while training; "
-                f"give images between them, such as {some} of {images_of(recipe)}"
+                f"evaluate.every_images: {every}: scheduler={sweep.scheduler} needs scores during training; "
+                f"give the images between them, such as {some} of {images_of(recipe)}"
             )
         elif every % report:
             wrong.append(
                 f"evaluate.every_images: {every} is not a multiple of report_every x batch = {report}, so scores would "
-                "come later than asked"
+                "come later; give a multiple"
             )
     if sweep.scheduler == "pbt":
         for key in space.domains:

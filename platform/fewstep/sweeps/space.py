@@ -35,11 +35,11 @@ from ..texts import quoted, shown
 
 HOURS = "hours"
 CHECKED_DRAWS = 64
-DIGITS = 4  # significant digits of a drawn number, which people read and retype
+DIGITS = 4  # significant digits of a drawn number, so that it is easy to read and type
 GRID_LIMIT = 10_000
 KEYS, CHOICES = 100, 1000  # most keys of a space and values of a choice; all are checked before anything runs
 LARGEST, WHOLE = 1e100, 10**15  # largest bounds of a range and of whole numbers, which a float64 holds exactly
-ZERO_GAP = 0.18  # share of an axis between zero and the least other value
+ZERO_GAP = 0.18  # share of an axis between zero and the smallest other value
 
 
 class Source(Protocol):
@@ -273,7 +273,7 @@ def choice(*values: Any) -> Choice:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError, RecursionError):
             text = "give numbers, texts, or lists and mappings of them"
-            raise ConfigError(f"choice: {quoted(value)} is no value; {text}") from None
+            raise ConfigError(f"choice: {quoted(value)} is not a value; {text}") from None
     if twice := [v for i, v in enumerate(values) if v in values[:i]]:
         raise ConfigError(f"choice: {quoted(twice[0])} is given twice")
     return Choice(values)
@@ -444,17 +444,17 @@ def _domains(given: Any, wrong: list[str]) -> dict[str, Any]:
         wrong.append(f"SPACE: {what}; give one to {KEYS} dotted recipe keys with a domain each")
         return {}
     if odd := [key for key in given if not isinstance(key, str)]:
-        wrong.append(f"SPACE[{quoted(odd[0])}]: a key is a recipe's, as text, such as 'train.batch'")
+        wrong.append(f"SPACE[{quoted(odd[0])}]: a key is the text of a recipe key, such as 'train.batch'")
         return {}
     domains: dict[str, Any] = {}
     for key, domain in renamed(given).items():
         if not isinstance(domain, (Choice, Range, Integers, ZeroOr, Given)):
-            text = f"{quoted(domain)} is no domain; use choice, uniform, loguniform or integers"
+            text = f"{quoted(domain)} is not a domain; use choice, uniform, loguniform or integers"
             wrong.append(f"SPACE[{key!r}]: {text}")
         elif isinstance(domain, Given):
             domain = replace(domain, key=new_name(domain.key))
             if domain.key not in domains:
-                wrong.append(f"SPACE[{key!r}]: given {domain.key!r}, which does not stand above it in SPACE")
+                wrong.append(f"SPACE[{key!r}]: given {domain.key!r}, which must come before it in SPACE")
         domains[key] = domain
     return domains
 
@@ -467,7 +467,7 @@ def _mode(metric: str, given: Any, where: str, wrong: list[str]) -> Any:
     if given not in MODES.values():
         wrong.append(f"{where}: {given!r} is not one of {', '.join(MODES.values())}")
     elif direction is not None and given != MODES[direction]:
-        wrong.append(f"{where}: {given!r}, but the {direction} {metric} is the better; leave it out")
+        wrong.append(f"{where}: {given!r}, but a {direction} {metric} is better; leave it out")
     return given
 
 
@@ -492,9 +492,9 @@ def check_space(space: Space, recipe: Recipe, objectives: Sequence[str]) -> None
     for key, domain in space.domains.items():
         head, *rest = key.split(".")
         if head in ASIDE or (head == "train" and rest and rest[0] in REPORTING):
-            wrong.append(f"SPACE[{key!r}]: changes no number of a run, so there is nothing to search")
+            wrong.append(f"SPACE[{key!r}]: does not change the numbers of a run, so there is nothing to search")
         elif head == "seed":
-            wrong.append("SPACE['seed']: a seed is no setting; seeds=3 repeats the best trials with other seeds")
+            wrong.append("SPACE['seed']: a seed is not a setting; seeds=3 repeats the best trials with other seeds")
         else:
             wrong += _mistakes(recipe, [{key: value} for value in domain.edges()], f"SPACE[{key!r}]")
     if not wrong:

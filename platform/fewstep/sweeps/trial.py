@@ -1,4 +1,4 @@
-"""A sweep's trial: a normal run beside a caller that waits for its scores. It needs no cluster of its own."""
+"""A trial of a sweep: an ordinary run in a thread, whose caller waits for its scores."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .record import FAILED, FINISHED
 from .settings import devices
 from .space import apply, values_of
 
-STOP_S = 120.0  # for a stopped run to save and end
+STOP_S = 120.0  # time for a run that must stop to save its state and end
 POINTER = "pointer.json"
-LOOK_S = 0.1
+POLL_S = 0.1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The trials' common part.
+    """The part that all trials share.
 
-    recipe: of every trial, as JSON types. tags: of their MLflow runs. short: the space's keys as people read them.
-    metric: the score that schedulers go by. population: the space's keys where a population trains, else None.
+    recipe: the base recipe, as JSON types. tags: of their MLflow runs. short: short names of the space's keys.
+    metric: the score that schedulers use. population: the space's keys if a population trains, else None.
     """
 
     recipe: dict[str, Any] = field(repr=False)  # it may name a server with its password
@@ -42,11 +42,11 @@ class Plan:
 
 
 class TrialRun:
-    """One trial: a run in a thread of its own, whose scores are the trial's results.
+    """One trial: a run in its own thread, whose scores are the trial's results.
 
-    values, seed: the trial's settings. scored_images: at the newest score that the record has, -1 before the first.
+    values, seed: the trial's settings. scored_images: image count of the newest score in the record; -1 for none.
     fit(recipe, follow, tags=..., shared=True): trains, as cluster.train.fit does. donor: {trial, run, checkpoint} of
-    the member of a population whose weights this one takes over.
+    the population member whose weights this trial copies.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class TrialRun:
         self._thread.start()
 
     def _own_recipe(self, values: dict[str, Any]) -> Recipe:
-        """The trial's recipe. In a population its newest generation's, or that of a new one that starts at a donor's
-        checkpoint: a changed rate makes another run."""
+        """Returns the trial's recipe. In a population it is the recipe of the newest generation, or of a new generation
+        that starts from a donor's checkpoint: a run with a changed rate is a new run."""
         base = Recipe.model_validate(self.plan.recipe)
         own: dict[str, Any] = dict(seed=self.seed, name=self.name)
         if self.plan.population is None:
@@ -88,7 +88,7 @@ class TrialRun:
         return apply(base, values, **own)
 
     def _donors_checkpoint(self, base: Recipe) -> str:
-        """The donor's checkpoint, or its newest where retention has removed that one."""
+        """Returns the donor's checkpoint, or its newest one if that checkpoint has been removed."""
         given = self.donor["checkpoint"]
         if complete(given):
             return given
@@ -102,7 +102,7 @@ class TrialRun:
             tags["sweep.from"] = self.recipe.resume
         try:
             self._events.put(("end", self.fit(self.recipe, self._follow, tags=tags, shared=True)))
-        except BaseException as error:  # whatever ends a run is this trial's result, and not the sweep's end
+        except BaseException as error:  # any error is the result of this trial, and the sweep continues
             self._events.put(("error", error))
 
     def _follow(self, line: dict[str, Any]) -> None:
@@ -110,10 +110,10 @@ class TrialRun:
             self._events.put(("score", line))
 
     def next_result(self) -> dict[str, Any]:
-        """Waits for the run's next score, or its end.
+        """Waits for the run's next score or its end.
 
-        Returns {run, values, images, spent, hours}; with a score at, scores, score and seen_by_loss; at the end state,
-        done, and run_id or reason. The last step's score comes with the end.
+        Returns {run, values, images, spent, hours}. A score adds at, scores, score and seen_by_loss. The end adds
+        state, done, and run_id or reason. The score of the last step comes with the end.
         """
         while True:
             kind, news = self._events.get()
@@ -127,7 +127,8 @@ class TrialRun:
             if kind == "end":
                 done = {"state": FINISHED, "run_id": news["run_id"], "done": True}
                 if not news["finished"]:
-                    done |= {"state": FAILED, "reason": f"asked to stop at step {news['step']}; retry=true goes on"}
+                    reason = f"stopped on request at step {news['step']}; retry=true resumes it"
+                    done |= {"state": FAILED, "reason": reason}
                 return self._result(self._last) | done
             if kind == "error":
                 return self._result(None) | {"state": FAILED, "reason": first_line(news), "done": True}
@@ -143,21 +144,21 @@ class TrialRun:
         return result | {"seen_by_loss": line.get("seen_by_loss", [])}
 
     def _await_checkpoint(self, step: int) -> None:
-        """Waits for the weights that made a score, so that another member of the population can take them over."""
+        """Waits for the checkpoint of a scored step, so that another member of the population can copy it."""
         while self._thread.is_alive():
             found = [c for c in checkpoints(self.recipe.checkpoints) if step_of(c) == step]
             if found:
                 self.checkpoint = str(found[0])
                 return
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
 
     def write_pointer(self, folder: Path) -> None:
-        """Writes which checkpoint a member of the population could start from."""
+        """Writes the name of the checkpoint that another member of the population may copy."""
         pointer = {"trial": self.name, "run": self.recipe.name, "checkpoint": self.checkpoint}
         (folder / POINTER).write_text(json.dumps(pointer))
 
     def stop(self) -> None:
-        """Asks a run that still trains to stop, which saves and ends it in MLflow as stopped, and waits for that."""
+        """Asks the run to stop and waits for it: the run saves its state and ends in MLflow as stopped."""
         if self._thread.is_alive():
             self.recipe.folder.mkdir(parents=True, exist_ok=True)
             (self.recipe.folder / STOP).touch()
@@ -165,18 +166,18 @@ class TrialRun:
 
 
 def read_pointer(folder: Path) -> dict[str, Any]:
-    """The donor that `TrialRun.write_pointer` wrote."""
+    """Reads the donor that `TrialRun.write_pointer` wrote."""
     return json.loads((folder / POINTER).read_text())
 
 
 def generations(folder: Path, name: str) -> list[Path]:
-    """The folders of a trial's runs, oldest first: `<name>`, and `<name>-g2`, ... where a population changed it."""
+    """Folders of a trial's runs, oldest first: `<name>`, then `<name>-g2`, ... for each change by a population."""
     found = [folder / name, *sorted(folder.glob(f"{name}-g*"), key=lambda p: int(p.name.rpartition("-g")[2]))]
     return [path for path in found if (path / "recipe.yaml").is_file()]
 
 
 def spent(folder: Path, name: str) -> tuple[int, float]:
-    """Images that a trial's runs trained on, and the hours it took times the devices they held."""
+    """Returns the number of images that a trial's runs trained on, and the device hours of that training."""
     images = hours = 0.0
     for path in generations(folder, name):
         recipe = read_run(path)

@@ -15,10 +15,10 @@ from .space import HOURS, Space
 
 
 def earlier_trials(sweep: Sweep, space: Space, recipe: Recipe) -> list[tuple[dict[str, Any], list[float]]]:
-    """Settings of this space that `sweep.warm_start` has scored, with a score an objective.
+    """Returns the trials of the sweep `sweep.warm_start` as (setting, score of each objective).
 
-    Raises ValueError where there is no such sweep, or its runs differ from this recipe in what the space leaves alone:
-    such scores do not compare. Trials outside this space are left out, and the count is printed.
+    Raises ValueError if there is no such sweep, or if its runs differ from this recipe in a key outside the space, as
+    such scores do not compare. Trials outside this space are left out; a line says how many are used.
     """
     store = Store(recipe.tracking.uri)
     parent = store.find(sweep.warm_start)
@@ -61,7 +61,7 @@ def _hours(store: Store, recipe: Recipe, child: Run) -> float:
 
 
 def _plain(text: str) -> Any:
-    """A logged parameter as the value it was: strings are logged as they are, the rest as JSON."""
+    """Returns the value of a logged parameter: strings are logged as they are, other values as JSON."""
     try:
         return json.loads(text)
     except ValueError:
