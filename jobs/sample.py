@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
 
-from fewstep.build import Sampler, grid, make_samples
+from fewstep.build import Sampler, grid, make_samples, read_prompts
 from fewstep.config import Strict, command, resolve_out
 from fewstep.engine.world import World, device_of
 from fewstep.folders import MADE_HERE, overwritable
@@ -32,6 +32,9 @@ class Sample(Strict):
     """Number of images."""
     labels: list[int] | int | None = None
     """Classes to draw in turn, such as [3] or [0,1]; null takes all."""
+    prompts: list[str] | str | None = None
+    """Texts to draw in turn, for a model that takes texts: one, a list, or a .txt file with one a line. null takes
+    those of a run's recipe."""
     seed: int = 0
     """Seed of the noise."""
     out: str = "grid.png"
@@ -41,7 +44,8 @@ class Sample(Strict):
     columns: Count = 10
     """Columns of the picture."""
     steps: Count = 18
-    """Heun steps of a teacher (2 steps - 1 network calls an image); a student has its own steps."""
+    """Solver steps of a teacher: Heun's (2 steps - 1 network calls an image), or DDIM's (one each) where it takes
+    texts. A student has its own steps."""
     guidance: Annotated[float, Field(ge=1)] = 1.0
     """Guidance scale of a teacher."""
     batch: Count = 100
@@ -59,6 +63,15 @@ def of_classes(sampler: Sampler, labels: list[int]) -> Sampler:
     return replace(sampler, conditions=replace(sampler.conditions, listing=tuple(labels)))
 
 
+def prompts_of(given: list[str] | str | None) -> list[str] | None:
+    """The prompts of a text file, or those given. Raises ValueError for an empty one."""
+    if isinstance(given, str):
+        given = read_prompts(given, "prompts") if given.endswith(".txt") else [given]
+    if given is not None and not all(words.strip() for words in given or [""]):
+        raise ValueError(f"prompts: {given}, of which one is empty; give texts")
+    return given
+
+
 def write(picture: torch.Tensor, path: Path) -> None:
     """uint8 (H, W, C) as a PNG that says that it was made here."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +86,7 @@ def main(job: Sample) -> None:
     out, each = resolve_out(job.out), [resolve_out(job.each) / f"{i:06d}.png" for i in range(job.images) if job.each]
     for path in (out, *each):
         overwritable(path, "out" if path == out else "each")
-    sampler = open_sampler(job.model, job.steps, job.guidance, device=device)
+    sampler = open_sampler(job.model, job.steps, job.guidance, device, prompts_of(job.prompts))
     if job.labels is not None:
         sampler = of_classes(sampler, [job.labels] if isinstance(job.labels, int) else job.labels)
     samples = make_samples(sampler, job.images, job.seed, min(job.batch, job.images), World(device=device))

@@ -179,10 +179,9 @@ def shards(folder: Path, size: tuple[int, int, int] = (1, 28, 28), classes: int 
 @pytest.mark.parametrize(
     ("network", "data", "says"),
     [
-        (dict(kind="UNet2DConditionModel"), {}, "teacher: it generates from texts, which is not trained here"),
-        (dict(channels=4), {}, "teacher: it generates 4 channels, so latents, of which no pictures are made here"),
+        (dict(channels=4), {}, "teacher: it generates 4 channels, so latents, and its folder has no vae/config.json"),
         ({}, dict(size=(1, 8, 8)), "data.path: images of shape (1, 8, 8) (C, H, W), but the network takes (1, 28, 28)"),
-        ({}, dict(encoding="float32"), "data.path: holds latents, of which no pictures are made here"),
+        ({}, dict(encoding="float32"), "data.path: holds latents, but the network takes pixels"),
         (dict(classes=10), {}, "data.path: the images have no labels, but the network has 10 classes"),
         (dict(classes=10), dict(classes=2), "data.path: labels of 2 classes, but the network has 10"),
     ],

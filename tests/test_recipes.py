@@ -21,6 +21,7 @@ from fewstep.config import words
 from fewstep.dryrun import activations, describe, saved_bytes
 from fewstep.engine.train import Engine, Report
 from fewstep.metrics.base import evaluate
+from fewstep.networks.conditions import Nothing
 from fewstep.networks.pretrained import open_teacher, save_denoiser
 from fewstep.recipe import load_recipe, open_recipe
 
@@ -179,7 +180,8 @@ def test_a_missing_teacher_is_named_with_the_job_that_makes_it(place):
     ],
 )
 def test_images_and_labels_that_do_not_fit_the_network_are_refused(shape, labels, classes, reason):
-    feed, net = SimpleNamespace(shape=shape, classes=labels), SimpleNamespace(shape=(1, 28, 28), classes=classes)
+    feed = SimpleNamespace(shape=shape, classes=labels)
+    net = SimpleNamespace(shape=(1, 28, 28), classes=classes, codec=None, conditions=Nothing())
     if reason is None:
         return build.check_data(feed, net)
     with pytest.raises(ValueError, match=f"^data.path: {reason}"):

@@ -12,7 +12,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-TOKENS, SIZE = 5, 8
+TOKENS, SIZE = 8, 8
 UNET = {
     "sample_size": SIZE,
     "in_channels": 4,
@@ -78,6 +78,48 @@ class Family:
         real = torch.randn(count, 4, SIZE, SIZE, generator=torch.Generator().manual_seed(seed + 1))
         cond = self.cond(count, seed)
         return {"real": real, **(cond if isinstance(cond, dict) else {"label": cond})}
+
+
+def tokenizer(length: int = TOKENS) -> Any:
+    """CLIP's tokenizer with the bytes for a vocabulary."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, [], model_max_length=length)
+
+
+def text_encoder(width: int, projected: bool = False) -> Any:
+    """CLIP's text encoder with random weights."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    words, size = {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}, 2 * width
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": TOKENS}
+    config = CLIPTextConfig(hidden_size=width, intermediate_size=size, projection_dim=10, **words, **layers)
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+
+
+def codec() -> Any:
+    """AutoencoderKL, 2 x down, with random weights."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 2 * SIZE}
+    return diffusers.AutoencoderKL(**blocks, **sizes, scaling_factor=0.5).eval()
+
+
+def pipeline(name: str, folder: Path) -> Path:
+    """A whole pipeline's folder: sd15, sd21 or sdxl."""
+    family = FAMILIES[name]
+    torch.manual_seed(7)
+    parts = {"vae": codec(), "tokenizer": tokenizer(), "unet": family.make(), "scheduler": family.scheduler}
+    if name == "sdxl":
+        parts |= {"text_encoder": text_encoder(4), "text_encoder_2": text_encoder(8, projected=True)}
+        pipe = diffusers.StableDiffusionXLPipeline(**parts, tokenizer_2=tokenizer())
+    else:
+        none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipe = diffusers.StableDiffusionPipeline(**parts, text_encoder=text_encoder(12), **none)
+    pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
 
 
 def _unet(model: Any, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import ConfigError, Strict, read_json, resolve, resolve_ref, validate
 from .data.feed import Feed, open_feed
-from .data.shards import Shards
+from .data.shards import Shards, latents, numbers, open_shards
 from .diffusion.draws import Draws, fold
 from .diffusion.guidance import guided
 from .diffusion.level import Level
-from .diffusion.samplers import Call, heun, run_calls, to_uint8
+from .diffusion.samplers import Call, ddim, heun, run_calls, to_uint8
 from .engine.checkpoint import load_net, read_weights
 from .engine.folder import newest
 from .engine.manifest import read_manifest
@@ -30,15 +32,21 @@ from .files import sha256_of
 from .folders import write_private
 from .metrics.base import Measure, Samples
 from .metrics.features import ClassReward, FeatureMaps, open_features
-from .networks.conditions import Conditions, Texts
+from .networks.conditions import Conditions, Prompts, Texts
 from .networks.denoiser import Denoiser
+from .networks.latents import FOLDER as CODEC
+from .networks.latents import find_latents
 from .networks.lora import Lora, merge
 from .networks.pretrained import Network, empty_denoiser, locate, network_of, new_denoiser, new_head, open_teacher
+from .networks.prompts import open_encoder, pipeline_class
 from .recipe import Data, Recipe, check_secrets, read_run
-from .texts import quoted
+from .texts import one_line, quoted
+
+log = logging.getLogger("fewstep.build")
 
 DESCRIBED = "network.json"
 SMALL = {"reward": ClassReward, "features": FeatureMaps}  # helpers that are files of jobs/features.py
+LISTED = 1000  # captions of the data that scores and grids ask for, where a recipe names no prompts
 
 
 def make_teacher(recipe: Recipe, weights: bool = True) -> Denoiser:
@@ -50,8 +58,81 @@ def make_teacher(recipe: Recipe, weights: bool = True) -> Denoiser:
         torch.manual_seed(fold(recipe.seed, "weights"))
         return new_denoiser(recipe.network, recipe.precision, weights)
     if (resolve_ref(recipe.teacher) / "recipe.yaml").is_file():  # a run's student is a teacher, too
-        return open_net(recipe.teacher) if weights else make_teacher(read_run(resolve(recipe.teacher)), weights=False)
-    return open_teacher(recipe.teacher, recipe.precision, weights)
+        net = open_net(recipe.teacher) if weights else make_teacher(read_run(resolve(recipe.teacher)), weights=False)
+    else:
+        net = open_teacher(recipe.teacher, recipe.precision, weights)
+    return furnish(net, recipe) if weights else net
+
+
+def pipeline_folder(recipe: Recipe) -> Path | None:
+    """The folder of the pipeline whose network a run distils, at the beginning of a chain of runs; None without one."""
+    while recipe.teacher is not None:
+        folder = locate(recipe.teacher)
+        if not (folder / "recipe.yaml").is_file():
+            return folder
+        recipe = read_run(folder)
+    return None
+
+
+def furnish(net: Denoiser, recipe: Recipe) -> Denoiser:
+    """The network itself, with what its teacher's pipeline has beside it: the codec, and the recipe's prompts in the
+    text encoders' numbers. Raises ValueError naming the file or field."""
+    folder = pipeline_folder(recipe)
+    if folder is None:
+        return net
+    if not isinstance(net.conditions, Texts):
+        return with_pipeline(net, folder)
+    prompts = None if recipe.prompts is None else read_prompts(recipe.prompts, "prompts")
+    listing = None if recipe.evaluate.prompts is None else read_prompts(recipe.evaluate.prompts, "evaluate.prompts")
+    with_pipeline(net, folder, prompts, listing)
+    if prompts is None and listing is None and recipe.data is not None:
+        shards = open_shards(resolve(recipe.data.path), "size")
+        net.conditions = replace(net.conditions, listing=prompts_of(shards, tuple(net.conditions.shapes)))
+    return net
+
+
+def with_pipeline(
+    net: Denoiser, folder: Path, prompts: Sequence[str] | None = None, listing: Sequence[str] | None = None
+) -> Denoiser:
+    """The network itself, with the codec of a pipeline's folder, and with prompts where it takes texts: the text
+    encoders are opened, asked and closed again. Raises ValueError naming what the folder lacks."""
+    net.codec = find_latents(folder)
+    if isinstance(net.conditions, Texts):
+        encoder = open_encoder(folder, network_of(net).model)
+        embed = lambda words: None if words is None else Prompts(encoder.columns(words), tuple(words))
+        net.conditions = Texts(net.conditions.shapes, embed(prompts), encoder.nothing(), embed(listing))
+        if encoder.cut:
+            log.warning(f"prompts: {encoder.cut} are longer than the text encoder reads, and were cut there")
+    return net
+
+
+def read_prompts(ref: str, field: str) -> list[str]:
+    """The prompts of a text file, one a line. Raises ValueError naming the field and the line."""
+    path = resolve(ref)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{field}: {str(path)!r} is no readable text file ({one_line(error)}); give one") from None
+    if not lines:
+        raise ValueError(f"{field}: {str(path)!r} is empty; give a prompt a line")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise ValueError(f"{field}: {str(path)!r}: line {number} is empty; give a prompt, or remove the line")
+    return lines
+
+
+def prompts_of(shards: Shards, columns: Sequence[str], count: int = LISTED) -> Prompts:
+    """The first embedded captions of a shard set. columns: their names. Raises ShardError for a column that is not
+    there."""
+    described = [shards.column(name) for name in columns]
+    names, tables, rows = [*columns, *(["caption"] if shards.manifest.captions else [])], [], 0
+    for unit, where in enumerate(shards.units):
+        if rows < count:
+            tables.append(shards.read(unit, columns=names))
+            rows += where.rows
+    found = {c.name: np.concatenate([numbers(table, c) for table in tables])[:count] for c in described}
+    words = [text for table in tables for text in table.column("caption").to_pylist()] if "caption" in names else []
+    return Prompts({name: torch.from_numpy(values) for name, values in found.items()}, tuple(words[:count]))
 
 
 @dataclass
@@ -139,7 +220,9 @@ def student_net(
     if average is None:
         average = has_average(checkpoint)
     net = None if folder is None else described_net(folder, recipe.precision)
-    if net is None:
+    if net is not None:
+        furnish(net, recipe)
+    else:
         net = recipe.method.nets(Maker(recipe, make_teacher(recipe)))["student"]
     load_net(net, read_weights(checkpoint, "net.average" if average else "net.student"), str(checkpoint))
     net = merge(net, *_probe(net)) if isinstance(net, Lora) else net
@@ -234,17 +317,25 @@ def make_feed(data: Data | None, seed: int) -> Feed | NoData:
     )
 
 
-def check_network(net: Denoiser) -> Denoiser:
-    """The network itself. Raises ValueError for one that asks for texts, or whose samples are no pictures."""
-    if isinstance(net.conditions, Texts):
+def check_network(recipe: Recipe, net: Denoiser) -> Denoiser:
+    """The network itself. Raises ValueError for one that makes no pictures, and for a network of texts whose prompts
+    cannot be encoded or whose licence is not said. Nothing is encoded."""
+    if net.picture_shape[0] not in (1, 3):
         raise ValueError(
-            "teacher: it generates from texts, which is not trained here; choose one of classes, or of none"
+            f"teacher: it generates {net.shape[0]} channels, so latents, and its folder has no {CODEC}/config.json, "
+            "whose codec makes pictures of them; copy the codec there, or choose one that generates pixels"
         )
-    if net.shape[0] not in (1, 3):
-        raise ValueError(
-            f"teacher: it generates {net.shape[0]} channels, so latents, of which no pictures are made here; choose "
-            "one that generates pixels"
-        )
+    folder = pipeline_folder(recipe)
+    if isinstance(net.conditions, Texts) and folder is not None:
+        pipeline_class(folder, network_of(net).model)
+        for field, ref in (("prompts", recipe.prompts), ("evaluate.prompts", recipe.evaluate.prompts)):
+            if ref is not None:
+                read_prompts(ref, field)
+        if recipe.licence is None:
+            raise ValueError(
+                "licence: missing; say the licence of the teacher's weights, such as creativeml-openrail-m, which "
+                "stands in the card of every model made from them"
+            )
     return net
 
 
@@ -266,14 +357,30 @@ def check_data(data: Feed | NoData | Shards, student: Denoiser, needs: Sequence[
             "data.path: the rows have no noise, and the method trains on a teacher's pairs; make them with: "
             "python jobs/pairs.py teacher=... out=..."
         )
-    if isinstance(data, Shards) and data.manifest.kind != "image":
-        raise ValueError(f"data.path: holds {data.manifest.kind}s, of which no pictures are made here; prepare images")
+    shards = data if isinstance(data, Shards) else getattr(data, "shards", None)
+    kind = "image" if shards is None else shards.manifest.kind
+    if (kind == "latent") != (student.codec is not None):
+        holds = "holds latents, but the network takes pixels; prepare images"
+        if kind == "image":
+            holds = "holds images, but the network takes latents; make them with: python jobs/encode.py"
+        raise ValueError(f"data.path: {holds}")
     shape = tuple(data.size if isinstance(data, Shards) else data.shape)
     if shape != tuple(student.shape):
         raise ValueError(
-            f"data.path: images of shape {shape} (C, H, W), but the network takes {tuple(student.shape)}; "
+            f"data.path: {kind}s of shape {shape} (C, H, W), but the network takes {tuple(student.shape)}; "
             "prepare them with size= of the network, or choose another teacher"
         )
+    if shards is not None and isinstance(student.conditions, Texts):
+        for name, wanted in student.conditions.shapes.items():
+            found = shards.column(name).shape
+            if name != "mask" and found[-1:] != wanted[-1:]:
+                raise ValueError(
+                    f"data.path: its column {name!r} has {found[-1]} numbers a token, but the network takes "
+                    f"{wanted[-1]}; encode the captions with this teacher's text encoders: python jobs/encode.py"
+                )
+    if isinstance(data, Shards) and student.codec is not None:
+        first = torch.from_numpy(latents(data.read(0), shape).copy())
+        student.codec.check_scale(first, f"data.path: {str(data.path)!r}")
     if student.classes is not None and not data.classes:
         raise ValueError(
             f"data.path: the images have no labels, but the network has {student.classes} classes; prepare them with "
@@ -310,13 +417,17 @@ def make_engine(recipe: Recipe, feed: Feed | NoData, world: World | None = None,
 
 @dataclass(frozen=True)
 class Sampler:
-    """A way to make images from unit noise: its name, its network calls an image, and sample(z, cond, draws) -> x0."""
+    """A way to make images from unit noise: its name, its network calls an image, and sample(z, cond, draws) -> x0.
+
+    pictures: of samples; see `Denoiser.pictures`.
+    """
 
     name: str
     calls: int
     sample: Callable[[Tensor, Any, Draws], Tensor]
     shape: tuple[int, int, int]
     conditions: Conditions
+    pictures: Callable[[Tensor], Tensor] = lambda x0: x0
 
 
 def student_sampler(method: Any, nets: Mapping[str, nn.Module]) -> Sampler:
@@ -330,7 +441,7 @@ def few_step_sampler(nets: Mapping[str, nn.Module], calls: Sequence[Call]) -> Sa
     """A generator as a list of calls."""
     net = nets[calls[0].role]
     sample = lambda z, cond, draws: run_calls(nets, calls, z, cond, draws)
-    return Sampler(f"few-step-{len(calls)}", len(calls), sample, net.shape, net.conditions)
+    return Sampler(f"few-step-{len(calls)}", len(calls), sample, net.shape, net.conditions, net.pictures)
 
 
 def heun_sampler(net: nn.Module, steps: int, guidance: float = 1.0) -> Sampler:
@@ -343,7 +454,23 @@ def heun_sampler(net: nn.Module, steps: int, guidance: float = 1.0) -> Sampler:
 
     name = f"heun-{steps}" + (f"-guided-{guidance:g}" if guidance != 1 else "")
     calls = (2 * steps - 1) * (2 if guidance != 1 else 1)
-    return Sampler(name, calls, sample, net.shape, conditions)
+    return Sampler(name, calls, sample, net.shape, conditions, net.pictures)
+
+
+def ddim_sampler(net: nn.Module, steps: int, guidance: float = 1.0) -> Sampler:
+    """A diffusion model by DDIM on its own schedule: `steps` calls an image, twice that with guidance."""
+
+    def sample(z: Tensor, cond: Any, draws: Draws) -> Tensor:
+        null = net.conditions.null(cond)
+        return ddim(lambda x_t, level, c: guided(net, x_t, level, c, guidance, null), z, cond, steps, net.schedule)
+
+    name = f"ddim-{steps}" + (f"-guided-{guidance:g}" if guidance != 1 else "")
+    return Sampler(name, steps * (2 if guidance != 1 else 1), sample, net.shape, net.conditions, net.pictures)
+
+
+def teacher_sampler(net: nn.Module, steps: int, guidance: float = 1.0) -> Sampler:
+    """A teacher by the solver of its kind: DDIM for a network of texts, Heun's for any other."""
+    return (ddim_sampler if isinstance(net.conditions, Texts) else heun_sampler)(net, steps, guidance)
 
 
 @torch.no_grad()
@@ -371,14 +498,15 @@ def make_samples(
         z = draws.normal("z", (batch // world.size, *sampler.shape))
         numbers = torch.arange(first, first + batch, device=world.device)[world.rank :: world.size]
         cond = sampler.conditions.listed(numbers)
-        mine.append(to_uint8(sampler.sample(z, cond, draws)).cpu())  # waits for the device
+        mine.append(to_uint8(sampler.pictures(sampler.sample(z, cond, draws))).cpu())  # waits for the device
         laps.append(time.perf_counter() - start)
     seconds = median(laps) * images / batch
     whole = _interleave(torch.cat(mine), batch, world)
     if whole is None:
         return None
     labels = sampler.conditions.listed(torch.arange(images)) if sampler.conditions.classes else None
-    return Samples(whole[:images], labels, sampler.name, sampler.calls, seconds, seed, checkpoint)
+    words = sampler.conditions.words(images) if isinstance(sampler.conditions, Texts) else ()
+    return Samples(whole[:images], labels, sampler.name, sampler.calls, seconds, seed, checkpoint, words)
 
 
 def _interleave(mine: Tensor, batch: int, world: World) -> Tensor | None:

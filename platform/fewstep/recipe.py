@@ -46,7 +46,7 @@ from .networks.pretrained import Network, locate
 from .texts import has_masked, masked, revealed
 
 # keys that do not change a run's numbers: ASIDE at the top of a recipe, REPORTING below `train`
-ASIDE = "recipe name out tracking evaluate cluster storage resume resume_allow failure".split()
+ASIDE = "recipe name licence out tracking evaluate cluster storage resume resume_allow failure".split()
 SECRETS = ("MLFLOW_TRACKING_URI", "FEWSTEP_STORAGE")  # environment variables that hold URLs with their secrets
 SUFFIX_BYTES = 12  # what a sweep appends to its name for those of its trials
 REPORTING = "report_every save_every keep keep_best keep_best_by keep_best_mode keep_every_images".split()
@@ -141,7 +141,13 @@ class Evaluate(Metrics):
     batch: Annotated[int, Field(ge=1)] = 250
     """Batch size of sampling, over all workers."""
     teacher_steps: list[Annotated[int, Field(ge=1)]] = []
-    """Numbers of Heun steps at which the teacher is scored at the end (NFE is 2 steps - 1)."""
+    """Numbers of solver steps at which the teacher is scored at the end: Heun's (NFE is 2 steps - 1), or DDIM's (NFE
+    is steps) for a teacher that takes texts."""
+    teacher_guidance: Annotated[float, Field(ge=1)] = 1.0
+    """Guidance scale of the teacher's scores and grid, which doubles its NFE."""
+    prompts: LocalPath | None = None
+    """Text file of prompts, one a line, that scores and grids ask for. null takes the recipe's prompts, else the first
+    captions of the data."""
     rank_seen_by_loss: bool = False
     """Allow scores to rank checkpoints and trials even if a loss of the run used the metric's network."""
     grid_every_images: Annotated[int, Field(ge=1)] | None = None
@@ -170,6 +176,12 @@ class Recipe(Strict):
     """Seed of all randomness: weights, draws, data order, samples."""
     teacher: str | None = None
     """Folder of a diffusers pipeline or of a network of this project. shipped:fashion_mnist/teacher is embedded."""
+    licence: str | None = None
+    """Licence of the teacher's weights, an SPDX name or a word of your own, for the card of the student. A teacher that
+    takes texts needs one."""
+    prompts: LocalPath | None = None
+    """Text file of prompts, one a line, that a student of texts generates for in training. null takes the captions of
+    the data at hand."""
     network: Network | None = None
     """A new network to train instead of distilling a teacher; jobs/teach.py uses it."""
     start: dict[str, PathOrURL] = {}

@@ -400,13 +400,13 @@ def draw(recipe: Recipe, engine: Engine, book: Book | None) -> None:
     if "fake" in engine.nets:
         denoised = fake_denoising(recipe, engine, student)
         if book is not None:
-            book.picture("fake", to_uint8(denoised).cpu(), engine.step)
+            book.picture("fake", to_uint8(student.pictures(denoised)).cpu(), engine.step)
 
 
 def draw_teacher(recipe: Recipe, engine: Engine, book: Book | None) -> None:
     """Draws the teacher's grid by 18 Heun steps, from the same noise and labels as the student's grid."""
     if "teacher" in engine.nets:
-        sampler = build.heun_sampler(engine.nets["teacher"], 18)
+        sampler = build.teacher_sampler(engine.nets["teacher"], 18, recipe.evaluate.teacher_guidance)
         samples = _samples(engine, sampler, GRID_IMAGES, recipe.seed, GRID_IMAGES)
         if book is not None:
             book.picture("teacher", samples.images, 0)
@@ -434,7 +434,9 @@ def _finish(recipe: Recipe, engine: Engine, book: Book | None) -> None:
     draw(recipe, engine, book)
     samplers = [("student", build.student_sampler(recipe.method, engine.sampling))]
     if teacher is not None:
-        samplers = [("teacher", build.heun_sampler(teacher, steps)) for steps in e.teacher_steps] + samplers
+        samplers = [
+            ("teacher", build.teacher_sampler(teacher, steps, e.teacher_guidance)) for steps in e.teacher_steps
+        ] + samplers
     for who, sampler in samplers if e.metrics else []:
         samples = _samples(engine, sampler, e.images, recipe.seed, e.batch)
         if book is not None:
@@ -486,7 +488,7 @@ def check(recipe: Recipe) -> None:
     tried(lambda: _check_folders(recipe))
     if not found:
         tried(lambda: _check_resume(recipe))
-    net = tried(lambda: build.check_network(build.make_teacher(recipe, weights=False)))
+    net = tried(lambda: build.check_network(recipe, build.make_teacher(recipe, weights=False)))
     if recipe.data is not None:
         shards = tried(lambda: open_shards(resolve(recipe.data.path), "size"))
         if net is not None and shards is not None:
@@ -506,7 +508,7 @@ def _check_scores(recipe: Recipe, metrics: list[Measure], net: Denoiser) -> None
     _check_memory("evaluate.batch", e.batch, net, "sampled at once")
     _check_memory("evaluate.images", e.images, net, "scored together", item_bytes=1)
     try:
-        check_samples(metrics, net.shape, net.classes, e.images)
+        check_samples(metrics, net.picture_shape, net.classes, e.images)
     except ValueError as error:
         raise ValueError(f"evaluate.metrics: {error}") from None
     if recipe.train.keep_best and best_by in recipe.seen_by_loss and not e.rank_seen_by_loss:
@@ -553,7 +555,10 @@ def _check_memory(field: str, images: int, net: Denoiser, what: str, item_bytes:
 
     item_bytes: of one value; 16 are float32 noise, sample, network input and output.
     """
-    need, total = images * math.prod(net.shape) * item_bytes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    need, total = (
+        images * math.prod(net.picture_shape) * item_bytes,
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )
     if need > total:
         raise ValueError(
             f"{field}: {images:,} images {what} take {need / 2**30:,.0f} GiB or more, and this machine has "

@@ -20,6 +20,7 @@ from .engine.manifest import read_manifest
 from .folders import EXPORT, replaceable
 from .locks import LOCK, locked
 from .networks.card import Card
+from .networks.conditions import Texts
 from .networks.denoiser import Denoiser
 from .networks.export import export, exported_calls
 from .networks.pretrained import locate, open_teacher
@@ -88,21 +89,38 @@ def recipe_of(ref: str) -> Recipe | None:
     return read_run(path.parent) if path.is_file() else None
 
 
-def open_sampler(ref: str, steps: int = 18, guidance: float = 1.0, device: torch.device | str = "cpu") -> build.Sampler:
-    """The sampler of a run, a checkpoint or an export, as distilled; of a teacher, Heun's solver.
+def open_sampler(
+    ref: str,
+    steps: int = 18,
+    guidance: float = 1.0,
+    device: torch.device | str = "cpu",
+    prompts: Sequence[str] | None = None,
+) -> build.Sampler:
+    """The sampler of a run, a checkpoint or an export, as distilled; of a teacher, the solver of its kind.
 
-    steps, guidance: of the solver, for a teacher alone. Raises ValueError naming the file at fault.
+    steps, guidance: of the solver, for a teacher alone. prompts: what to generate for, where the network takes texts;
+    None takes those of a run's recipe. Raises ValueError naming the file at fault.
     """
     folder = locate(ref)
     if (folder / "recipe.yaml").is_file() or complete(folder):
         student = open_student(folder)
-        student.net.to(device)
-        return student.sampler
-    net = open_teacher(folder).requires_grad_(False).to(device)
-    calls = exported_calls(folder)
-    if calls is None:
-        return build.heun_sampler(net, steps, guidance)
-    return build.few_step_sampler({"student": net}, calls)
+        net, pipeline = student.net, build.pipeline_folder(student.recipe)
+        sampler = lambda: student.sampler
+    else:
+        net, calls, pipeline = open_teacher(folder).requires_grad_(False), exported_calls(folder), folder
+        if calls is None:
+            sampler = lambda: build.teacher_sampler(net, steps, guidance)
+        else:
+            sampler = lambda: build.few_step_sampler({"student": net}, calls)
+    texts = isinstance(net.conditions, Texts)
+    if prompts is not None and not texts:
+        raise ValueError("prompts: this model takes no texts; leave them out")
+    if prompts is not None:
+        build.with_pipeline(net, pipeline, listing=prompts)
+    elif texts and net.conditions.listing is None and net.conditions.prompts is None:
+        raise ValueError("prompts: missing; this model generates for texts: give one, a list, or a text file")
+    net.to(device)
+    return sampler()
 
 
 def few_step_calls(method: Any, net: Denoiser) -> tuple[Call, ...]:

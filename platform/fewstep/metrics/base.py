@@ -70,7 +70,8 @@ class Samples:
 
     images: uint8 (N, C, H, W), CPU. labels: int64 (N,), the classes asked for; None for an unconditional sampler.
     sampler: the sampler and its settings in words. calls: network calls an image. seconds: time to make all of them.
-    checkpoint: "last", or "best of n" where the checkpoint was chosen by its score among n.
+    checkpoint: "last", or "best of n" where the checkpoint was chosen by its score among n. words: the prompts asked
+    for, N of them, or () of a sampler that takes none.
     Raises ValueError naming the field when types or counts do not fit.
     """
 
@@ -81,6 +82,7 @@ class Samples:
     seconds: float
     seed: int
     checkpoint: str = "last"
+    words: tuple[str, ...] = ()
     features: Features = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -94,6 +96,8 @@ class Samples:
                 f"samples.labels: {self.labels.dtype} {tuple(self.labels.shape)}; "
                 f"expected int64 ({len(self.images)},), a class for every image"
             )
+        if len(self.words) not in (0, len(self.images)):
+            raise ValueError(f"samples.words: {len(self.words)} for {len(self.images)} images; one for every image")
         object.__setattr__(self, "features", Features(self.images))
 
     def __len__(self) -> int:

@@ -90,41 +90,52 @@ class Labels:
 
 
 @dataclass(frozen=True)
+class Prompts:
+    """Embedded prompts: columns (N, ...), on the CPU, and the N texts, or () where they are not kept."""
+
+    columns: Mapping[str, Tensor]
+    words: tuple[str, ...] = ()
+    _held: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def pick(self, numbers: Tensor) -> dict[str, Tensor]:
+        """The prompts with these numbers (B,), float32, on the device of the numbers, to which all are moved once."""
+        if numbers.device not in self._held:
+            self._held[numbers.device] = {k: v.to(numbers.device) for k, v in self.columns.items()}
+        return {k: v[numbers].float() for k, v in self._held[numbers.device].items()}
+
+
+@dataclass(frozen=True)
 class Texts:
     """Embedded texts by column: {"text": (B, L, D)}, and for some networks {"pooled": (B, P)} or {"mask": (B, L)}.
 
-    shapes: of one sample, by column. prompts: embedded prompts (N, ...) by column, for generated samples; without any
-    a student generates for the texts of the data at hand. nothing: one sample's condition without text (1, ...), by
-    column, as the family defines it: SD 1.5 the encoded empty string, SDXL zeros. words: the N prompts themselves.
-    A copy is the object itself: networks share their prompts.
+    shapes: of one sample, by column. prompts: for generated samples; without any a student generates for the texts of
+    the data at hand. listing: prompts of listed samples, which take them in turn; None takes `prompts`. nothing: one
+    sample's condition without text (1, ...), by column, as the family defines it: SD 1.5 the encoded empty string, SDXL
+    zeros. A copy is the object itself: networks share their prompts.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
-    prompts: Mapping[str, Tensor] = field(default_factory=dict)
+    prompts: Prompts | None = None
     nothing: Mapping[str, Tensor] = field(default_factory=dict)
-    words: tuple[str, ...] = ()
+    listing: Prompts | None = None
     classes: None = field(default=None, init=False)
-    _held: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Texts:
         return self
 
-    @property
-    def count(self) -> int:
-        """Number of prompts."""
-        return len(next(iter(self.prompts.values()), ()))
-
-    def _pick(self, numbers: Tensor) -> dict[str, Tensor]:
-        if not self.prompts:
+    def _listed(self) -> Prompts:
+        if (found := self.listing or self.prompts) is None:
             raise ValueError("prompts: missing; a network that takes texts generates for embedded prompts")
-        if numbers.device not in self._held:  # moved there once, in the precision in which they are kept
-            self._held[numbers.device] = {k: v.to(numbers.device) for k, v in self.prompts.items()}
-        return {k: v[numbers].float() for k, v in self._held[numbers.device].items()}
+        return found
 
     def draw(self, draws: Draws, count: int, rows: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Tensor]:
-        if not self.prompts and rows:
+        if self.prompts is None and rows:
             return self.of(rows)
-        return self._pick(draws.integers("cond", 0, max(self.count - 1, 0), count))
+        prompts = self._listed() if self.prompts is None else self.prompts
+        return prompts.pick(draws.integers("cond", 0, len(prompts) - 1, count))
 
     def of(self, rows: Mapping[str, Any]) -> dict[str, Tensor]:
         missing = [name for name in self.shapes if name not in rows]
@@ -141,7 +152,12 @@ class Texts:
         return {k: self.nothing[k].to(v.device, v.dtype).expand(v.shape) for k, v in like.items()}
 
     def listed(self, numbers: Tensor) -> dict[str, Tensor]:
-        return self._pick(numbers % max(self.count, 1))
+        return self._listed().pick(numbers % len(self._listed()))
+
+    def words(self, count: int) -> tuple[str, ...]:
+        """The prompts of the samples 0, 1, ..., count - 1, as they are listed; () where only their numbers are kept."""
+        words = self._listed().words
+        return tuple(words[i % len(words)] for i in range(count)) if words else ()
 
     def zeros(self, count: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         return {name: torch.zeros(count, *shape, device=device) for name, shape in self.shapes.items()}

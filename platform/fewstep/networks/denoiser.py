@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,14 @@ from .lora import active
 Mode = Literal["x0", "raw", "features", "both", "raw+features"]
 
 
+class Codec(Protocol):
+    """Pictures of latents; see networks/latents.py."""
+
+    def shape_of(self, latent: tuple[int, int, int]) -> tuple[int, int, int]: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
 class Denoiser(nn.Module):
     """D(x_t, level, cond) -> x0, where `level` may come from another schedule than the network's own.
 
@@ -27,7 +35,7 @@ class Denoiser(nn.Module):
     conditioning (its own time, or ln(sigma) / 4 for EDM) is multiplied by.
     precision: "fp32" or "bf16" for the arithmetic of the backbone's blocks, for good; its input and output layers are
     float32, and so are the x0 algebra and what leaves. `forward` is the only entry point, as a sharded module needs.
-    running: which pass runs, or ran last.
+    running: which pass runs, or ran last. codec: of a network of latents, which copies share; None for one of pixels.
     """
 
     running: Pass = "full"
@@ -58,6 +66,7 @@ class Denoiser(nn.Module):
         self.backbone, self.schedule, self.prediction = backbone, schedule, prediction
         self.data_std, self.time_scale, self._precision = data_std, time_scale, precision
         self.extras, self._conditions = nn.ModuleDict(), None
+        self.codec: Codec | None = None
         if precision == "bf16":
             in_bf16(backbone)
 
@@ -76,6 +85,15 @@ class Denoiser(nn.Module):
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one sample."""
         return self.backbone.shape
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one sample's picture."""
+        return self.shape if self.codec is None else self.codec.shape_of(self.shape)
+
+    def pictures(self, x0: Tensor) -> Tensor:
+        """Pictures (B, C, H, W), about [-1, 1], of samples: the samples themselves, or what the codec makes of them."""
+        return x0 if self.codec is None else self.codec.decode(x0)
 
     @property
     def classes(self) -> int | None:

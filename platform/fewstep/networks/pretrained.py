@@ -26,6 +26,7 @@ from .denoiser import Denoiser
 from .families import BACKBONES, FLUX_SIDE
 from .heads import Head
 from .hub import PREFIX, snapshot
+from .latents import find_latents
 from .schedulers import from_scheduler
 from .weights import (
     WEIGHTS,
@@ -225,7 +226,8 @@ def open_teacher(ref: str | Path, precision: str = "fp32", weights: bool = True)
     which takes no memory, and only the headers of their files are read.
     Reads safetensors and JSON only; no code that a folder brings is run. Raises ValueError naming what is missing.
     """
-    network, path, config, stored = _read_folder(locate(ref))
+    folder = locate(ref)
+    network, path, config, stored = _read_folder(folder)
     name, arguments = network.model, arguments_of(network.model, config)
     try:
         # parameters that are replaced while a model is built count twice
@@ -234,11 +236,12 @@ def open_teacher(ref: str | Path, precision: str = "fp32", weights: bool = True)
     except ValueError as error:
         raise ValueError(f"teacher: {path}: {error}") from None
     names = check_headers(model, stored, path.parent)
-    if not weights:
-        return _denoiser(model, network, precision).eval()
-    model = unfilled(name, arguments)
-    fill(model, stored, names)
-    return _denoiser(model, network, precision).eval()
+    if weights:
+        model = unfilled(name, arguments)
+        fill(model, stored, names)
+    net = _denoiser(model, network, precision).eval()
+    net.codec = find_latents(folder)
+    return net
 
 
 def _read_folder(folder: Path) -> tuple[Network, Path, dict[str, Any], dict[str, Stored]]:

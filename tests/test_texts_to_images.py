@@ -1,0 +1,206 @@
+"""Latent text-to-image models from a pipeline's folder: prompts, codec, data, training, and mistakes in each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import tiny
+import torch
+import toy
+import yaml
+
+from fewstep import build, run
+from fewstep.config import ConfigError
+from fewstep.data.manifest import Column
+from fewstep.data.shards import ShardWriter
+from fewstep.networks.conditions import Texts
+from fewstep.networks.latents import Latents
+from fewstep.networks.pretrained import open_teacher
+from fewstep.networks.prompts import open_encoder
+from fewstep.recipe import Recipe, open_recipe
+from fewstep.students import open_sampler
+
+NET = "UNet2DConditionModel"
+WORDS = ["a cat", "a dog", "", "w" * 10_000]
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory) -> Path:
+    return tiny.pipeline("sd15", tmp_path_factory.mktemp("sd15") / "sd")
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory) -> Path:
+    return tiny.pipeline("sdxl", tmp_path_factory.mktemp("sdxl") / "sdxl")
+
+
+def shards(folder: Path, scale: float = 1.0, width: int = 12, text: bool = True, rows: int = 8) -> Path:
+    """Latents with embedded captions, of any content."""
+    draw = np.random.default_rng(0).standard_normal
+    columns = [Column(name="text", kind="text", shape=(tiny.TOKENS, width), dtype="float32")] if text else []
+    with ShardWriter(folder, (4, 8, 8), encoding="float32", captions=True, columns=columns) as writer:
+        for i in range(rows):
+            more = {"text": draw((tiny.TOKENS, width)).astype(np.float32)} if text else {}
+            writer.add((scale * draw((4, 8, 8))).astype(np.float32), caption=f"thing {i}", **more)
+    return folder
+
+
+def recipe(folder: Path, teacher: Path, data: Path | None, *words: str) -> Recipe:
+    path = folder / "tiny.yaml"
+    roles = ("student", "fake", "disc")
+    content = {
+        "teacher": str(teacher),
+        "licence": "cc-by-4.0",
+        "data": None if data is None else {"path": str(data)},
+        "method": {"name": "dmd2", "student_steps": 4, "guidance": 3.0},
+        "optim": {role: {"lr": 1e-3} for role in roles},
+        "train": {"steps": 2, "batch": 4, "report_every": 1, "save_every": 2},
+        "out": str(folder / "runs"),
+    }
+    path.write_text(yaml.safe_dump(content))
+    named = dict(word.split("=", 1) for word in ("name=a", *words))
+    return open_recipe(str(path), folder, {key: yaml.safe_load(value) for key, value in named.items()})
+
+
+# Prompts and pictures
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_prompts_are_embedded_as_the_pipeline_does(name, sd, sdxl):
+    folder = {"sd15": sd, "sdxl": sdxl}[name]
+    encoder = open_encoder(folder, NET)
+    found = encoder.columns(WORDS, batch=3)
+    assert encoder.cut == 1  # CLIP cuts a text of 10,000 letters, and it is counted
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    kept = pipe.tokenizer(WORDS, padding="max_length", max_length=tiny.TOKENS, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        if name == "sd15":
+            expected = {"text": pipe.text_encoder(kept.input_ids)[0]}
+        else:
+            one = pipe.text_encoder(kept.input_ids, output_hidden_states=True)
+            two = pipe.text_encoder_2(kept.input_ids, output_hidden_states=True)
+            text = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1)
+            expected = {"text": text, "pooled": two.text_embeds}
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
+        empty = torch.zeros_like(value[2:3]) if name == "sdxl" else value[2:3]  # SDXL's nothing is zeros
+        torch.testing.assert_close(encoder.nothing()[key], empty, rtol=1e-5, atol=1e-6)
+
+
+def test_latents_become_the_pictures_that_the_pipeline_makes(sd):
+    net = open_teacher(sd)
+    vae = diffusers.AutoencoderKL.from_pretrained(sd / "vae")
+    x = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(net.pictures(x), vae.decode(x / 0.5).sample)
+        pictures, eps = torch.randn(2, 3, 16, 16), torch.randn(2, 4, 8, 8)
+        dist = vae.encode(pictures).latent_dist
+        torch.testing.assert_close(net.codec.encode(pictures, eps), 0.5 * (dist.mean + dist.std * eps))
+        torch.testing.assert_close(net.codec.encode(pictures), 0.5 * dist.mean)
+    assert net.picture_shape == (3, 16, 16)
+    shifted = replace_config(sd, "vae", shift_factor=0.25)
+    with torch.no_grad():
+        torch.testing.assert_close(Latents(shifted).decode(x), vae.decode(x / 0.5 + 0.25).sample)
+
+
+def replace_config(folder: Path, part: str, **fields) -> Path:
+    """A copy of a pipeline's folder with other values in the config of one of its parts."""
+    copy = folder.with_name(f"{folder.name}-{part}-{'-'.join(fields)}")
+    shutil.copytree(folder, copy, dirs_exist_ok=True)
+    path = copy / part / "config.json" if part else copy / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return copy
+
+
+# A run
+
+
+def test_a_recipe_trains_on_latents_and_embedded_captions(tmp_path, sd):
+    asked = recipe(tmp_path, sd, shards(tmp_path / "data"))
+    run.check(asked)
+    engine = build.make_engine(asked, build.make_feed(asked.data, 0), folder=asked.checkpoints)
+    conditions = engine.conditions
+    assert isinstance(conditions, Texts) and conditions.prompts is None
+    assert len(conditions.listing) == 8 and set(conditions.words(8)) == {f"thing {i}" for i in range(8)}
+    torch.testing.assert_close(conditions.nothing["text"], open_encoder(sd, NET).columns([""])["text"])
+    before = toy.weights(engine.nets["student"])
+    toy.finish(engine)
+    assert not toy.same(before, toy.weights(engine.nets["student"]))
+    sampler = build.student_sampler(asked.method, engine.sampling)
+    samples = build.make_samples(sampler, 5, batch=4)
+    assert samples.images.shape == (5, 3, 16, 16) and samples.words == conditions.words(5)
+    assert samples.calls == 4 and samples.labels is None
+    teacher = build.make_samples(build.teacher_sampler(engine.nets["teacher"], 8, 2.0), 2)
+    assert (teacher.sampler, teacher.calls) == ("ddim-8-guided-2", 16)
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    (asked.folder / "recipe.yaml").write_text(yaml.safe_dump(asked.model_dump(mode="json")))
+    build.describe_net(asked.folder, engine.nets["student"])
+    again = build.make_samples(open_sampler(str(asked.folder)), 5, batch=4)
+    assert torch.equal(again.images, samples.images)
+    other = build.make_samples(open_sampler(str(asked.folder), prompts=["a cat"]), 2)
+    assert other.words == ("a cat", "a cat")
+
+
+def test_a_student_generates_for_the_prompts_of_a_file(tmp_path, sd):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na bird\n")
+    words = [f"prompts={tmp_path / 'prompts.txt'}"]
+    asked = recipe(tmp_path, sd, shards(tmp_path / "data"), *words)
+    net = build.make_teacher(asked)
+    assert net.conditions.prompts.words == ("a cat", "a dog", "a bird")
+    expected = open_encoder(sd, NET).columns(["a dog"])["text"]
+    torch.testing.assert_close(net.conditions.listed(torch.tensor([1, 4]))["text"], expected.expand(2, -1, -1))
+    drawn = net.conditions.draw(build.Draws(0, 0), 64)["text"]
+    assert len({tuple(row.flatten().tolist()) for row in drawn}) == 3
+
+
+# Mistakes
+
+
+def test_mistakes_are_named_at_the_door(tmp_path, sd, sdxl):
+    data = shards(tmp_path / "data")
+
+    def refused(says: str, teacher: Path = sd, path: Path = data, *words: str):
+        with pytest.raises((ValueError, ConfigError), match=says) as error:
+            run.check(recipe(tmp_path, teacher, path, *words))
+        assert "\n" not in str(error.value)
+
+    refused("licence: missing; say the licence of the teacher's weights", sd, data, "licence=null")
+    inpaint = replace_config(sd, "", _class_name="StableDiffusionInpaintPipeline")
+    refused(
+        r"model_index.json: its pipeline is 'StableDiffusionInpaintPipeline'; of a UNet2DConditionModel are read "
+        "StableDiffusionPipeline, StableDiffusionXLPipeline",
+        inpaint,
+    )
+    deaf = replace_config(sd, "vae", deaf=True)
+    shutil.rmtree(deaf / "text_encoder")
+    refused("has no text_encoder, so its prompts cannot be encoded; copy it there", deaf)
+    blind = replace_config(sd, "vae", blind=True)
+    shutil.rmtree(blind / "vae")
+    refused("teacher: it generates 4 channels, so latents, and its folder has no vae/config.json", blind)
+    refused("of class 'VQModel'; known: AutoencoderKL, AutoencoderDC", replace_config(sd, "vae", _class_name="VQModel"))
+    refused("is of class 'UNetMotionModel'; known: ", replace_config(sd, "unet", _class_name="UNetMotionModel"))
+    forgotten = shards(tmp_path / "forgotten", scale=2.0)  # z, where the network takes z / 2
+    refused("latents have the standard deviation 1.*so the scaling factor is wrong: store", sd, forgotten)
+    twice = shards(tmp_path / "twice", scale=0.5)
+    refused("latents have the standard deviation 0.*so the scaling factor is wrong: store", sd, twice)
+    bare = shards(tmp_path / "bare", text=False)
+    refused("has no column 'text'", sd, bare)
+    refused("its column 'text' has 9 numbers a token, but the network takes 12", sd, shards(tmp_path / "w", width=9))
+    refused("has no column 'pooled'", sdxl)
+    (tmp_path / "gap.txt").write_text("a cat\n\na dog\n")
+    refused("gap.txt': line 2 is empty; give a prompt, or remove the line", sd, data, f"prompts={tmp_path}/gap.txt")
+    refused("evaluate.prompts: .* is no readable text file", sd, data, f"evaluate.prompts={tmp_path}/none.txt")
+    with pytest.raises(ValueError, match="prompts: missing; this model generates for texts: give one"):
+        open_sampler(str(sd))
+
+
+def test_a_teacher_whose_maps_are_not_square_has_no_gan_head(tmp_path, sd):
+    wide = replace_config(sd, "unet", sample_size=[8, 16])
+    with pytest.raises(ValueError, match="a tap's map is 4 x 8, and a GAN head needs a square one; set gan_weight=0"):
+        build.make_nets(recipe(tmp_path, wide, shards(tmp_path / "data")))
