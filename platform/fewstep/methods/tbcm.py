@@ -1,5 +1,5 @@
-"""Image-free timestep distillation via continuous-time consistency with trajectory-sampled pairs (TBCM). Tang et al.
-2025, arXiv:2511.20410."""
+"""Image-free timestep distillation via continuous-time consistency with trajectory-sampled pairs (TBCM).
+Tang et al. 2025, arXiv:2511.20410."""
 
 from __future__ import annotations
 
