@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,10 +64,17 @@ def listening(root: psutil.Process | None = None) -> list[tuple[str, str, int]]:
     root, found = root or psutil.Process(), []
     for process in (root, *root.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
-            for socket in process.net_connections("inet"):
-                if socket.status == psutil.CONN_LISTEN:
-                    found.append((process.name(), socket.laddr.ip.removeprefix("::ffff:"), socket.laddr.port))
+            for open_socket in process.net_connections("inet"):
+                if open_socket.status == psutil.CONN_LISTEN:
+                    found.append((process.name(), open_socket.laddr.ip.removeprefix("::ffff:"), open_socket.laddr.port))
     return found
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 HOLDS = "import sys; from fewstep.locks import *; hold(Path(sys.argv[1])); print('has it', flush=True); input()"

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from demo import ROOT, listening, losses, mlflow_history, recipe, words
+from demo import ROOT, free_port, listening, losses, mlflow_history, recipe, words
 from ray import cloudpickle
 
 from fewstep.cluster import train
@@ -317,12 +317,6 @@ def test_kill_9_of_the_mlflow_server(ray_cluster, whole, tmp_path):
         assert_as_if_nothing_happened(tmp_path / "runs" / "server", whole, uri, result["run_id"])
     finally:
         end(server)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def serve(uri: str, port: int, tmp_path: Path) -> subprocess.Popen:

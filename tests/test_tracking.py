@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import stat
 import statistics
 import subprocess
@@ -22,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from demo import free_port
 from job import job
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
@@ -183,6 +183,8 @@ def test_a_model_is_registered_and_its_alias_downloads_it(start, client, uri, tm
     (export / "unet").mkdir(parents=True)
     (export / "unet" / "weights.bin").write_bytes(bytes(range(256)))
     with start() as tracker:
+        tracker.data("photos", "abc", "data/photos", rows=3)
+        tracker.score({"name": "fd", "value": 1.5}, step=7)
         tracker.model(export, "fashion", "champion")
         tracker.model(export, "fashion", "champion")
     versions = client.search_model_versions("name = 'fashion'")
@@ -191,10 +193,16 @@ def test_a_model_is_registered_and_its_alias_downloads_it(start, client, uri, tm
     assert int(client.get_model_version_by_alias("fashion", "champion").version) == 2
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # MLflow looks models:/ up nowhere else
     folder = Path(download_artifacts("models:/fashion@champion", dst_path=str(tmp_path / "got")))
-    assert (folder / "unet" / "weights.bin").read_bytes() == bytes(range(256))
+    assert (folder / "data/export/unet/weights.bin").read_bytes() == bytes(range(256))
 
     again = send(resend(tmp_path / "run"))
     assert again.unsent == 0 and len(client.search_model_versions("name = 'fashion'")) == 2
+    run = client.get_run(tracker.run_id)
+    models = client.search_logged_models([run.info.experiment_id])
+    assert {m.model_id for m in models} == {m.model_id for m in run.outputs.model_outputs} and len(models) == 2
+    assert [(m.key, m.value, m.step) for m in models[0].metrics] == [("score/fd", 1.5, 7)]
+    data = [used.dataset for used in run.inputs.dataset_inputs]
+    assert [(d.name, d.digest, json.loads(d.profile)) for d in data] == [("photos", "abc", {"rows": 3})]
 
 
 def resend(folder: Path) -> Path:
@@ -324,12 +332,6 @@ def test_a_damaged_line_is_named(start, tmp_path):
         start()
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def test_without_a_server_training_goes_on_and_the_job_sends_later(start, client, uri, tmp_path, monkeypatch, caplog):
     dead = f"http://127.0.0.1:{free_port()}"
     tracker = start(uri=dead, name="alone")
@@ -436,7 +438,7 @@ def test_a_server_that_hangs_and_dies_delays_and_loses_nothing(start, server, tm
     assert len(client.list_artifacts(tracker.run_id, "images")) == 2
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)  # MLflow looks models:/ up nowhere else
     got = download_artifacts("models:/tough@champion", dst_path=str(tmp_path / "got"))
-    assert (Path(got) / "weights.bin").read_bytes() == b"weights"
+    assert (Path(got) / "data/export/weights.bin").read_bytes() == b"weights"
     assert sum("tracking continues after" in m for m in caplog.messages) == 1
 
 

@@ -250,6 +250,9 @@ def run(
     reports = Reports(folder, engine.step)
     with open_tracker(recipe, origin) as tracker:
         tracker.rewind(engine.step)
+        if recipe.data is not None and checkpoint is None:
+            digest = origin.tags.get("fingerprint.data", "unknown")
+            tracker.data(Path(recipe.data.path).name, digest, recipe.data.path, rows=feed.rows)
         book = Book(recipe, tracker, Scorer(recipe, tracker, reports, engine, services), reports)
         try:
             with Watchdog(engine, folder, 60 * recipe.failure.stall_minutes):

@@ -8,18 +8,29 @@ step, value). Parameters, tags and files overwrite themselves. The run and its m
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    RunTag,
+)
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from ..texts import masked
 from .journal import Entry, Journal, log
+from .model import save_model
 from .store import experiment, page, prepare_store
 
 METRICS, PARAMS = 1000, 100  # entities MLflow takes in one request
@@ -172,25 +183,60 @@ class Sender:
         self.client.set_tag(run_id, "mlflow.loggedImages", "true")
 
     def _model(self, entry: Entry) -> None:
+        """The export as a logged model with the run's scores, and as a version of the registered model."""
         op, run_id, client = entry.op, self.journal.run_id, self.client
         folder = Path(op["folder"])
         if not folder.is_dir():
             return self.journal.refuse(entry, f"model {folder}", "the folder is gone")
-        client.log_artifacts(run_id, str(folder), "model")
+        model_id = self._logged_model(entry, folder)
         try:
             client.create_registered_model(op["name"])
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        serial = str(entry.serial)
+        tags = {"fewstep.serial": str(entry.serial)}
         versions = client.search_model_versions(f"name = '{op['name']}' and run_id = '{run_id}'")
-        version = next((v for v in versions if v.tags.get("fewstep.serial") == serial), None)
+        version = next((v for v in versions if tags.items() <= v.tags.items()), None)
         if version is None:
-            source = f"{client.get_run(run_id).info.artifact_uri}/model"
+            source = client.get_logged_model(model_id).artifact_location  # an SQL store finds no models:/ of its own
             version = client.create_model_version(
-                op["name"], source, run_id, tags={"fewstep.serial": serial}, await_creation_for=None
+                op["name"], source, run_id, tags=tags, await_creation_for=None, model_id=model_id
             )
         client.set_registered_model_alias(op["name"], op["alias"], version.version)
+
+    def _logged_model(self, entry: Entry, folder: Path) -> str:
+        """Id of the logged model of this entry, which is made and filled where it is not yet whole."""
+        op, run_id, client = entry.op, self.journal.run_id, self.client
+        experiments, tags = [self.journal.experiment_id], {"fewstep.serial": str(entry.serial)}
+        found = client.search_logged_models(experiments, f"source_run_id = '{run_id}'")
+        model = next((m for m in found if tags.items() <= m.tags.items()), None)
+        if model is None:
+            name = re.sub(r"[/:.%'\"]", "_", op["name"])  # what MLflow does not take in a logged model's name
+            model = client.create_logged_model(experiments[0], name, run_id, tags)
+        if model.status != LoggedModelStatus.READY:
+            with tempfile.TemporaryDirectory() as tmp:
+                save_model(folder, Path(tmp) / "model")
+                client.log_model_artifacts(model.model_id, str(Path(tmp) / "model"))
+            client.finalize_logged_model(model.model_id, "READY")
+        step, scores = 0, {}
+        for e in self._until(entry):
+            if e.op["op"] == "score":
+                step = max(step, e.op["step"])
+                scores[e.op["score"]["name"]] = e.op
+        outputs = client.get_run(run_id).outputs
+        if model.model_id not in {known.model_id for known in (outputs.model_outputs if outputs else ())}:
+            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
+        for name, scored in scores.items():
+            value, when, at = scored["score"]["value"], scored["time"], scored["step"]
+            client.log_metric(run_id, f"score/{name}", value, when, at, model_id=model.model_id)
+        return model.model_id
+
+    def _input(self, entry: Entry) -> None:
+        """The data set of the run."""
+        op = entry.op
+        data = Dataset(op["name"], op["digest"], "local", json.dumps({"uri": op["source"]}), profile=op["profile"])
+        tags = [InputTag("mlflow.data.context", "training")]
+        self.client.log_inputs(self.journal.run_id, [DatasetInput(data, tags)])
 
 
 def drain(sender: Sender, give_up: Callable[[], bool], wait: Callable[[float], object]) -> None:

@@ -222,10 +222,10 @@ class Tracker:
         self._append({"op": "tags", "tags": _tags(tags)})
 
     def model(self, folder: Path, name: str, alias: str) -> None:
-        """Uploads an exported folder as `model/` and registers it as a version of `name`, to which `alias` then points.
+        """Logs an exported folder as an MLflow model, and registers it as a version of `name` with an alias.
 
-        The folder is not copied, so it must stay until it is sent. A second export of a run replaces the first one's
-        files.
+        The alias then points to it. The model has the Python-function flavour and the run's scores, see model.py. The
+        folder is not copied here: it must stay until it is sent.
         """
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"model: no folder {str(folder)!r}")
@@ -234,6 +234,14 @@ class Tracker:
         if not re.fullmatch(r"[\w-]+", alias) or re.fullmatch(r"[vV]\d+|latest", alias):
             raise ValueError(f"model: {alias!r} is not an alias; use letters, digits, _ and -, not 'latest' or 'v1'")
         self._append({"op": "model", "folder": str(Path(folder).absolute()), "name": name, "alias": alias})
+
+    def data(self, name: str, digest: str, source: str, **profile: Any) -> None:
+        """Records the data set that the run trains on. digest: its hash, at most 36 letters. source: path or URL.
+
+        profile: more facts, such as its number of rows.
+        """
+        op = {"op": "input", "name": name, "digest": digest[:36], "source": masked(source)}
+        self._append(op | {"profile": json.dumps(_plain(profile))})
 
     def _staged(self, op: dict[str, Any], file: str, write: Callable[[Path], object]) -> None:
         try:
