@@ -217,7 +217,7 @@ def test_every_method_opens_with_its_paper():
     for path in sorted((PACKAGE / "methods").glob("*.py")):
         if path.stem not in ("__init__", "base"):
             head = ast.get_docstring(ast.parse(path.read_text())).split("\n\n")[0]
-            assert re.search(r"( et al\.| & \w+) \d{4},\s+arXiv:\d{4}\.\d{5}\.$", head), path.name
+            assert re.search(r"( et al\.| & \w+)\s\d{4},\s+arXiv:\d{4}\.\d{5}\.$", head), path.name
 
 
 TEXTS = [

@@ -95,7 +95,7 @@ def test_a_busy_cluster_is_waited_for_and_then_named(ray_cluster, tmp_path):
     busy = Busy.remote()
     ray.get(busy.ready.remote())
     try:
-        with pytest.raises(Unplaceable, match=r"cluster.workers: 2 workers need 4 CPU and 1 are free, waited 1 s"):
+        with pytest.raises(Unplaceable, match=r"cluster.workers: 2 workers need 4 CPU and 1 are free after 1 s"):
             fit(recipe(tmp_path, "cluster.workers=2", "cluster.cpus_per_worker=2", "cluster.wait_s=1"))
     finally:
         ray.kill(busy)

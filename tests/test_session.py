@@ -109,8 +109,8 @@ def test_joining_takes_on_the_clusters_mode_and_says_which_token_is_missing(ray_
     command = [sys.executable, "-c", JOIN, address, json.dumps(tokens)]
     none, another, right = json.loads(subprocess.run(command, env=bare, capture_output=True, check=True).stdout)
     asks = f"RAY_ADDRESS: the cluster at {address} asks for a token, and "
-    assert none.startswith(f"{asks}there is none here; name its file by RAY_AUTH_TOKEN_PATH=")
-    assert another.startswith(f"{asks}the one here is another; name its file by RAY_AUTH_TOKEN_PATH=")
+    assert none.startswith(f"{asks}this machine has none; name its file by RAY_AUTH_TOKEN_PATH=")
+    assert another.startswith(f"{asks}the one of this machine is wrong; name its file by RAY_AUTH_TOKEN_PATH=")
     assert right == "token"
 
 

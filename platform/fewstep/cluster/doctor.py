@@ -1,10 +1,10 @@
-"""A cluster's state before a run: the facts of every node, which fewstep.diagnosis judges.
+"""The doctor: it gathers facts about every node of a cluster before a run; fewstep.diagnosis judges them.
 
     print(table(judge(examine(recipe, limit_s=300))))
 
-One task a node looks at versions and torchvision's operators, and runs the `check(recipe)` of each part: storage,
-tracking, metrics, networks, data. One process a GPU (or two and more CPU processes) adds numbers up over all of them.
-A node that does not answer in time is a finding, and nothing waits for it.
+On each node a task checks versions and torchvision's operators, and runs `check(recipe)` of each part: storage,
+tracking, metrics, networks, data. One process for each GPU, or at least two CPU processes, run an all-reduce. A node
+that does not answer in time is reported, and not waited for.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from ..texts import one_line, reason
 from .session import asks_for_token, connect
 
 if TYPE_CHECKING:
-    from ..recipe import Recipe  # with torch, which a node should not need to be looked at
+    from ..recipe import Recipe  # it imports torch, which may be broken on a node
 
 PACKAGES = ("torch", "torchvision", "ray", "diffusers", "mlflow", "pyarrow")
 CPU_MIB, GPU_MIB, ROUNDS = 16, 256, 5  # of the all-reduce
 
-# In a process of its own: operators built for another torch may end the process that loads them.
+# Runs in its own process, because operators that were built for another torch may kill the process that loads them.
 NMS = """
 import torch, torchvision.ops
 boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 2.1], [5.0, 5.0, 6.0, 6.0]])
 kept = torchvision.ops.nms(boxes, torch.tensor([0.5, 0.9, 0.1]), 0.5).tolist()
-assert kept == [1, 2], f"nms kept {kept} of three boxes where it has to keep [1, 2]"
+assert kept == [1, 2], f"nms kept boxes {kept} of three, and [1, 2] is right"
 """
 
 
@@ -55,14 +55,14 @@ PARTS = (  # each has check(recipe)
     "fewstep.data.shards",
 )
 WITHOUT_RECIPE = ["class_consistency", "diversity", "fid", "kid"]
-"""Metrics whose files are looked for where no recipe is asked about."""
+"""Metrics whose files are checked if no recipe is given."""
 
 
-# What is looked at on a node
+# Facts of a node
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that have to match; None for one not installed."""
+    """Versions of Python and of the packages that must match on all nodes; None for a missing package."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -73,7 +73,7 @@ def versions() -> dict[str, str | None]:
 
 
 def torch_wanted() -> str | None:
-    """Which torch the installed torchvision says it needs, such as torch>=2.14.0."""
+    """The torch that the installed torchvision requires, such as torch>=2.14.0."""
     try:
         needs = [Requirement(text) for text in metadata.requires("torchvision") or []]
     except metadata.PackageNotFoundError:
@@ -82,7 +82,7 @@ def torch_wanted() -> str | None:
 
 
 def operators(timeout_s: float) -> str | None:
-    """Why torchvision's compiled operators do not work here, or None: nms is called for three boxes."""
+    """The reason why torchvision's compiled operators fail, or None if they work. It calls nms for three boxes."""
     try:
         done = subprocess.run([sys.executable, "-c", NMS], capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -91,7 +91,7 @@ def operators(timeout_s: float) -> str | None:
 
 
 def part_checks(recipe: dict[str, Any]) -> list[Check]:
-    """The checks of every part on the recipe. A part that cannot be imported is a finding, and so is the recipe."""
+    """Runs the checks of all parts. A recipe that is refused and a part that cannot be imported are results, too."""
     try:
         from ..recipe import Recipe
 
@@ -107,26 +107,26 @@ def part_checks(recipe: dict[str, Any]) -> list[Check]:
     return found
 
 
-def _leave(folders: dict[str, str], probe: str) -> None:
-    """Leaves a file in each folder, for the other nodes to see; `part_checks` says where that is impossible."""
+def _write_probes(folders: dict[str, str], probe: str) -> None:
+    """Writes a file to each folder, for the other nodes to see. `part_checks` reports folders that refuse it."""
     for folder in folders.values():
         with contextlib.suppress(Exception):
             (Place.of(folder) / probe).write(b"0")
 
 
-def _see(folders: dict[str, str], probes: list[str]) -> dict[str, list[str]]:
-    """Which of the probes that the nodes wrote can be seen from here, by setting."""
+def _visible_probes(folders: dict[str, str], probes: list[str]) -> dict[str, list[str]]:
+    """Returns the probes of all nodes that this node can see, by setting."""
     return {key: [p for p in probes if (Place.of(folder) / p).is_file()] for key, folder in folders.items()}
 
 
-def _unwrite(folders: dict[str, str], probe: str) -> None:
+def _remove_probes(folders: dict[str, str], probe: str) -> None:
     for folder in folders.values():
         if (Place.of(folder) / probe).is_file():
             (Place.of(folder) / probe).remove()
 
 
 def look(recipe: dict[str, Any], probe: str, timeout_s: float) -> dict[str, Any]:
-    """One node's facts. Its probes in the recipe's folders stay, for the other nodes to see."""
+    """Returns the facts of one node, and writes its probes to the recipe's folders, for the other nodes to see."""
     facts = {
         "error": None,
         "versions": versions(),
@@ -134,17 +134,17 @@ def look(recipe: dict[str, Any], probe: str, timeout_s: float) -> dict[str, Any]
         "checks": [asdict(check) for check in part_checks(recipe)],
         "sees": {},
     }
-    _leave(folders_of(recipe), probe)
+    _write_probes(folders_of(recipe), probe)
     return facts
 
 
 def folders_of(recipe: dict[str, Any]) -> dict[str, str]:
-    """The folders that all nodes have to share, by setting."""
+    """The folders that all nodes must share, by setting."""
     return {key: recipe[key] for key in ("out", "storage") if recipe[key]}
 
 
 class Peer:
-    """One process of a short all-reduce over all of them; an actor on Ray."""
+    """One process of a short all-reduce; an actor on Ray."""
 
     def __init__(self, rank: int, size: int, backend: str, timeout_s: float):
         import torch.distributed as dist
@@ -153,11 +153,11 @@ class Peer:
         self.patience, self.store = timedelta(seconds=timeout_s), None
 
     def serve(self) -> tuple[str, int]:
-        """Opens the store where the others meet, on rank 0: its address and port."""
+        """Opens the store through which the ranks meet, on rank 0. Returns its address and port."""
         import ray
 
         host = ray.util.get_node_ip_address()
-        listener = socket.create_server((host, 0))  # by itself the store would listen on every address
+        listener = socket.create_server((host, 0))  # the store alone would listen on every address
         port = listener.getsockname()[1]
         self.store = self.dist.TCPStore(
             host, port, self.size, True, self.patience, wait_for_workers=False, master_listen_fd=listener.detach()
@@ -165,7 +165,7 @@ class Peer:
         return host, port
 
     def reduce(self, address: tuple[str, int], mib: int) -> dict[str, Any]:
-        """Sums 1, 2, ..., size over all processes: whether the sum is right, seconds a round, and the device."""
+        """Sums 1, 2, ..., size over all processes. Returns {right, seconds of a round, device}."""
         import torch
 
         store = self.store or self.dist.TCPStore(*address, self.size, False, self.patience)
@@ -191,14 +191,14 @@ class Peer:
         return {"right": right, "seconds": seconds, "device": name}
 
 
-# Asking all nodes
+# All nodes
 
 
 def examine(recipe: Recipe, limit_s: float = 300.0, asked: bool = True) -> dict[str, Any]:
     """Joins the cluster, or starts one, and gathers the facts of all nodes within four fifths of `limit_s`.
 
-    asked: whether somebody asked about this recipe; where nobody did, Inception is looked for beside it.
-    Raises ValueError for a tracking store that is none.
+    asked: True if the user gave this recipe; else the files of `WITHOUT_RECIPE` are checked, too.
+    Raises ValueError for a tracking URI that is not a store.
     """
     from ray.exceptions import RayError
 
@@ -209,7 +209,7 @@ def examine(recipe: Recipe, limit_s: float = 300.0, asked: bool = True) -> dict[
     except (RayError, OSError, RuntimeError, ValueError) as error:
         return {"cluster": {"address": address, "error": _last_line(reason(error)), "nodes": {}}}
     from ..tracking.store import database
-    from .train import localized  # a cluster that cannot be joined is reported before this loads
+    from .train import localized  # slow to import: a failure to join is reported before
 
     if not asked:
         recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"metrics": WITHOUT_RECIPE})})
@@ -249,14 +249,14 @@ def _cluster() -> dict[str, Any]:
 
 
 def _at(node: str) -> dict[str, Any]:
-    """Options of a task or actor that runs on a node and waits for no CPU there."""
+    """Options of a task or actor that runs on a given node, without waiting for a CPU."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 def _gather(refs: dict[str, Any], until: float) -> dict[str, tuple[Any, str | None]]:
-    """(answer, why there is none) of each, when all have answered or the time is up."""
+    """Returns (answer, None) or (None, reason of the failure) for each, after all have answered or the time is up."""
     import ray
 
     left = max(until - time.monotonic(), 0.1)
@@ -268,17 +268,17 @@ def _gather(refs: dict[str, Any], until: float) -> dict[str, tuple[Any, str | No
             continue
         try:
             found[name] = ray.get(ref), None
-        except Exception as error:  # whatever a node raises is a finding about that node
+        except Exception as error:  # any error is a result about that node
             found[name] = None, _last_line(getattr(error, "cause", None) or error)
     return found
 
 
 def _look(recipe: dict[str, Any], ids: dict[str, str], until: float) -> dict[str, Any]:
-    """The facts of each node; then each looks for the others' probes, then each removes its own."""
+    """Gathers the facts of the nodes. Then each node looks for the probes of the others, and removes its own."""
     import ray
 
     folders, probes = folders_of(recipe), {name: f".doctor.{uuid.uuid4().hex}" for name in ids}
-    most_s = 0.8 * (until - time.monotonic())  # for torchvision; a process that reads a cold disk may need a minute
+    most_s = 0.8 * (until - time.monotonic())  # for torchvision, which takes a minute to load from a cold disk
 
     def ask(function: Any, arguments: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, str | None]]:
         task = ray.remote(max_retries=0)(function)
@@ -287,16 +287,16 @@ def _look(recipe: dict[str, Any], ids: dict[str, str], until: float) -> dict[str
     answers = ask(look, {name: (recipe, probes[name], most_s) for name in ids})
     nodes = {name: {"error": error} if facts is None else facts for name, (facts, error) in answers.items()}
     alive = [name for name, facts in nodes.items() if facts["error"] is None]
-    seen = ask(_see, {name: (folders, [probes[other] for other in alive]) for name in alive})
+    seen = ask(_visible_probes, {name: (folders, [probes[other] for other in alive]) for name in alive})
     for name, (found, _) in seen.items():
         for key, files in (found or {}).items():
             nodes[name]["sees"][key] = [other for other in alive if probes[other] in files]
-    ask(_unwrite, {name: (folders, probes[name]) for name in alive})
+    ask(_remove_probes, {name: (folders, probes[name]) for name in alive})
     return nodes
 
 
 class _Peers:
-    """The processes of the all-reduce: one for each free GPU, or one a node and at least two where there are none."""
+    """The processes of the all-reduce: one for each free GPU; without GPUs one for each node, at least two."""
 
     def __init__(self, ids: dict[str, str], timeout_s: float):
         import ray
@@ -331,7 +331,7 @@ class _Peers:
         if failed:
             return facts | {"devices": [], "error": "; ".join(failed)}
         seconds = max(answer["seconds"] for answer, _ in answers.values())
-        # what crosses the slowest link in a ring, as nccl-tests counts "bus bandwidth"
+        # bytes over the slowest link of a ring, the "bus bandwidth" of nccl-tests
         moved = 2 * (size - 1) / size * (mib << 20)
         facts["gb_per_s"] = moved / seconds / 1e9 if size > 1 else None
         return facts | {"devices": [answer["device"] for answer, _ in answers.values()]}
@@ -344,18 +344,18 @@ class _Peers:
 
 
 def _last_line(error: Any) -> str:
-    """The last line of an error, which says what happened."""
+    """Returns the last line of an error, which usually names the reason."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 
 @contextlib.contextmanager
 def within(limit_s: float) -> Iterator[None]:
-    """Ends the process with status 1 where its body takes longer: a call into a library may not be interruptible."""
+    """Context that ends the process with status 1 after `limit_s`, as some library calls cannot be interrupted."""
 
     def stop() -> None:
-        print(f"doctor: no answer within {limit_s:g} s; raise limit_s=..., or look at what hangs: the cluster that "
-              "RAY_ADDRESS names, a mounted folder", file=sys.stderr, flush=True)  # fmt: skip
+        print(f"doctor: no answer within {limit_s:g} s; raise limit_s=..., or check what may hang: the cluster of "
+              "RAY_ADDRESS, a mounted folder", file=sys.stderr, flush=True)  # fmt: skip
         os._exit(1)
 
     timer = threading.Timer(limit_s, stop)

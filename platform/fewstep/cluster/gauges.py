@@ -1,8 +1,8 @@
-"""A run's gauges in Ray's Prometheus endpoints: its workers at each report, its driver in between, too.
+"""A run's gauges in Ray's Prometheus endpoints. Workers set theirs at each report, the driver at any time.
 
-Ray puts `ray_` before the names. All are gauges, also what only grows: a counter of Ray's does not exist before its
-first event, which a rate would miss, and outlives its process. A process that ends, unless by SIGKILL, has its last
-values exported.
+Ray puts `ray_` before the names. Counts are gauges, too: a counter of Ray does not exist before its first event, so a
+rate would miss that event, and it outlives its process. A process that ends exports its last values, unless it was
+killed by SIGKILL.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ ABOUT = {
     "images": "Real images seen by all workers",
     "images_per_second": "Real images that all workers trained on in a second, since the last report",
     "phase_seconds": "Seconds of a phase since the last report",
-    "data_wait_ratio": "Share of the time since the last report in which a worker waited for data",
-    "memory_bytes": "What a worker holds for a role: weights, their gradients in its phase, optimiser",
-    "cuda_memory_bytes": "What a worker has of its device: allocated, peak of that, reserved",
+    "data_wait_ratio": "Share of the time since the last report that a worker waited for data",
+    "memory_bytes": "Memory of a role on a worker: weights, gradients during its phase, optimiser",
+    "cuda_memory_bytes": "Memory of a worker on its device: allocated, peak of allocated, reserved",
     "gradient_norm": "L2 norm of a phase's gradients before clipping, averaged since the last report",
     "health": "Signals that the guard judges, averaged since the last report",
-    "events": "How often something happened to the run since its driver started",
-    "last_report_timestamp_seconds": "Unix time of the last report, at first of the driver's start",
+    "events": "Number of events of the run since its driver started, by kind",
+    "last_report_timestamp_seconds": "Unix time of the last report; before the first, of the driver's start",
 }
 REFRESH_S = 1.0  # Ray forgets a gauge that was not set for two of its export intervals, 20 s by default
 EVENTS = ("collapse", "roll_back", "non_finite", "not_saved", "stall", "lost", "restart", "stopped", "failed")
 
 
 class Gauges:
-    """A run's gauges by name, `fewstep_<name>`, each with the tag `run` and always the same others.
+    """A run's gauges by name, `fewstep_<name>`. Each has the tag `run`, and always the same further tags.
 
-    Use as a context manager: inside it they keep their values, some seconds after it they are gone, so what is there
-    is alive.
+    Use as a context manager: the gauges keep their values inside it and disappear some seconds after it, so a gauge
+    that exists belongs to a living process.
     """
 
     def __init__(self, run: str):
@@ -73,7 +73,7 @@ class Gauges:
 
 
 class WorkerGauges(Gauges):
-    """A worker's gauges at each of its reports: its own times and memory; on rank 0 also what is the same on all."""
+    """A worker's gauges, set at each report: its times and memory; rank 0 also sets the values that all ranks share."""
 
     def __call__(self, engine: Engine, report: Report) -> None:
         rank, metrics = str(engine.world.rank), report.metrics
@@ -85,7 +85,7 @@ class WorkerGauges(Gauges):
         for kind, held in cuda_memory(engine.world.device).items():
             self.set("cuda_memory_bytes", held, rank=rank, kind=kind)
         for phase in engine.updates:
-            if f"{phase}_s" in metrics:  # a phase may have had no turn since the last report
+            if f"{phase}_s" in metrics:  # a phase may not have run since the last report
                 self.set("phase_seconds", metrics[f"{phase}_s"], rank=rank, phase=phase)
         if engine.world.rank:
             return
@@ -99,9 +99,9 @@ class WorkerGauges(Gauges):
 
 
 class DriverGauges(Gauges):
-    """The driver's gauges of a run, whose workers may be gone.
+    """The driver's gauges of a run; they exist even if all workers are gone.
 
-    ends: the kind of event, one of EVENTS, by the type of the exception that ends the run; any other is "failed".
+    ends: {type of an exception that ends the run: kind of event, one of EVENTS}; other exceptions count as "failed".
     """
 
     def __init__(self, run: str, ends: Mapping[type[BaseException], str]):
@@ -121,12 +121,12 @@ class DriverGauges(Gauges):
         super().__exit__(kind, error, trace)
 
     def count(self, kind: str) -> None:
-        """One more event of this kind."""
+        """Counts an event of this kind."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         self.set("events", self.counts[kind], kind=kind)
 
     def follow(self, line: Mapping[str, Any]) -> None:
-        """Takes a line of the run's reports, {step, images}, metrics or scores, and events where there are any."""
+        """Takes a line of the run's reports: {step, images}, with metrics or scores, and maybe events."""
         if "metrics" in line:
             self.set("last_report_timestamp_seconds", time.time())
         for event in line.get("events", []):
@@ -134,9 +134,9 @@ class DriverGauges(Gauges):
 
 
 def memory(engine: Engine) -> dict[str, dict[str, int]]:
-    """Bytes on this worker by role and kind: of a sharded tensor its own shard. The averaged student is a role too.
+    """Bytes on this worker by role and kind. Of a sharded tensor only the own shard counts. The average is a role, too.
 
-    Gradients are what the phase of a role needs for them; they are freed after its update.
+    Gradients count as they are during the phase of a role; they are freed after its update.
     """
     out = {role: {"weights": _bytes(net.parameters())} for role, net in engine.nets.items()}
     for role, optim in engine.optims.items():

@@ -1,4 +1,4 @@
-"""The training jobs' common part: from a recipe to a finished run and its closing table."""
+"""The common part of the training jobs: it runs a recipe and prints the closing table."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .train import fit, localized
 
 
 def train(recipe: Recipe, dry_run: bool = False, exports: bool = False) -> dict[str, Any] | None:
-    """Runs a recipe on the cluster and prints its closing table; with `dry_run` checks and describes it only.
+    """Runs a recipe on the cluster and prints its closing table.
 
-    exports: the job exports the student of a finished run.
-    Returns what run.run returned (run_id, folder, finished, step, rows, grid) and the recipe with absolute paths. None
-    after a dry run, and for a run that was asked to stop: then it prints a JSON object with the command that goes on.
+    dry_run: only check and describe the recipe. exports: the job exports the student of a finished run.
+    Returns the result of run.run (run_id, folder, finished, step, rows, grid) and the recipe with absolute paths; None
+    after a dry run, and after a run that was asked to stop. Then it prints JSON with the command that resumes the run.
     """
     if dry_run:
         print(describe(localized(recipe), exports))

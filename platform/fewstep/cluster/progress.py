@@ -1,4 +1,4 @@
-"""The view of a run for a person: one bar at a terminal, one line a report in a log, a table at the end."""
+"""Progress of a run for people: a bar in a terminal, a line per report in a log, and a table at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..texts import shown
 
 
 class Progress:
-    """Follows reports: images, steps, time left, and the numbers that matter. Use as a context manager."""
+    """Shows reports: steps, images, time left and headline metrics. Use as a context manager."""
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.start, self.first, self.bar = recipe, time.monotonic(), None, None
@@ -66,7 +66,7 @@ def clock(seconds: float) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The closing table: who, sampler, calls, speed and every score with its sample count."""
+    """The closing table: who, sampler, calls, speed and all scores with their sample count."""
     if not rows:
         return ""
     names = [k for k in rows[0] if k not in NOT_SCORES]

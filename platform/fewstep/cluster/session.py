@@ -1,4 +1,4 @@
-"""Joining a cluster, or starting a private one on this machine."""
+"""The Ray session: join a cluster, or start a private one on this machine."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ SOURCE = Path(__file__).resolve().parents[2]
 def connect(cpus: float) -> None:
     """Joins the cluster that RAY_ADDRESS names, else starts a private one with at least `cpus` logical CPUs.
 
-    Logical CPUs are a count for scheduling: a laptop may declare more than it has, and so give the feed one of its own.
-    A cluster that is joined keeps the authentication and the addresses that its owner gave it. Raises ValueError where
-    none answers, or it asks for a token that is not here.
+    Logical CPUs are a number for Ray's scheduler. A laptop may declare more than it has, so that one is left for the
+    feed. A joined cluster keeps the authentication and the addresses of its owner. Raises ValueError if no cluster
+    answers, or if it asks for a token that this machine does not have.
     """
     if ray.is_initialized():
         return
@@ -50,7 +50,7 @@ def connect(cpus: float) -> None:
 def start(cpus: int, **options: Any) -> None:
     """Starts a private cluster on this machine: nobody else can reach it, read its files or run anything in it.
 
-    options: further ones of ray.init. Raises ValueError where its folder belongs to somebody else.
+    options: further arguments of ray.init. Raises ValueError if its folder belongs to another user.
     """
     folder = private()
     settings = {
@@ -67,8 +67,8 @@ def start(cpus: int, **options: Any) -> None:
 def private() -> Path:
     """Makes every cluster that this process starts a private one, and returns the folder for its files.
 
-    Ray's processes then listen on 127.0.0.1 only, and ask every caller for a token that is made here, stays in a file
-    that only this user can read, and is removed when this process ends.
+    Ray's processes then listen on 127.0.0.1 only, and ask every caller for a token. The token is made here, in a file
+    that only this user can read, and removed when this process ends.
     """
     from ray._private import ray_constants
     from ray._raylet import Config
@@ -78,27 +78,27 @@ def private() -> Path:
     os.write(file, secrets.token_hex(32).encode())
     os.close(file)
     atexit.register(_end, Path(token))
-    os.environ.pop("RAY_AUTH_TOKEN", None)  # it would come before the file
+    os.environ.pop("RAY_AUTH_TOKEN", None)  # Ray prefers it to the file
     loopback = _loopback()
     os.environ |= {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": token,
-        # Ray takes 127.0.0.1 for a node's address only where it believes that no other node can join
+        # Ray uses 127.0.0.1 as a node's address only if it believes that no other node can join
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         # torch.distributed would listen on the address of the host's name
         "GLOO_SOCKET_IFNAME": loopback,
         "NCCL_SOCKET_IFNAME": loopback,
     }
-    # the processes that Ray starts read the environment; this one did when it imported Ray
+    # processes that Ray starts read the environment; this process read it when it imported Ray, so it reads again
     Config.initialize("")
     ray_constants.ENABLE_RAY_CLUSTER = False
     return folder
 
 
 def own_folder() -> Path:
-    """The folder of this user's private clusters, which nobody else can enter: Ray opens what lies in it to everybody.
+    """Returns the folder of this user's private clusters. Nobody else can enter it, as files of Ray are open to all.
 
-    It is /tmp/fewstep-<user id>, or below RAY_TMPDIR. Raises ValueError where it cannot be made, or is another's.
+    It is /tmp/fewstep-<user id>, or in RAY_TMPDIR. Raises ValueError if it cannot be made, or belongs to another user.
     """
     folder = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / f"fewstep-{os.getuid()}"
     way_out = "name a folder of your own, with a short path, by RAY_TMPDIR=..."
@@ -116,15 +116,17 @@ def own_folder() -> Path:
 
 
 def _authenticate(address: str, timeout_s: float = 10.0) -> None:
-    """Turns token authentication on where the cluster at host:port asks for it; Ray itself tries for minutes before it
-    says that nothing answers there, or that the token is another one."""
+    """Turns on token authentication if the cluster at host:port asks for it.
+
+    Ray alone would try for minutes before it reports that no cluster answers, or that the token is wrong.
+    """
     from ray._raylet import AuthenticationTokenLoader, Config
 
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
-        return  # auto: the cluster of this machine, and Ray looks for its token itself
+        return  # "auto" is the cluster of this machine, whose token Ray finds itself
     if host in ("localhost", "127.0.0.1"):
-        host = ray.util.get_node_ip_address()  # where Ray looks then
+        host = ray.util.get_node_ip_address()  # Ray uses that address, too
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
     except OSError as error:
@@ -135,14 +137,14 @@ def _authenticate(address: str, timeout_s: float = 10.0) -> None:
     if address.startswith("ray://") or not asks_for_token(f"{host}:{port}"):
         return
     os.environ["RAY_AUTH_MODE"] = "token"
-    Config.initialize("")  # Ray has read the mode when it was imported
+    Config.initialize("")  # Ray read the mode when it was imported
     tokens = AuthenticationTokenLoader.instance()
     tokens.reset_cache()
     wrong = None
     if not tokens.has_token(ignore_auth_mode=True):
-        wrong = "there is none here"
+        wrong = "this machine has none"
     elif asks_for_token(f"{host}:{port}", tokens.get_token_for_http_header()):
-        wrong = "the one here is another"
+        wrong = "the one of this machine is wrong"
     if wrong:
         raise ValueError(
             f"RAY_ADDRESS: the cluster at {address} asks for a token, and {wrong}; name its file by "
@@ -151,7 +153,7 @@ def _authenticate(address: str, timeout_s: float = 10.0) -> None:
 
 
 def asks_for_token(address: str, headers: Mapping[str, str] | None = None) -> bool:
-    """True where the cluster with its control service at host:port refuses a call with these headers."""
+    """True if the control service of the cluster at host:port refuses a call with these headers."""
     import grpc
 
     with grpc.insecure_channel(address) as channel:
@@ -169,17 +171,17 @@ def _end(token: Path) -> None:
 
 
 def _environment() -> dict[str, Any]:
-    """Environment of every worker: the place of this package."""
+    """Returns the runtime environment of every worker, which has the path of this package."""
     paths = [str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
 
 
 def _loopback() -> str:
-    """The name of the network interface that has 127.0.0.1, such as lo."""
+    """Returns the name of the network interface with 127.0.0.1, such as lo."""
     interfaces = psutil.net_if_addrs()
     return next(name for name in interfaces if any(found.address == "127.0.0.1" for found in interfaces[name]))
 
 
 def is_private() -> bool:
-    """True where the cluster that this process is connected to listens on the loopback address only."""
+    """True if the cluster of this process listens on the loopback address only."""
     return ip_address(ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]")).is_loopback

@@ -1,14 +1,14 @@
-"""The feed of a cluster: the order is the plan's, its execution Ray Data's.
+"""The feed of a cluster: fewstep.data.plan decides the order, Ray Data reads.
 
     published = publish("shards")             # in the driver: verified once; a small set goes to the object store
     check_cpus(workers=2, cpus_per_worker=1, streaming=published.streaming)
     feed = published.open(seed=0)             # in each worker: the interface of fewstep.data.feed
 
-A small set is materialised: its encoded rows lie in the object store, each worker decodes them once, and a batch is an
-index. A large set is streamed: a worker gives Ray Data the pieces of its own rank's plan, tasks read the row groups,
-and the worker decodes ahead of its step. One execution covers thousands of row groups, so Ray Data's start-up time
-(1-3 s) is paid once and not every epoch. Each rank runs its own pipeline: none waits for another, and a restarted
-worker starts where it stands. The folder of shards must be visible from every node under the same path.
+A small set is materialised: its encoded rows are in the object store, each worker decodes them once, and a batch is an
+index into them. A large set is streamed: a worker passes the pieces of its rank's plan to Ray Data, tasks read the row
+groups, and the worker decodes ahead of its step. One execution covers thousands of row groups, so Ray Data's start-up
+time (1-3 s) is paid once and not every epoch. Each rank has its own pipeline, so no rank waits for another, and a
+restarted worker begins at its own position. Every node must see the folder of shards under the same path.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from fewstep.config import UserError
 from fewstep.data.feed import MEMORY_BYTES, Feed, MemoryFeed, Read, StreamFeed, ahead
 from fewstep.data.shards import ShardError, Shards, open_shards, read_units
 
-DATA_CPUS = 1  # what a streaming pipeline needs beside the workers
-# Far below Ray Data's block size: a task's answer is one block, so no task waits for its reader while it holds a CPU.
+DATA_CPUS = 1  # CPUs of a streaming pipeline, beside those of the workers
+# Far below Ray Data's block size, so that a task returns one block and never waits for its reader with a CPU in use.
 TASK_BYTES = 16 << 20
 TASK_PIECES = 16
 EXECUTION_TASKS = 512
 
 
 class NotEnoughCPUs(UserError, RuntimeError):
-    """The cluster cannot run the workers and the pipeline that feeds them; the text says what is short."""
+    """The cluster has too few CPUs for the workers and their data pipeline; the text says how many are missing."""
 
 
 def check_cpus(workers: int, cpus_per_worker: float, streaming: bool) -> None:
-    """Raises NotEnoughCPUs where training would wait for ever: Ray Data's tasks need a CPU that no worker holds.
+    """Raises NotEnoughCPUs if training would wait for ever, because Ray Data's tasks need a CPU that no worker has.
 
-    Counts the cluster's logical CPUs, whoever uses them now. A materialised set needs none while training.
+    It counts all logical CPUs of the cluster, also those in use. A materialised set needs none during training.
     """
     total = ray.cluster_resources().get("CPU", 0.0)
     needed = workers * cpus_per_worker + (DATA_CPUS if streaming else 0)
@@ -59,7 +59,7 @@ def check_cpus(workers: int, cpus_per_worker: float, streaming: bool) -> None:
 
 @dataclass(frozen=True)
 class Published:
-    """A verified set that workers can open; it travels to them in the trainer's configuration."""
+    """A verified set that workers can open. They get it with the trainer's configuration."""
 
     shards: Shards
     dataset: Dataset | None
@@ -69,17 +69,17 @@ class Published:
         return self.dataset is None
 
     def open(self, **options: Any) -> Feed:
-        """The set's feed, in the process that calls. options: seed, flip, captions, max_corrupt."""
+        """Opens the set's feed in the calling process. options: seed, flip, captions, max_corrupt."""
         if self.dataset is None:
             return RayFeed(self.shards, **options)
         return MemoryFeed(self.shards, **options, tables=_blocks(self.dataset))
 
 
 def publish(path: str | os.PathLike[str], memory_bytes: int = MEMORY_BYTES, verify: str = "sha256") -> Published:
-    """Verifies a set and, where it fits decoded in `memory_bytes`, puts its encoded rows in the object store.
+    """Verifies a set. If its decoded rows fit in `memory_bytes`, it puts the encoded rows in the object store.
 
-    Called in the driver, which reads a small set itself: a set that is materialised so never waits for a free CPU. What
-    it returns is valid while the driver lives. Raises ShardError as open_shards does.
+    The driver calls it, and reads a small set itself, so that this needs no free CPU. The result is valid while the
+    driver lives. Raises ShardError as open_shards does.
     """
     shards = open_shards(path, verify)
     if shards.decoded_bytes > memory_bytes:
@@ -96,10 +96,10 @@ def publish(path: str | os.PathLike[str], memory_bytes: int = MEMORY_BYTES, veri
 class RayFeed(StreamFeed):
     """A set of any size whose row groups are read by Ray Data, for one rank.
 
-    A task whose process dies is run again by Ray; what a task cannot read the worker tries itself, and then treats as
-    every feed does. Whatever else fails in Ray Data is raised here.
-    readers: tasks that read at a time; store_bytes: the most that blocks on their way hold of the object store.
-    patience_s: how long no row group may come before the feed gives up with an error that shows the cluster's CPUs.
+    Ray repeats a task whose process dies. If a task cannot read a row group, the worker tries it, and then treats it as
+    every feed does. Other errors of Ray Data are raised here.
+    readers: number of tasks that read at a time; store_bytes: object store memory for blocks in transit, at most.
+    patience_s: time without a row group after which the feed raises an error that shows the cluster's CPUs.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class RayFeed(StreamFeed):
             blocks.close()
 
     def _executions(self, position: int, rank: int, world: int) -> Generator[pa.Table, None, None]:
-        """The blocks of one execution after another, without end."""
+        """Yields the blocks of one execution after the other, without end."""
         tasks = _tasks(self.shards, ((p.unit, p.rows) for p in self.plan.pieces(position, rank, world)))
         while True:
             dataset = _pipeline(self.shards, list(islice(tasks, EXECUTION_TASKS)), self.readers)
@@ -147,7 +147,7 @@ class RayFeed(StreamFeed):
 
 
 def _tasks(shards: Shards, wanted: Iterator[tuple[int, np.ndarray | None]]) -> Iterator[pa.Table]:
-    """A task's reading list: a table of units and their rows (null is all), of about TASK_BYTES of shards."""
+    """Yields the input of each task: a table of units and their rows (null is all), about TASK_BYTES of shards."""
     weight = {shard.file: shard.bytes / shard.rows for shard in shards.manifest.shards}
     units: list[int] = []
     rows: list[np.ndarray | None] = []
@@ -169,7 +169,7 @@ def _task(units: list[int], rows: list[np.ndarray | None]) -> pa.Table:
 
 
 def _pipeline(shards: Shards, tasks: list[pa.Table], readers: int) -> Dataset:
-    """Ray Data's execution of some tasks, in their order: one block each, rows still encoded."""
+    """Returns the dataset of some tasks, in their order: one block for each, with encoded rows."""
     _quiet()
     dataset = ray.data.from_blocks(tasks).map_batches(
         read_units, batch_size=None, batch_format="pyarrow", fn_kwargs={"shards": shards}, num_cpus=DATA_CPUS,
@@ -181,17 +181,17 @@ def _pipeline(shards: Shards, tasks: list[pa.Table], readers: int) -> Dataset:
 
 
 def _quiet() -> None:
-    """Ray Data's account of each execution goes to its log file, not to the terminal of every worker."""
-    log_once("ray_data_progress_manager_disabled")  # taken here, so that Ray Data's own notice does not appear
+    """Keeps Ray Data's messages about each execution out of the terminal; its log file has them."""
+    log_once("ray_data_progress_manager_disabled")  # marks Ray Data's notice as printed
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.WARNING)
 
 
 def _blocks(dataset: Dataset) -> Generator[pa.Table, None, None]:
-    """A dataset's blocks in order.
+    """Yields a dataset's blocks in order.
 
-    Fetches them itself: the threads of `iter_batches` outlive its iterator, and one that asks for a block after
+    It does not use `iter_batches`, whose threads outlive the iterator: a thread that asks for a block after
     ray.shutdown ends the process.
     """
     for bundle in dataset.iter_internal_ref_bundles():
@@ -200,7 +200,7 @@ def _blocks(dataset: Dataset) -> Generator[pa.Table, None, None]:
 
 
 def _whole(table: pa.Table) -> pa.Table:
-    """The result of read_units; raises the ShardError that it met."""
+    """Returns the result of read_units. Raises the ShardError that it reports."""
     reasons = table.column("error").drop_null()
     if len(reasons):
         raise ShardError(reasons[0].as_py())

@@ -1,8 +1,7 @@
-"""A sweep's trials on Ray Tune: schedulers, and an actor a trial. Everything else of a sweep is fewstep.sweeps.
+"""Trials of a sweep on Ray Tune: its schedulers, and an actor for each trial. fewstep.sweeps has the rest of a sweep.
 
-A trial is a normal run of Ray Train, begun by a small actor of Tune's that holds a hundredth of a CPU and passes the
-run's scores on. Tune's schedulers stop or change trials by them. A killed sweep goes on from its own record, and not
-from Tune's.
+A trial is an ordinary run of Ray Train. A small actor of Tune, which takes a hundredth of a CPU, starts it and passes
+its scores to Tune, whose schedulers stop or change trials. A killed sweep resumes from its own record, not from Tune's.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from .stream import DATA_CPUS
 from .train import Lost, fit, localized
 
 for _name, _value in {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the record and MLflow are the logs
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the record and MLflow replace them
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial has no score
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -48,11 +47,11 @@ from ray.tune.schedulers import (  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
 
 ACTOR_CPUS = 0.01
-ARGUMENTS = ("values", "seed", "scored_images")  # of a trial, in Tune's config; its name is Tune's own
+ARGUMENTS = ("values", "seed", "scored_images")  # of TrialRun, in Tune's config; Tune knows the name itself
 
 
 class Runner(tune.Trainable):
-    """A trial in its actor. A checkpoint of Tune's is a pointer to one of the engine's."""
+    """The actor of a trial. Its checkpoint for Tune is a pointer to a checkpoint of the engine."""
 
     def setup(self, config: dict[str, Any], plan: Plan) -> None:
         self.plan = plan
@@ -60,7 +59,7 @@ class Runner(tune.Trainable):
         self.trial_run: TrialRun | None = None
 
     def step(self) -> dict[str, Any]:
-        """Waits for the trial's next result; starts it at the first call, once Tune has loaded a donor."""
+        """Waits for the trial's next result. The first call starts the trial, after Tune has loaded a donor."""
         if self.trial_run is None:
             arguments = {key: self.config[key] for key in ARGUMENTS}
             self.trial_run = TrialRun(self.trial_name, self.plan, fit, **arguments, donor=self.donor)
@@ -96,7 +95,7 @@ class Source(Searcher):
 
 
 def number_of(trial: Any) -> int:
-    """The number of Tune's trial, from its name: its settings may have become another one's."""
+    """Returns the number of a Tune trial, from its name, because a population may have changed its settings."""
     return int(trial.custom_trial_name.rpartition("-")[2])
 
 
@@ -129,14 +128,14 @@ class Results(tune.Callback):
 
 @dataclass(frozen=True)
 class EndedTrial:
-    """A trial that ended before this process began, with the attributes that a scheduler reads."""
+    """A trial that ended before this process started, with the attributes that a scheduler reads."""
 
     trial_id: str
     status: str = "TERMINATED"
 
 
 def scheduler_of(sweep: Sweep, space: Space, recipe: Recipe, record: Record) -> TrialScheduler:
-    """Tune's scheduler, which counts images. It gets the scores of the trials that the record has."""
+    """Returns Tune's scheduler, which measures time in images. It is told the scores of the trials in the record."""
     every = recipe.evaluate.every_images
     known = dict(time_attr="images", metric="score", mode=space.mode)
     if sweep.scheduler == "none":
@@ -161,7 +160,7 @@ def scheduler_of(sweep: Sweep, space: Space, recipe: Recipe, record: Record) -> 
             **known,
             grace_period=sweep.grace or every,
             min_samples_required=3,
-            min_time_slice=math.inf,  # a trial makes way for no other: to begin again costs more than to wait
+            min_time_slice=math.inf,  # never pause a trial for another: a restart costs more than the wait
         )
     for trial in record.ended(SEARCH):
         if trial.scores:
@@ -177,19 +176,19 @@ def scheduler_of(sweep: Sweep, space: Space, recipe: Recipe, record: Record) -> 
 
 
 class TuneCluster:
-    """The cluster that RAY_ADDRESS names, else one on this machine, as a sweep asks for it (sweeps.driver.Cluster)."""
+    """The cluster that RAY_ADDRESS names, else one on this machine (implements sweeps.driver.Cluster)."""
 
     def localized(self, recipe: Recipe) -> Recipe:
-        """The recipe with absolute paths."""
+        """Returns the recipe with absolute paths."""
         return localized(recipe)
 
     def place(self, recipe: Recipe, parallel: int) -> tuple[int, str]:
-        """Joins or starts the cluster. Returns how many trials run at a time, and whether on "cpu" or "cuda"."""
+        """Joins or starts the cluster. Returns the number of trials at a time, and their device, "cpu" or "cuda"."""
         import ray
 
         ours = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
         cores = os.cpu_count() or 1
-        connect(cpus=cores + 1)  # where it starts one: a logical CPU beyond the cores, for the actors
+        connect(cpus=cores + 1)  # if it starts a cluster: one logical CPU more than cores, for the actors
         total, c = ray.cluster_resources(), recipe.cluster
         device = c.device or ("cuda" if total.get("GPU", 0) else "cpu")
         d = recipe.data
@@ -199,14 +198,14 @@ class TuneCluster:
         return slots(recipe, parallel, need, device, cpus, total.get("GPU", 0)), device
 
     def run(self, conductor: Conductor, plan: Plan, parallel: int) -> None:
-        """Runs trials until the conductor has no more; only the search has a scheduler."""
-        logging.getLogger("ray.tune").setLevel(logging.ERROR)  # trials that fail are in the record
+        """Runs trials until the conductor has none left. Only the search has a scheduler."""
+        logging.getLogger("ray.tune").setLevel(logging.ERROR)  # the record has the failed trials
         scheduler = FIFOScheduler()
         if conductor.phase == SEARCH:
             scheduler = scheduler_of(conductor.sweep, conductor.space, conductor.recipe, conductor.record)
         search: dict[str, Any] = dict(search_alg=Source(conductor), num_samples=-1)
         space = None
-        if isinstance(scheduler, PopulationBasedTraining):  # takes no search: all its trials are there at the start
+        if isinstance(scheduler, PopulationBasedTraining):  # it takes no search algorithm, but all trials at the start
             configs = {config["name"]: config for config in map(conductor.config, iter(conductor.next, None))}
             if not configs:
                 return

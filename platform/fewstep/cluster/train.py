@@ -1,4 +1,4 @@
-"""A recipe on Ray Train: the workers are placed, fed and watched here; what they do is run.run."""
+"""A recipe on Ray Train: it places, feeds and watches the workers, each of which calls run.run."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ from .session import SOURCE, connect
 from .stream import DATA_CPUS, Published, check_cpus, publish
 
 POLL_S = 0.2
-# what would come again: mistakes in recipe, data, checkpoints and numbers
+# errors that a restart would meet again: in the recipe, the data, checkpoints or numbers
 FINAL = (ValueError, FloatingPointError, Collapsed)
-LEFT_ALONE = r"(?i)gloo|nccl|connection (closed|reset|refused)|broken pipe"  # of a rank whose peer is gone
+PEER_LOST = r"(?i)gloo|nccl|connection (closed|reset|refused)|broken pipe"  # errors of a rank whose peer is gone
 
 
 class Unplaceable(UserError, RuntimeError):
-    """The cluster cannot place the workers; the text says what is short and how to give it."""
+    """The cluster cannot place the workers; the text says which resource is missing and what to do."""
 
 
 class Lost(UserError, RuntimeError):
-    """Workers, a node or the controller went away; the run's last checkpoint is where it goes on."""
+    """Workers, a node or the controller were lost; the run can resume from its last checkpoint."""
 
 
 def localized(recipe: Recipe, download: bool = True) -> Recipe:
-    """The recipe with every path absolute, for workers that run elsewhere, and with its tracking store named.
+    """Returns the recipe with absolute paths, for workers on other nodes, and with the URI of its tracking store.
 
-    download: have a teacher of the hub here; else it keeps its name.
+    download: fetch a teacher of the hub and give its local path; else the recipe keeps the hub's name.
     """
     data = recipe.model_dump(mode="json")
     data["out"] = str(resolve_out(recipe.out))
@@ -77,17 +77,16 @@ def fit(
     keep_lock: bool = False,
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Trains a recipe on the cluster and returns what run.run returned on rank 0.
+    """Trains a recipe on the cluster and returns the result of run.run on rank 0.
 
-    follow: called in this process with each line of the run's reports, {step, images} and metrics or scores, soon
-    after it was made. tags: more of them for its MLflow run. shared: other runs use the cluster too, so what is free is
-    not this run's to score in: its own workers do. keep_lock: other processes stay out of the run's folder until this
-    one ends, and not only until the run does. notes: lines for standard error, printed once the folder is this run's.
-    Lost workers, nodes and controllers are met by a restart from the last checkpoint, `failure.max_failures` times.
-    SIGTERM ends the run after the step at hand, saved: `finished` is false in what is returned.
-    Raises Busy where another process runs the same run, Unplaceable when the cluster lacks the workers after
-    `cluster.wait_s`, ValueError for what the recipe names and cannot be used, Stalled, Lost, and whatever a worker
-    raised.
+    follow: called in this process with each line of the run's reports: {step, images}, with metrics or scores.
+    tags: further tags of its MLflow run. shared: other runs use the cluster, too, so the workers score samples
+    themselves instead of using free resources. keep_lock: lock the run's folder until this process ends, and not only
+    until the run ends. notes: lines for standard error, printed after the folder is locked.
+    If workers, nodes or the controller are lost, the run restarts from its last checkpoint, at most
+    `failure.max_failures` times. After SIGTERM the run finishes its step, saves and ends: `finished` is false.
+    Raises Busy if another process runs the same run, Unplaceable if the cluster cannot place the workers within
+    `cluster.wait_s`, ValueError for a name in the recipe that cannot be used, Stalled, Lost, and errors of a worker.
     """
     recipe = localized(recipe)
     run.check(recipe)
@@ -104,7 +103,7 @@ def fit(
 def _fit(
     recipe: Recipe, follow: Callable[[dict[str, Any]], None], tags: Mapping[str, str], shared: bool
 ) -> dict[str, Any]:
-    """The rest of `fit`, once the run's folder is its own."""
+    """Does the work of `fit`, with the run's folder locked."""
     c = recipe.cluster
     connect(cpus=c.workers * c.cpus_per_worker + 1)
     import ray
@@ -113,13 +112,13 @@ def _fit(
     published = None if recipe.data is None else publish(recipe.data.path, recipe.data.memory_mib << 20)
     streaming = published is not None and published.streaming
     check_cpus(c.workers_min or c.workers, c.cpus_per_worker, streaming)
-    try:  # once, here: several workers creating one database would collide
+    try:  # here and once, because several workers that create one database would collide
         with store_errors(recipe.tracking.uri):
             prepare_store(recipe.tracking.uri)
     except TrackingError as error:
         if "locked" not in str(error):
             raise
-        missed = f"training goes on, and python jobs/track.py folder={recipe.folder} sends what is missed"
+        missed = f"training continues, and python jobs/track.py folder={recipe.folder} sends the missing reports"
         print(f"note: {error}; {missed}", file=sys.stderr)
     origin = provenance(SOURCE.parent, **build.fingerprints(recipe, published and published.shards))
     config = {
@@ -159,7 +158,7 @@ def _fit(
 
 
 def _attempt(recipe: Recipe, device: str, config: dict[str, Any]) -> dict[str, Any]:
-    """One worker group's go at a run. Raises Lost where another may do better, else the worker's own exception."""
+    """Runs one worker group. Raises Lost if a restart may help, else the worker's own exception."""
     import ray
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 
@@ -176,10 +175,10 @@ def _attempt(recipe: Recipe, device: str, config: dict[str, Any]) -> dict[str, A
             resources_per_worker={"CPU": c.cpus_per_worker, **({"GPU": 1} if device == "cuda" else {})},
         ),
         run_config=RunConfig(
-            # a new name each time: checkpoints are the engine's, and Ray's own resume must not interfere
+            # a new name each time: the engine resumes from its own checkpoints, and Ray must not do so
             name=f"{recipe.name}-{time.time_ns():x}",
             storage_path=str(recipe.folder / "ray"),
-            # restarts are decided here, where a lost worker can be told from a mistake that would come again
+            # `_fit` decides about restarts, as it can tell a lost worker from an error that would come again
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=3),
             callbacks=[OnWorkers(watchdog.on_sigterm)],
         ),
@@ -195,22 +194,22 @@ def _attempt(recipe: Recipe, device: str, config: dict[str, Any]) -> dict[str, A
 
 
 class Sealed:
-    """Settings that travel to the workers and have no text: Ray Train keeps the texts of a run's settings, which its
-    dashboard shows."""
+    """Settings for the workers that print nothing of their values, because Ray Train stores the text of its settings
+    and shows it in its dashboard."""
 
     def __init__(self, value: dict[str, Any]):
         self.value = value
 
 
 def _cause(failures: Mapping[int, Exception]) -> Exception:
-    """The exception for the failures by rank: Lost where another attempt may do better, else the error itself.
+    """Returns the exception for the failures by rank: Lost if a restart may help, else the error itself.
 
-    When one rank fails, the others fail too, in the collective that it left: their words are no reason.
+    When one rank fails, the others fail, too, in the collective that it left. Their errors do not explain the failure.
     """
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
     causes = {rank: getattr(error, "cause", None) or error for rank, error in sorted(failures.items())}
-    own = {rank: error for rank, error in causes.items() if not re.search(LEFT_ALONE, str(error))}
+    own = {rank: error for rank, error in causes.items() if not re.search(PEER_LOST, str(error))}
     for error in own.values():
         if isinstance(error, FINAL):
             return error
@@ -221,7 +220,7 @@ def _cause(failures: Mapping[int, Exception]) -> Exception:
 
 
 def record(recipe: Recipe, origin: Provenance, kind: str, reason: str) -> None:
-    """Adds an event to a run whose workers are gone, at its last report."""
+    """Records an event at the last report of a run whose workers are gone."""
     done = run.read_reports(recipe.folder)
     step, images = (done[-1]["step"], done[-1]["images"]) if done else (0, 0)
     with run.open_tracker(recipe, origin) as tracker:
@@ -230,7 +229,7 @@ def record(recipe: Recipe, origin: Provenance, kind: str, reason: str) -> None:
 
 
 class Terminated:
-    """While it lasts, SIGTERM asks the run in `folder` to finish its step, save and end."""
+    """Context in which SIGTERM asks the run in `folder` to finish its step, save and end."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -250,7 +249,7 @@ class Terminated:
 
 
 def await_resources(recipe: Recipe, device: str) -> None:
-    """Waits until what the workers ask for is free. Raises Unplaceable after `cluster.wait_s`, saying what is short."""
+    """Waits until the resources of the workers are free. Raises Unplaceable after `cluster.wait_s`."""
     import ray
 
     c, workers = recipe.cluster, recipe.cluster.workers_min or recipe.cluster.workers
@@ -263,7 +262,7 @@ def await_resources(recipe: Recipe, device: str) -> None:
             return
         if time.monotonic() > deadline:
             raise Unplaceable(
-                f"cluster.workers: {workers} workers need {'; '.join(short)}, waited {c.wait_s:g} s. Use fewer "
+                f"cluster.workers: {workers} workers need {'; '.join(short)} after {c.wait_s:g} s. Use fewer "
                 "workers or a smaller cluster.cpus_per_worker, free the cluster, or add nodes (ray start --address=...)"
             )
         time.sleep(POLL_S)
@@ -290,7 +289,7 @@ def _worker(sealed: dict[str, Sealed]) -> dict[str, Any]:
     gauges = WorkerGauges(recipe.name)
     services = run.Services(
         preempted=lambda: get_preemption_info() is not None,
-        score=Elsewhere(recipe, config["device"]) if config["score"] else None,
+        score=ScoringTask(recipe, config["device"]) if config["score"] else None,
         report=gauges,
     )
     with gauges, feed:
@@ -299,7 +298,7 @@ def _worker(sealed: dict[str, Sealed]) -> dict[str, Any]:
 
 
 def room_to_score(recipe: Recipe, device: str, streaming: bool) -> bool:
-    """True where the cluster has resources for one more worker, so that scores do not stop the training."""
+    """True if the cluster has resources for one more worker, so that training need not stop for scores."""
     import ray
 
     c, total = recipe.cluster, ray.cluster_resources()
@@ -307,8 +306,8 @@ def room_to_score(recipe: Recipe, device: str, streaming: bool) -> bool:
     return total.get("CPU", 0) >= cpus and (device != "cuda" or total.get("GPU", 0) > c.workers)
 
 
-class Elsewhere:
-    """Scores checkpoints in a Ray task of its own, which holds what one more worker would."""
+class ScoringTask:
+    """Scores checkpoints in a Ray task, which takes the resources of one more worker."""
 
     def __init__(self, recipe: Recipe, device: str):
         self.recipe, self.device = recipe, device
@@ -321,7 +320,7 @@ class Elsewhere:
 
 
 def _score(checkpoint: str, recipe: dict[str, Any], device: str) -> list[Score]:
-    """The scores of a checkpoint's student, from the samples that its run would have drawn."""
+    """Returns the scores of a checkpoint's student, from the same samples that its run would draw."""
     recipe = Recipe.model_validate(recipe)
     torch.set_num_threads(recipe.cluster.threads)
     e, world = recipe.evaluate, World(device=torch.device(device))
@@ -332,7 +331,7 @@ def _score(checkpoint: str, recipe: dict[str, Any], device: str) -> list[Score]:
 
 
 class Follower:
-    """Passes a run's reports on as they appear in its folder, from a thread of the driver."""
+    """A thread of the driver that passes new reports from the run's folder to `follow`."""
 
     def __init__(self, recipe: Recipe, follow: Callable[[dict[str, Any]], None]):
         self.folder, self.follow = recipe.folder, follow

@@ -1,8 +1,8 @@
-"""Ray Train's trainer for clusters without a dashboard, and for private ones whose ranks meet without a socket.
+"""Ray Train's trainer for clusters without a dashboard, and for private clusters whose ranks meet without a socket.
 
-What is replaced: the PlacementGroupCleaner, which asks a dashboard whether the run's controller lives, and where there
-is none takes the answer of any other cluster on the machine, which knows no such controller; and torch's TCPStore,
-which listens on every address.
+It replaces two parts. PlacementGroupCleaner asks a dashboard if the run's controller is alive; without a dashboard it
+may ask that of another cluster on the machine, which does not know the controller. torch's TCPStore listens on every
+address.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .session import is_private, own_folder
 
 
 class Trainer(TorchTrainer):
-    """A TorchTrainer that frees the workers' resources itself when its controller has died."""
+    """A TorchTrainer that frees the workers' resources itself if its controller dies."""
 
     def _create_default_callbacks(self) -> list[Any]:
         return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
@@ -44,7 +44,7 @@ class Trainer(TorchTrainer):
 
 
 class _NotePlacementGroup(WorkerGroupCallback):
-    """Writes which placement group the workers have, in hexadecimal digits."""
+    """Writes the id of the workers' placement group to a file, in hexadecimal digits."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -55,7 +55,7 @@ class _NotePlacementGroup(WorkerGroupCallback):
 
 
 class OnWorkers(WorkerGroupCallback):
-    """Has every worker call `act` on its main thread when it starts; training runs on another."""
+    """Calls `act` on the main thread of every worker when it starts; training runs on another thread."""
 
     def __init__(self, act: Callable[[], None]):
         self.act = act
@@ -65,7 +65,7 @@ class OnWorkers(WorkerGroupCallback):
 
 
 def torch_config(**settings: Any) -> TorchConfig:
-    """Ray Train's settings of torch.distributed for the cluster that this process is connected to."""
+    """Returns Ray Train's settings of torch.distributed for the cluster of this process."""
     if not is_private():
         return TorchConfig(**settings)
     return _FileConfig(**settings, folder=str(own_folder()))
@@ -73,7 +73,7 @@ def torch_config(**settings: Any) -> TorchConfig:
 
 @dataclass
 class _FileConfig(TorchConfig):
-    """Settings of ranks that meet in a file of `folder`, which nobody else can enter. For the ranks of one machine."""
+    """Settings for ranks of one machine, which meet through a file in `folder` that only this user can enter."""
 
     folder: str = ""
 
