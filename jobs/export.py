@@ -31,7 +31,7 @@ class Export(Strict):
 def main(job: Export) -> None:
     report = export_run(job.run, out=job.out, average=job.average, licence=job.licence, overwrite=job.overwrite)
     print(f"loaded again in a fresh process: its images differ by at most {report['max_difference']:.2g}\n")
-    print(snippet(report["folder"]) + "\n")
+    print(snippet(report["folder"], stock=report["call"]) + "\n")
     print(json.dumps(report))
 
 

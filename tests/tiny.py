@@ -101,9 +101,9 @@ def text_encoder(width: int, projected: bool = False) -> Any:
 
 
 def codec() -> Any:
-    """AutoencoderKL, 2 x down, with random weights."""
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 2 * SIZE}
+    """AutoencoderKL, 8 x down, with random weights."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    sizes = {"block_out_channels": (4,) * 4, "norm_num_groups": 2, "latent_channels": 4, "sample_size": 8 * SIZE}
     return diffusers.AutoencoderKL(**blocks, **sizes, scaling_factor=0.5).eval()
 
 

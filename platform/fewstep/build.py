@@ -217,16 +217,27 @@ def student_net(
     average: its averaged weights; None: where it has them. folder: the run's, which may describe the student; else the
     teacher is opened for the shapes. Raises ValueError.
     """
-    if average is None:
-        average = has_average(checkpoint)
     net = None if folder is None else described_net(folder, recipe.precision)
     if net is not None:
         furnish(net, recipe)
+        _load_student(net, checkpoint, average)
     else:
-        net = recipe.method.nets(Maker(recipe, make_teacher(recipe)))["student"]
-    load_net(net, read_weights(checkpoint, "net.average" if average else "net.student"), str(checkpoint))
+        net = trained_student(recipe, checkpoint, average)
     net = merge(net, *_probe(net)) if isinstance(net, Lora) else net
     return net.eval().requires_grad_(False)
+
+
+def trained_student(recipe: Recipe, checkpoint: Path | str, average: bool | None = None) -> nn.Module:
+    """The student in a checkpoint as it was trained: whole, or an adapter on its teacher. average: see `student_net`.
+    Raises ValueError."""
+    net = recipe.method.nets(Maker(recipe, make_teacher(recipe)))["student"]
+    _load_student(net, checkpoint, average)
+    return net
+
+
+def _load_student(net: nn.Module, checkpoint: Path | str, average: bool | None) -> None:
+    average = has_average(checkpoint) if average is None else average
+    load_net(net, read_weights(checkpoint, "net.average" if average else "net.student"), str(checkpoint))
 
 
 class Described(Strict):

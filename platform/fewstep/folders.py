@@ -97,7 +97,20 @@ _WEIGHTS = r"(unet|transformer)/(config\.json|diffusion_pytorch_model[\w.-]*\.(s
 
 SHARDS = Kind("a shard set", _is_shards, re.compile(r"manifest\.json|shard-\d{5,}\.parquet"))
 NETWORK = Kind("a network written here", _is_network, re.compile(rf"fewstep\.json|{_WEIGHTS}"))
+_PARTS = r"(scheduler|vae|(text_encoder|tokenizer)(_[23])?|feature_extractor|image_encoder)/[\w.-]+"
+
+
+def _is_pipeline(folder: Path) -> bool:
+    inference = _json(folder / "inference.json")
+    return isinstance(inference, dict) and "calls" in inference and _is_network(folder)
+
+
 EXPORT = Kind("an export", _is_export, re.compile(rf"(model_index|fewstep)\.json|README\.md|pipeline\.py|{_WEIGHTS}"))
+PIPELINE = Kind(
+    "an export",
+    _is_pipeline,
+    re.compile(rf"(model_index|fewstep|inference)\.json|README\.md|lora/\w+\.safetensors|{_PARTS}|{_WEIGHTS}"),
+)
 
 
 def _foreign(folder: Path, kind: Kind) -> str | None:

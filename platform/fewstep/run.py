@@ -29,13 +29,13 @@ from .engine.manifest import CheckpointError, read_manifest
 from .engine.storage import writable
 from .engine.train import Collapsed, Engine, NoData, NonFinite, Report
 from .engine.world import World
-from .folders import EXPORT, NETWORK, FolderError, append_private, claim, replaceable, usable, write_private
+from .folders import EXPORT, NETWORK, PIPELINE, FolderError, append_private, claim, replaceable, usable, write_private
 from .locks import hold
 from .metrics.base import Measure, Samples, Score, check_samples, evaluate, refusal
 from .networks.denoiser import Denoiser
-from .networks.export import check_exportable
+from .networks.export import INFERENCE
 from .recipe import Recipe, check_secrets
-from .students import export_run, few_step_calls
+from .students import check_export, export_run
 from .texts import masked, one_line
 from .tracking.provenance import Provenance
 from .tracking.store import tracking_uri
@@ -522,7 +522,7 @@ def export_notes(recipe: Recipe) -> list[str]:
     """A line that says why the run's student cannot be exported, where that is known beforehand. Raises ValueError."""
     net = build.make_teacher(recipe, weights=False)
     try:
-        check_exportable(net, few_step_calls(recipe.method, net))
+        check_export(recipe.method, net)
     except ValueError as error:
         return [f"nothing will be exported: {one_line(error)}"]
     return []
@@ -537,7 +537,8 @@ def _check_folders(recipe: Recipe) -> None:
             f"name: {masked(str(recipe.checkpoints))} holds {name!r}, which is no part of a checkpoint, so none is "
             "kept there; choose another with name=... or storage=..., or move that away"
         )
-    for name, kind in (("export", EXPORT), ("teacher", NETWORK)):
+    export = PIPELINE if (recipe.folder / "export" / INFERENCE).is_file() else EXPORT
+    for name, kind in (("export", export), ("teacher", NETWORK)):
         replaceable(recipe.folder / name, kind, overwrite=True, field="name")
     writable(resolve_out(recipe.out), "out")
     if recipe.storage is not None:

@@ -17,12 +17,13 @@ from .data.shards import ShardError, open_shards
 from .diffusion.samplers import Call
 from .engine.folder import complete
 from .engine.manifest import read_manifest
-from .folders import EXPORT, replaceable
+from .folders import EXPORT, PIPELINE, replaceable
 from .locks import LOCK, locked
 from .networks.card import Card
 from .networks.conditions import Texts
 from .networks.denoiser import Denoiser
-from .networks.export import export, exported_calls
+from .networks.export import INFERENCE, check_exportable, export, exported_calls
+from .networks.export_pipeline import export_pipeline, scheduler_of
 from .networks.pretrained import locate, open_teacher
 from .recipe import Recipe, read_run
 
@@ -134,6 +135,15 @@ def few_step_calls(method: Any, net: Denoiser) -> tuple[Call, ...]:
     return calls
 
 
+def check_export(method: Any, net: Denoiser) -> None:
+    """Raises ValueError for a student that cannot be exported. The weights are not looked at."""
+    calls = few_step_calls(method, net)
+    if isinstance(net.conditions, Texts):
+        scheduler_of(net, calls)
+    else:
+        check_exportable(net, calls)
+
+
 def export_run(
     run: str | Path,
     rows: Sequence[dict[str, Any]] = (),
@@ -148,11 +158,13 @@ def export_run(
 
     rows: of the closing table, for the model card; without any, those in `<run>/scores.json` if the run kept them.
     known: URLs with their secrets, see `with_secrets`.
-    Returns what a job prints: folder, step, averaged, calls, max_difference. Raises ValueError.
+    Returns what a job prints: folder, step, averaged, calls, max_difference, and call, the arguments of a stock
+    pipeline's call, or None. Raises ValueError.
     """
     overwrite = (out is None) if overwrite is None else overwrite
     if out is not None:
-        replaceable(resolve_out(out), EXPORT, overwrite=overwrite)
+        kind = PIPELINE if (resolve_out(out) / INFERENCE).is_file() else EXPORT
+        replaceable(resolve_out(out), kind, overwrite=overwrite)
     student = open_student(run, average, known=known)
     recipe, folder = student.recipe, student.folder
     scores = folder / "scores.json"
@@ -164,21 +176,25 @@ def export_run(
     target = folder / "export" if out is None else resolve_out(out)
     calls = few_step_calls(recipe.method, student.net)
     elsewhere = "export to another folder with out=..."
+    card, stock = _card(student, rows, licence), None
     with locked(folder / LOCK, way_out=elsewhere) if out is None else contextlib.nullcontext():
-        worst = export(
-            student.net,
-            target,
-            calls=calls,
-            card=_card(student, rows, licence),
-            class_names=_class_names(student),
-            overwrite=overwrite,
-        )
+        if isinstance(student.net.conditions, Texts):
+            adapter = None
+            if recipe.lora("student") is not None:
+                adapter = build.trained_student(recipe, student.checkpoint, student.averaged)
+            options = {"calls": calls, "card": card, "adapter": adapter, "overwrite": overwrite}
+            worst = export_pipeline(student.net, build.pipeline_folder(recipe), target, **options)
+            stock = read_json(target / INFERENCE)["call"]
+        else:
+            names = _class_names(student)
+            worst = export(student.net, target, calls=calls, card=card, class_names=names, overwrite=overwrite)
     return {
         "folder": str(target),
         "step": student.step,
         "averaged": student.averaged,
         "calls": len(calls),
         "max_difference": worst,
+        "call": stock,
     }
 
 
@@ -194,7 +210,7 @@ def _card(student: Student, rows: Sequence[dict[str, Any]], licence: str | None)
         method=f"{recipe.method.tag}: {paper}",
         data="" if recipe.data is None else _word(recipe.data.path),
         training=f"step {student.step} of {train.steps}, batch {train.batch}, seed {recipe.seed}, {weights}",
-        licence=licence,
+        licence=licence or recipe.licence,
         scores=tuple(rows),
         reference=_word(recipe.evaluate.reference or recipe.evaluate.inception_reference),
     )

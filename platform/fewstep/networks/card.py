@@ -31,16 +31,28 @@ class Card(Strict):
     """The reference set of the scores."""
 
 
+OWN_CODE = (
+    "`pipeline.py` in this folder is loaded as the pipeline's code, hence `trust_remote_code`; it needs torch and",
+    "diffusers only.",
+    "",
+)
 NOT_SCORES = ("who", "sampler", "nfe", "images", "images_per_s", "seen_by_loss")
 
 
 def write_card(
-    card: Card, calls: Sequence[dict[str, float]], class_names: Sequence[str] | None, classes: int | None
+    card: Card,
+    calls: Sequence[dict[str, float]],
+    class_names: Sequence[str] | None,
+    classes: int | None,
+    stock: dict[str, Any] | None = None,
 ) -> str:
-    """Returns README.md as Markdown, with the hub's metadata as YAML front matter."""
+    """Returns README.md as Markdown, with the hub's metadata as YAML front matter.
+
+    stock: arguments of the call of a pipeline of diffusers' own, which takes prompts; None for a pipeline of ours.
+    """
     head: dict[str, Any] = {
         "library_name": "diffusers",
-        "pipeline_tag": "unconditional-image-generation",
+        "pipeline_tag": "text-to-image" if stock else "unconditional-image-generation",
         "tags": ["diffusion-distillation", "few-step"],
     }
     if card.licence:
@@ -67,11 +79,9 @@ def write_card(
         "",
         "## Use",
         "",
-        "`pipeline.py` in this folder is loaded as the pipeline's code, hence `trust_remote_code`; it needs torch and",
-        "diffusers only.",
-        "",
+        *(() if stock else OWN_CODE),
         "```python",
-        snippet("path/to/this/folder", label),
+        snippet("path/to/this/folder", label, stock),
         "```",
         "",
         *_classes(class_names, classes),
@@ -90,13 +100,17 @@ def write_card(
     return "\n".join(lines) + "\n"
 
 
-def snippet(folder: str, label: str = "") -> str:
-    """Returns the Python code that loads the export."""
+def snippet(folder: str, label: str = "", stock: dict[str, Any] | None = None) -> str:
+    """Returns the Python code that loads the export. stock: arguments of the call of a text-to-image pipeline."""
+    trust, arguments = ", trust_remote_code=True", f"{label}num_images=8"
+    if stock is not None:
+        trust = ""
+        arguments = ", ".join(['"a red apple"', *(f"{name}={value!r}" for name, value in stock.items())])
     return (
         "import torch\n"
         "from diffusers import DiffusionPipeline\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{folder}", trust_remote_code=True)\n'
-        f"images = pipe({label}num_images=8, generator=torch.Generator().manual_seed(0)).images"
+        f'pipe = DiffusionPipeline.from_pretrained("{folder}"{trust})\n'
+        f"images = pipe({arguments}, generator=torch.Generator().manual_seed(0)).images"
     )
 
 

@@ -32,6 +32,7 @@ from .pretrained import network_of, save_denoiser
 
 PIPELINE = Path(__file__).with_name("pipeline.py")
 INDEX = "model_index.json"
+INFERENCE = "inference.json"  # of a stock pipeline's folder, which has no place for the calls elsewhere
 TOLERANCE = 1e-5  # of the network's own output, from float32's rounding in another process
 GREY = 1 / 255  # half a grey level, in [-1, 1]
 CHECKED_IMAGES = 4
@@ -110,9 +111,10 @@ def exported_calls(folder: Path) -> tuple[Call, ...] | None:
     An export whose calls take further scalars is refused, as its network has no embedding for them here.
     """
     index = folder / INDEX
-    if not index.is_file():
-        return None
-    sampling = read_json(index).get("sampling")
+    if (folder / INFERENCE).is_file():
+        index, sampling = folder / INFERENCE, read_json(folder / INFERENCE)
+    else:
+        sampling = read_json(index).get("sampling") if index.is_file() else None
     if sampling is None:
         return None
     try:
@@ -193,7 +195,7 @@ def _write(net: Denoiser, folder: Path, calls: Sequence[Call], card: Card, class
     (folder / "README.md").write_text(write_card(card, numbers, class_names, net.classes))
 
 
-class _InTurn:
+class InTurn:
     """Noise from one generator in the order of the calls, as a diffusers pipeline draws it."""
 
     def __init__(self, generator: torch.Generator):
@@ -206,7 +208,7 @@ class _InTurn:
 @torch.no_grad()
 def _compare(net: Denoiser, folder: Path, calls: Sequence[Call]) -> float:
     """Largest difference of the folder's images, made in a fresh process, to the denoiser's from the same noise."""
-    draws = _InTurn(torch.Generator().manual_seed(0))
+    draws = InTurn(torch.Generator().manual_seed(0))
     z = draws.normal("z", (CHECKED_IMAGES, *net.shape))
     cond = net.conditions.listed(torch.arange(CHECKED_IMAGES))
     ours = run_calls({calls[0].role: net}, calls, z, cond, draws)

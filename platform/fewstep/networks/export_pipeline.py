@@ -1,0 +1,204 @@
+"""Export of a text-to-image student: its teacher's pipeline, with its weights and a scheduler that calls it as it was
+trained, or an adapter's file that load_lora_weights takes. Nothing of ours is needed to run either.
+
+Before a folder gets its name, stock diffusers makes images of it in a fresh process, which must be the student's own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import read_json
+from ..diffusion.samplers import Call, run_calls
+from ..diffusion.schedules import DDPM, Flow
+from ..folders import PIPELINE, replace, replaceable
+from .card import Card, write_card
+from .conditions import Prompts
+from .denoiser import Denoiser
+from .export import INFERENCE, ExportError, InTurn, entries
+from .lora import Lora
+from .pretrained import network_of, save_denoiser
+from .prompts import INDEX, open_encoder
+
+TOLERANCE = 1e-4  # of an image in [-1, 1]
+PROMPTS = ("a red apple", "")  # of the images that are compared
+LORA = "pytorch_lora_weights.safetensors"
+KOHYA = "kohya.safetensors"
+KEPT = (".json", ".safetensors", ".txt", ".model")  # files of the teacher's folder that a student's has, too
+CFG_FREE = ("FluxPipeline",)  # guidance_scale is an input of the network there, not a second pass
+
+CHECK = """
+import json, sys, torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+base, student, lora, out, prompts = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+asked = json.load(open(student + "/inference.json"))["call"]
+if lora:
+    import diffusers
+    config = json.load(open(student + "/scheduler/scheduler_config.json"))
+    pipe.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    pipe.load_lora_weights(lora)
+generator = torch.Generator().manual_seed(0)
+images = pipe(json.loads(prompts), generator=generator, output_type="pt", **asked).images
+assert "fewstep" not in sys.modules, "the folder needs more than diffusers"
+save_file({"images": images.float().contiguous()}, out)
+"""
+
+
+def scheduler_of(net: Denoiser, calls: Sequence[Call]) -> tuple[Any, dict[str, Any]]:
+    """diffusers' scheduler that makes these calls, and the arguments of the pipeline's call that it takes for them.
+
+    DDPM: LCMScheduler of the first T timesteps, T - 1 being the first call's, which with N steps has the timesteps
+    T - 1, T - 1 - T / N, ... Flow: FlowMatchEulerDiscreteScheduler that noises anew, at sigmas of the call.
+    Raises ExportError for calls that neither makes.
+    """
+    import diffusers
+
+    if any(call.then != "renoise" or call.takes != "x" or call.extra or call.t is None for call in calls):
+        raise ExportError("export: stock schedulers noise anew between calls, and this student's calls are others")
+    schedule, count = net.schedule, len(calls)
+    if isinstance(schedule, Flow):
+        sigmas = [call.t / (schedule.shift - (schedule.shift - 1) * call.t) for call in calls]  # before the shift
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=schedule.shift, stochastic_sampling=True)
+        return scheduler, {"num_inference_steps": count, "sigmas": [round(s, 6) for s in sigmas]}
+    if not isinstance(schedule, DDPM):
+        raise ExportError(f"export: no stock scheduler has the schedule {schedule.name}")
+    total = round(calls[0].t) + 1
+    wanted = [total - 1 - i * (total // count) for i in range(count)]
+    if [round(call.t, 3) for call in calls] != wanted:
+        times = ", ".join(f"{call.t:g}" for call in calls)
+        raise ExportError(f"export: timesteps {times}, and LCMScheduler has {', '.join(map(str, wanted))}")
+    betas = {"beta_schedule": schedule.beta_schedule, "beta_start": schedule.beta_start, "beta_end": schedule.beta_end}
+    if total < schedule.steps:
+        whole = diffusers.LCMScheduler(**betas, num_train_timesteps=schedule.steps)
+        betas = {"trained_betas": whole.betas[:total].tolist()}
+    predicts = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[net.prediction]
+    scheduler = diffusers.LCMScheduler(
+        **betas,
+        num_train_timesteps=total,
+        original_inference_steps=count,
+        prediction_type=predicts,
+        rescale_betas_zero_snr=schedule.zero_snr,
+    )
+    return scheduler, {"num_inference_steps": count}
+
+
+def export_pipeline(
+    net: Denoiser,
+    teacher: Path,
+    folder: Path,
+    *,
+    calls: Sequence[Call],
+    card: Card,
+    adapter: Lora | None = None,
+    overwrite: bool = False,
+) -> float:
+    """Writes a student as a whole pipeline of diffusers, which appears only when it gives the student's images.
+
+    net: the student, an adapter merged into it. teacher: the pipeline's folder, whose other parts are copied. adapter:
+    the same student as an adapter of the teacher, written to `lora/` in both of the customary forms and compared, too.
+    Returns the largest difference to the student's own images in [-1, 1], float32 on the CPU, at most 1e-4.
+    Raises ExportError for a student that no stock scheduler calls and for an export whose images differ.
+    """
+    replaceable(folder, PIPELINE, overwrite=overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        net = deepcopy(net).cpu().eval().float()
+        _write(net, teacher, tmp, calls, card)
+        ours = _images(net, teacher, calls)
+        worst = _compare(ours, tmp, tmp)
+        if adapter is not None:
+            (tmp / "lora").mkdir()
+            save_lora(adapter, tmp / "lora")
+            worst = max(worst, _compare(ours, teacher, tmp, str(tmp / "lora" / LORA)))
+        tmp.chmod(0o755)
+        replace(tmp, folder, PIPELINE, overwrite=overwrite)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    return worst
+
+
+def _write(net: Denoiser, teacher: Path, folder: Path, calls: Sequence[Call], card: Card) -> None:
+    scheduler, asked = scheduler_of(net, calls)
+    index = read_json(teacher / INDEX)
+    for part in (key for key, value in index.items() if isinstance(value, list) and None not in value):
+        if part not in ("unet", "transformer", "scheduler"):
+            shutil.copytree(teacher / part, folder / part, ignore=_unwanted)
+    save_denoiser(net, folder)
+    scheduler.save_pretrained(folder / "scheduler")
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    index.pop("_name_or_path", None)
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    if index["_class_name"] not in CFG_FREE:
+        asked["guidance_scale"] = 1.0  # the student has its teacher's guidance in its weights
+    numbers = entries(net, calls)
+    (folder / INFERENCE).write_text(json.dumps({"call": asked, "calls": numbers}, indent=1) + "\n")
+    (folder / "README.md").write_text(write_card(card, numbers, None, None, stock=asked))
+
+
+def _unwanted(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if not name.endswith(KEPT) and not (Path(folder) / name).is_dir()]
+
+
+@torch.no_grad()
+def _images(net: Denoiser, teacher: Path, calls: Sequence[Call]) -> Tensor:
+    """The student's own images of `PROMPTS`, as training samples them, in [-1, 1]."""
+    draws = InTurn(torch.Generator().manual_seed(0))
+    prompts = Prompts(open_encoder(teacher, network_of(net).model).columns(PROMPTS))
+    z = draws.normal("z", (len(PROMPTS), *net.shape))
+    x0 = run_calls({calls[0].role: net}, calls, z, prompts.pick(torch.arange(len(PROMPTS))), draws)
+    return net.pictures(x0).clamp(-1, 1)
+
+
+def _compare(ours: Tensor, base: Path, student: Path, lora: str = "") -> float:
+    """Largest difference of stock diffusers' images to ours. Raises ExportError."""
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory() as tmp:
+        out = str(Path(tmp) / "images.safetensors")
+        words = [sys.executable, "-P", "-c", CHECK, str(base), str(student), lora, out, json.dumps(PROMPTS)]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp)
+        if done.returncode:
+            raise ExportError(f"export: diffusers does not run it, so it was not kept: {done.stderr.strip()[-600:]}")
+        theirs = load_file(out)["images"] * 2 - 1
+    worst = float((theirs - ours).abs().max())
+    if not worst <= TOLERANCE:
+        what = "with the adapter its images" if lora else "its images"
+        raise ExportError(f"export: {what} differ by {worst:.3g} from the student's, more than {TOLERANCE}; not kept")
+    return worst
+
+
+# Adapters
+
+
+def save_lora(adapter: Lora, folder: Path) -> None:
+    """Writes an adapter's factors under the names that diffusers' load_lora_weights takes, and under kohya's and
+    ComfyUI's. The scale alpha / rank is multiplied into `up`."""
+    from safetensors.torch import save_file
+
+    part = "unet" if hasattr(adapter.base.backbone.model, "conv_in") else "transformer"
+    stock, kohya = {}, {}
+    for key, down in adapter.down.items():
+        path = key.removeprefix("backbone/model/")
+        up = (adapter.up[key] * adapter.scale).detach().cpu().contiguous()
+        down = down.detach().cpu().contiguous()
+        name = f"{part}.{path.replace('/', '.')}"
+        stock |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        name = f"lora_{part}_{path.replace('/', '_')}"
+        alpha = torch.tensor(float(down.shape[0]))
+        kohya |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
+    save_file(stock, folder / LORA, {"format": "pt"})
+    save_file({name: value.clone() for name, value in kohya.items()}, folder / KOHYA, {"format": "pt"})
