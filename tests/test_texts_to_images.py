@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -13,17 +14,25 @@ import tiny
 import torch
 import toy
 import yaml
+from safetensors.torch import load_file
 
 from fewstep import build, run
+from fewstep.cluster.encode import Encode
 from fewstep.config import ConfigError
+from fewstep.data.decode import decode_all
 from fewstep.data.manifest import Column
-from fewstep.data.shards import ShardWriter
+from fewstep.data.shards import ShardWriter, join, open_shards
+from fewstep.methods.dmd2 import DMD2
+from fewstep.networks.card import Card
 from fewstep.networks.conditions import Texts
+from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.export import ExportError
+from fewstep.networks.export_pipeline import export_pipeline
 from fewstep.networks.latents import Latents
 from fewstep.networks.pretrained import open_teacher
 from fewstep.networks.prompts import open_encoder
 from fewstep.recipe import Recipe, open_recipe
-from fewstep.students import open_sampler
+from fewstep.students import export_run, open_sampler, open_student
 
 NET = "UNet2DConditionModel"
 WORDS = ["a cat", "a dog", "", "w" * 10_000]
@@ -99,11 +108,11 @@ def test_latents_become_the_pictures_that_the_pipeline_makes(sd):
     x = torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(net.pictures(x), vae.decode(x / 0.5).sample)
-        pictures, eps = torch.randn(2, 3, 16, 16), torch.randn(2, 4, 8, 8)
+        pictures, eps = torch.randn(2, 3, 64, 64), torch.randn(2, 4, 8, 8)
         dist = vae.encode(pictures).latent_dist
         torch.testing.assert_close(net.codec.encode(pictures, eps), 0.5 * (dist.mean + dist.std * eps))
         torch.testing.assert_close(net.codec.encode(pictures), 0.5 * dist.mean)
-    assert net.picture_shape == (3, 16, 16)
+    assert net.picture_shape == (3, 64, 64)
     shifted = replace_config(sd, "vae", shift_factor=0.25)
     with torch.no_grad():
         torch.testing.assert_close(Latents(shifted).decode(x), vae.decode(x / 0.5 + 0.25).sample)
@@ -116,6 +125,45 @@ def replace_config(folder: Path, part: str, **fields) -> Path:
     path = copy / part / "config.json" if part else copy / "model_index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     return copy
+
+
+# Columns
+
+
+def test_columns_are_added_shard_by_shard_and_a_second_start_goes_on(tmp_path, sd):
+    draw = np.random.default_rng(0).integers
+    with ShardWriter(tmp_path / "pictures", (3, 64, 64), captions=True, shard_bytes=1, group_rows=3) as writer:
+        for i in range(6):
+            writer.add(draw(0, 256, (3, 64, 64)).astype(np.uint8), caption=f"thing {i}")
+    assert len(writer.manifest.shards) == 2
+    make = lambda: Encode(str(tmp_path / "pictures"), str(sd), tmp_path / "parts", 0, 2, "cpu")
+    first = make()
+    assert first({"part": np.array([0])})["rows"].tolist() == [3]
+    stamp = (tmp_path / "parts" / "00000" / "manifest.json").stat().st_mtime_ns
+    assert make()({"part": np.array([0, 1])})["rows"].tolist() == [3, 3]
+    assert (tmp_path / "parts" / "00000" / "manifest.json").stat().st_mtime_ns == stamp
+    join([tmp_path / "parts" / f"{i:05d}" for i in range(2)], tmp_path / "encoded", {"source": "encode"})
+    with build.make_feed(recipe(tmp_path, sd, tmp_path / "encoded").data, 0) as feed:
+        rows = next(feed.batches(0, 6))
+    assert rows["real"].shape == (6, 4, 8, 8) and rows["text"].shape == (6, tiny.TOKENS, 12)
+    source = open_shards(tmp_path / "pictures")
+    tables = [source.read(unit) for unit in range(len(source.units))]
+    words = [text for table in tables for text in table.column("caption").to_pylist()]
+    pixels = np.concatenate([decode_all(table.column("image").to_pylist(), source.size)[0] for table in tables])
+    means = first.codec.encode(torch.from_numpy(pixels).float() / 127.5 - 1)
+    near = torch.cdist(rows["real"].flatten(1), means.flatten(1))
+    texts = first.encoder.columns(words)["text"]
+    same_text = torch.cdist(rows["text"].flatten(1), texts.flatten(1)).argmin(1)
+    assert torch.equal(near.argmin(1), same_text) and sorted(same_text.tolist()) == list(range(6))
+
+
+def test_what_cannot_be_encoded_is_refused(tmp_path, sd):
+    with ShardWriter(tmp_path / "small", (3, 32, 32), captions=True) as writer:
+        writer.add(np.zeros((3, 32, 32), np.uint8), caption="a")
+    with pytest.raises(ValueError, match=r"pictures of shape \(3, 32, 32\), but the teacher takes pictures of shape"):
+        Encode(str(tmp_path / "small"), str(sd), tmp_path / "parts", 0, 2, "cpu")
+    with pytest.raises(ValueError, match="has no images with captions, of which columns are made"):
+        Encode(str(shards(tmp_path / "latents")), str(sd), tmp_path / "parts", 0, 2, "cpu")
 
 
 # A run
@@ -157,6 +205,69 @@ def test_a_student_generates_for_the_prompts_of_a_file(tmp_path, sd):
     torch.testing.assert_close(net.conditions.listed(torch.tensor([1, 4]))["text"], expected.expand(2, -1, -1))
     drawn = net.conditions.draw(build.Draws(0, 0), 64)["text"]
     assert len({tuple(row.flatten().tolist()) for row in drawn}) == 3
+
+
+# Exports: what stock diffusers makes in a fresh process
+
+
+def saved(asked: Recipe) -> Recipe:
+    """A run's folder after its training."""
+    engine = build.make_engine(asked, build.make_feed(asked.data, 0), folder=asked.checkpoints)
+    toy.finish(engine)
+    (asked.folder / "recipe.yaml").write_text(yaml.safe_dump(asked.model_dump(mode="json")))
+    build.describe_net(asked.folder, engine.nets["student"])
+    return asked
+
+
+def test_a_student_is_exported_as_a_stock_pipeline_and_its_adapter_for_load_lora_weights(tmp_path, sd):
+    """One run with an adapter is compared twice: merged into the exported U-Net, and loaded into the teacher's."""
+    lora = "roles.student.lora={rank: 4, alpha: 8, targets: [all]}"
+    asked = saved(recipe(tmp_path, sd, shards(tmp_path / "data"), lora, "optim.student.lr=0.1"))
+    assert run.export_notes(asked) == []
+    report = export_run(asked.folder)
+    out = Path(report["folder"])
+    assert report["max_difference"] <= 1e-4 and report["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0}
+    scheduler = diffusers.LCMScheduler.from_pretrained(out / "scheduler")
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    card = (out / "README.md").read_text()
+    assert "license: cc-by-4.0" in card and "num_inference_steps=4, guidance_scale=1.0" in card
+    kohya = load_file(out / "lora" / "kohya.safetensors")
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    assert kohya[f"{name}.lora_down.weight"].shape == (4, 16) and kohya[f"{name}.alpha"] == 4
+    student, teacher = open_student(asked.folder).net, open_teacher(sd)
+    weight = lambda net: net.backbone.model.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
+    change = kohya[f"{name}.lora_up.weight"] @ kohya[f"{name}.lora_down.weight"]
+    torch.testing.assert_close(weight(student), weight(teacher) + change, rtol=1e-4, atol=1e-6)
+    assert change.abs().max() > 1e-2
+    again = build.make_samples(open_sampler(str(out), prompts=["a cat"]), 2)
+    ours = build.make_samples(open_sampler(str(asked.folder), prompts=["a cat"]), 2)
+    assert again.calls == 4 and (again.images.int() - ours.images.int()).abs().max() <= 1
+
+
+@pytest.mark.slow
+def test_sdxl_in_one_step_at_399_is_exported_with_the_first_400_timesteps(tmp_path, sdxl):
+    net = open_teacher(sdxl)
+    method = DMD2(conditioning=399)
+    worst = export_pipeline(net, sdxl, tmp_path / "xl", calls=method.calls(net), card=Card(name="xl"))
+    assert worst <= 1e-4
+    scheduler = diffusers.LCMScheduler.from_pretrained(tmp_path / "xl" / "scheduler")
+    scheduler.set_timesteps(1)
+    assert scheduler.timesteps.tolist() == [399]
+    assert scheduler.alphas_cumprod[399].item() == pytest.approx(0.4260864, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_an_export_that_makes_other_images_is_refused(tmp_path, sd, monkeypatch):
+    net = open_teacher(sd)
+    calls = DMD2(student_steps=2).calls(net)
+    monkeypatch.setattr(Denoiser, "pictures", lambda self, x0: self.codec.decode(x0 * 1.01))
+    with pytest.raises(ExportError, match="its images differ by .* from the student's, more than 0.0001; not kept"):
+        export_pipeline(net, sd, tmp_path / "x", calls=calls, card=Card(name="x"))
+    assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".x.*"))
+    steps = tuple(replace(call, then="step") for call in calls)
+    with pytest.raises(ExportError, match="stock schedulers noise anew between calls"):
+        export_pipeline(net, sd, tmp_path / "x", calls=steps, card=Card(name="x"))
 
 
 # Mistakes

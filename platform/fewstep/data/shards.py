@@ -509,6 +509,30 @@ class ShardWriter:
             shutil.rmtree(self.temp, ignore_errors=True)
 
 
+def join(parts: Sequence[Path], out: Path, source: dict[str, Any], overwrite: bool = False) -> Manifest:
+    """Writes one set with the files of several that have the same columns. Returns its manifest. Raises ShardError."""
+    opened = [open_shards(part) for part in parts]
+    first, kept = opened[0].manifest, []
+    temp = out.with_name(f".{out.name[:NAME_BYTES]}.{secrets.token_hex(4)}.part")
+    temp.mkdir(parents=True)
+    try:
+        for shards in opened:
+            if shards.manifest.columns != first.columns:
+                raise ShardError(f"{shards.path}: has other columns than {opened[0].path}; write both again")
+            for shard in shards.manifest.shards:
+                name = f"shard-{len(kept):05d}.parquet"
+                shutil.copyfile(shards.path / shard.file, temp / name)
+                kept.append(shard.model_copy(update={"file": name}))
+        low, high = zip(*(shards.manifest.range for shards in opened), strict=True)
+        found = {"range": (min(low), max(high)), "rows": sum(s.rows for s in opened), "shards": tuple(kept)}
+        manifest = first.model_copy(update=found | {"source": source})
+        (temp / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
+        replace(temp, out, SHARDS, overwrite=overwrite)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+    return manifest
+
+
 def _stored(values: np.ndarray, column: Column, limits: tuple[float, float] | None = None) -> np.ndarray:
     """A row's numbers as they are stored, flat. Raises ValueError for another shape and for an impossible number."""
     if values.shape != column.shape:
