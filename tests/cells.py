@@ -48,6 +48,7 @@ CELLS = {
     "scm": Cell({"warmup_steps": 2, "weighting": "learned", "guidance_range": (1, 3)}, generates=False),
     "lcm": Cell({"guidance": 2, "guidance_range": (1, 3)}),
     "pcm": Cell({"solver_steps": 20}),
+    "hyper_sd": Cell({"segments": 2, "student_steps": 2, "eta": 0.3, "gan_weight": 0.1, "ends": "conditioned"}),
     "rcm": Cell(
         {"student_every": 2, "guidance_range": (1, 3)},
         {"matching_weight": 0, "mean": -1, "std": 1.4, "warmup_steps": 2},

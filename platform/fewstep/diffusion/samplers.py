@@ -64,6 +64,8 @@ class Call:
     alpha, sigma: its noise level, x_t = alpha x0 + sigma eps. role: the network that is called.
     then: how x0 leads to the next call: "renoise" noises it to that call's level with fresh noise (DMD2, section 4.4;
     consistency models), "step" goes there without new noise (DDIM). The x0 of the last call is the sample.
+    kept: share of the noise in x_t that "renoise" takes along, in [0, 1]; with fresh noise for the rest the level stays
+    what it is (TCD's stochastic sampling, Zheng et al. 2024).
     takes: "x", what the earlier calls led to, or "noise", the first noise at this call's own level.
     extra: further scalars that the network is given, by name. schedule, t: where the level comes from, if from a
     schedule; its networks are then asked at t itself.
@@ -73,6 +75,7 @@ class Call:
     sigma: float
     role: str = "student"
     then: Literal["renoise", "step"] = "renoise"
+    kept: float = 0.0
     takes: Literal["x", "noise"] = "x"
     extra: Mapping[str, float] = field(default_factory=dict)
     schedule: Schedule | None = None
@@ -124,7 +127,10 @@ def enter_call(
         elif calls[i].then == "step":
             x = levels[i].step(x, x0, to)
         else:
-            x = to.noise(x0, draws.normal(f"renoise/{i}", x0.shape))
+            eps, kept = draws.normal(f"renoise/{i}", x0.shape), calls[i].kept
+            if kept:
+                eps = kept * levels[i].eps(x, x0) + (1 - kept**2) ** 0.5 * eps
+            x = to.noise(x0, eps)
     return x, levels[number]
 
 

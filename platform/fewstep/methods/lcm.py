@@ -64,18 +64,29 @@ class LCM(Trajectory):
         c_skip, c_out = (c.float().view_as(level.alpha) for c in boundary(index.double()))
         return c_skip * x + c_out * x0
 
-    def loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
+    def asked(self, end: Level) -> dict[str, Tensor]:
+        """Further scalars (B,) of the student and its average, by name. end: the level at which they meet."""
+        return {}
+
+    def pair(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
+        """The two states (B, ...) that shall be one, `ours` with a graph and `goal`, and the student's x0, `made`."""
         x0, cond, draws, schedule = batch.real, batch.real_cond, batch.draws, nets["teacher"].schedule
         at = lambda number: grid_level(schedule, number, self.solver_steps, x0)
         number, scale = draws.integers("t", 1, self.solver_steps, len(x0)), self.scale(draws, len(x0))
-        level, to, end = at(number), at(number - 1), self.end(number, draws)
+        level, to, end = at(number), at(number - 1), at(self.end(number, draws))
         x = level.noise(x0, draws.normal("eps", x0.shape))
-        student, target = (self.told(nets[role], scale) for role in ("student", "target"))
-        made = student(x, level, cond)
+        student, target = (self.told(nets[role], scale, **self.asked(end)) for role in ("student", "target"))
         with torch.no_grad():
             teacher = self.teacher(nets, scale, batch.conditions.null(cond))
             before = level.step(x, teacher(x, level, cond), to)  # one step of the solver
-            goal = self.land(before, target(before, to, cond), to, number - 1, at(end))
-        ours = self.land(x, made, level, number, at(end))
-        distance = F.mse_loss(ours, goal) if self.distance == "mse" else pseudo_huber(ours, goal)
-        return {"consistency": distance}, statistics(made, x0)
+            goal = self.land(before, target(before, to, cond), to, number - 1, end)
+        made = student(x, level, cond)
+        return {"made": made, "ours": self.land(x, made, level, number, end), "goal": goal}
+
+    def apart(self, ours: Tensor, goal: Tensor) -> Tensor:
+        """Distance of two states."""
+        return F.mse_loss(ours, goal) if self.distance == "mse" else pseudo_huber(ours, goal)
+
+    def loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
+        found = self.pair(nets, batch)
+        return {"consistency": self.apart(found["ours"], found["goal"])}, statistics(found["made"], batch.real)

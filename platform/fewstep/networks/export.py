@@ -58,8 +58,8 @@ def entries(denoiser: Denoiser, calls: Sequence[Call]) -> list[dict[str, Any]]:
 
     calls: from noise to clean. Keys: alpha, sigma (of the noising); start (factor on the first noise); rescale (to
     the network's own schedule), input (factor on what enters it), time (its noise conditioning), skip and out
-    (x0 = skip x + out F); then and takes, as in diffusion/samplers.py; shift (the sum that extra scalars add to the
-    time embedding, or null).
+    (x0 = skip x + out F); then, kept and takes, as in diffusion/samplers.py; shift (the sum that extra scalars add to
+    the time embedding, or null).
     """
     out = []
     for call in calls:
@@ -78,7 +78,12 @@ def entries(denoiser: Denoiser, calls: Sequence[Call]) -> list[dict[str, Any]]:
             "out": factor,
         }
         shift = denoiser.shift({name: torch.full((1,), float(v)) for name, v in call.extra.items()})
-        words = {"then": call.then, "takes": call.takes, "shift": None if shift is None else shift[0].tolist()}
+        words = {
+            "then": call.then,
+            "kept": call.kept,
+            "takes": call.takes,
+            "shift": None if shift is None else shift[0].tolist(),
+        }
         out.append({key: float(value) for key, value in entry.items()} | words)
     return out
 
@@ -95,6 +100,7 @@ class Entry(Strict):
     skip: float
     out: float
     then: Literal["renoise", "step"] = "renoise"
+    kept: Annotated[float, Field(ge=0, le=1)] = 0.0
     takes: Literal["x", "noise"] = "x"
     shift: list[float] | None = None
 
@@ -123,7 +129,7 @@ def exported_calls(folder: Path) -> tuple[Call, ...] | None:
         raise ValueError(f"{index}: sampling.{'; '.join(str(error).splitlines())}") from None
     if any(entry.shift is not None for entry in found):
         raise ValueError(f"{index}: its calls take further scalars, which only its own pipeline.py knows; give the run")
-    return tuple(Call(entry.alpha, entry.sigma, then=entry.then, takes=entry.takes) for entry in found)
+    return tuple(Call(e.alpha, e.sigma, then=e.then, kept=e.kept, takes=e.takes) for e in found)
 
 
 def check_exportable(denoiser: Denoiser, calls: Sequence[Call]) -> None:

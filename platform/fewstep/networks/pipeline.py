@@ -27,9 +27,10 @@ class FewStepPipeline(DiffusionPipeline):
 
     unet: predicts in its own terms; each call's entry turns that into an image x0 = skip x + out F(input x, time) when
     x was noised to alpha x0 + sigma eps and rescaled. An entry says too how it leads to the next (`then`: "renoise"
-    with fresh noise, "step" without), what it takes ("x", or the first "noise"), and what it adds to the time
-    embedding (`shift`, or null). sampling: "calls", "classes" (or null), "class_names" (or null), "patch" (side of the
-    pixel blocks folded into channels), "network" (what fewstep.json says of the unet, for the tools that made it).
+    with fresh noise but for the share `kept`, "step" without), what it takes ("x", or the first "noise"), and what it
+    adds to the time embedding (`shift`, or null). sampling: "calls", "classes" (or null), "class_names" (or null),
+    "patch" (side of the pixel blocks folded into channels), "network" (what fewstep.json says of the unet, for the
+    tools that made it).
     """
 
     def __init__(self, unet: UNet2DModel, sampling: dict | None = None):
@@ -93,6 +94,9 @@ class FewStepPipeline(DiffusionPipeline):
                 x_t = call["alpha"] * x0 + call["sigma"] * eps
             else:
                 eps = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+                if kept := before["kept"]:
+                    old = (x_t - before["alpha"] * x0) / before["sigma"]
+                    eps = kept * old + (1 - kept**2) ** 0.5 * eps
                 x_t = call["alpha"] * x0 + call["sigma"] * eps
             x = x_t * call["rescale"]
             folded = F.pixel_unshuffle(x * call["input"], patch).to(unet.dtype)
