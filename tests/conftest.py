@@ -46,6 +46,28 @@ def ray_cluster():
 
 
 @pytest.fixture(scope="session")
+def outlined():
+    """`open_teacher` that makes the shipped teacher without weights once a session."""
+    from functools import cache
+
+    from fewstep.networks.pretrained import locate, open_teacher
+
+    outline = cache(lambda folder, precision: open_teacher(folder, precision, False))
+    shipped = locate("shipped:fashion_mnist/teacher")
+
+    def opened(ref, precision="fp32", weights=True):
+        return open_teacher(ref, precision, weights) if weights or locate(ref) != shipped else outline(ref, precision)
+
+    return opened
+
+
+@pytest.fixture
+def one_look(outlined, monkeypatch):
+    """For tests of checks that are not of the teacher: they look at the shipped one once a session."""
+    monkeypatch.setattr("fewstep.build.open_teacher", outlined)
+
+
+@pytest.fixture(scope="session")
 def pretrained():
     """A denoiser trained on samples of `toy.OVERLAPPING` by the project's own method."""
     import toy

@@ -27,7 +27,7 @@ def recipe(folder: Path, *words: str) -> Recipe:
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder(tmp_path, monkeypatch):
+def in_a_folder(one_look, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("MLFLOW_TRACKING_URI", "FEWSTEP_STORAGE", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)

@@ -30,6 +30,10 @@ WRITING = {
         "run={mine}/checkpoints/step-00000007 out={mine}/export",
     ],
     "features": ["data=shipped:fashion_mnist/shards out={mine}"],
+    "pairs": [
+        "teacher=shipped:fashion_mnist/teacher pairs=2 out={mine}",
+        "teacher=shipped:fashion_mnist/teacher pairs=2 out={mine}/notes overwrite=true",
+    ],
     "prepare": [
         "source=folder path={mine}/photos out={mine} overwrite=true",
         "source=folder path={mine}/photos out={mine}/photos overwrite=true",
@@ -77,7 +81,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("job", "words"), [(job, words) for job, all_words in WRITING.items() for words in all_words])
-def test_a_job_leaves_the_files_of_others_alone(job, words, mine, tmp_path, monkeypatch, capsys):
+def test_a_job_leaves_the_files_of_others_alone(job, words, mine, one_look, tmp_path, monkeypatch, capsys):
     (tmp_path / "free").mkdir()
     monkeypatch.chdir(tmp_path / "free")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
