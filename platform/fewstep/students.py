@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,13 @@ class Student:
     checkpoint: Path | str
     step: int
     averaged: bool
+    others: dict[str, Denoiser] = field(default_factory=dict)
+    """The further networks that its generator calls, by role."""
 
     @property
     def sampler(self) -> build.Sampler:
         """As its method samples it."""
-        return build.student_sampler(self.recipe.method, {"student": self.net})
+        return build.student_sampler(self.recipe.method, self.others | {"student": self.net})
 
 
 def open_student(
@@ -80,7 +82,8 @@ def open_student(
         raise ValueError(f"average: {checkpoint} holds none, as train.average_decay was null; give average=false")
     averaged = kept if average is None else average
     net = build.student_net(recipe, checkpoint, averaged, folder)
-    return Student(net, recipe, folder, checkpoint, manifest["step"], averaged)
+    others = build.other_nets(recipe, checkpoint, net)
+    return Student(net, recipe, folder, checkpoint, manifest["step"], averaged, others)
 
 
 def recipe_of(ref: str) -> Recipe | None:
@@ -105,14 +108,16 @@ def open_sampler(
     folder = locate(ref)
     if (folder / "recipe.yaml").is_file() or complete(folder):
         student = open_student(folder)
-        net, pipeline = student.net, build.pipeline_folder(student.recipe)
+        net, others, pipeline = student.net, student.others, build.pipeline_folder(student.recipe)
         sampler = lambda: student.sampler
     else:
         net, calls, pipeline = open_teacher(folder).requires_grad_(False), exported_calls(folder), folder
+        names = {call.role for call in calls or ()} - {"student"}
+        others = {name: open_teacher(folder / name).requires_grad_(False) for name in names}
         if calls is None:
             sampler = lambda: build.teacher_sampler(net, steps, guidance)
         else:
-            sampler = lambda: build.few_step_sampler({"student": net}, calls)
+            sampler = lambda: build.few_step_sampler({"student": net} | others, calls)
     texts = isinstance(net.conditions, Texts)
     if prompts is not None and not texts:
         raise ValueError("prompts: this model takes no texts; leave them out")
@@ -120,7 +125,8 @@ def open_sampler(
         build.with_pipeline(net, pipeline, listing=prompts)
     elif texts and net.conditions.listing is None and net.conditions.prompts is None:
         raise ValueError("prompts: missing; this model generates for texts: give one, a list, or a text file")
-    net.to(device)
+    for each in (net, *others.values()):
+        each.to(device)
     return sampler()
 
 
@@ -186,8 +192,8 @@ def export_run(
             worst = export_pipeline(student.net, build.pipeline_folder(recipe), target, **options)
             stock = read_json(target / INFERENCE)["call"]
         else:
-            names = _class_names(student)
-            worst = export(student.net, target, calls=calls, card=card, class_names=names, overwrite=overwrite)
+            options = {"others": student.others, "class_names": _class_names(student), "overwrite": overwrite}
+            worst = export(student.net, target, calls=calls, card=card, **options)
     return {
         "folder": str(target),
         "step": student.step,

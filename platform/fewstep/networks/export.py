@@ -12,9 +12,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import torch
@@ -36,6 +37,7 @@ INFERENCE = "inference.json"  # of a stock pipeline's folder, which has no place
 TOLERANCE = 1e-5  # of the network's own output, from float32's rounding in another process
 GREY = 1 / 255  # half a grey level, in [-1, 1]
 CHECKED_IMAGES = 4
+NETWORKS = 4  # the pipeline names so many components
 
 CHECK = """
 import sys, torch
@@ -53,17 +55,25 @@ class ExportError(ValueError):
     """A generator that cannot be exported, or an export that does not give the same images; nothing was written."""
 
 
-def entries(denoiser: Denoiser, calls: Sequence[Call]) -> list[dict[str, Any]]:
+def names(calls: Sequence[Call]) -> dict[str, str]:
+    """Names of the networks in an export by role: "unet" is the student, the others follow as "unet_2", "unet_3"."""
+    others = dict.fromkeys(call.role for call in calls if call.role != "student")
+    return {"student": "unet"} | {role: f"unet_{i}" for i, role in enumerate(others, 2)}
+
+
+def entries(
+    denoiser: Denoiser, calls: Sequence[Call], others: Mapping[str, Denoiser] = MappingProxyType({})
+) -> list[dict[str, Any]]:
     """The pipeline's arithmetic at each call, as numbers: the denoiser's own, at a batch of one in float32.
 
-    calls: from noise to clean. Keys: alpha, sigma (of the noising); start (factor on the first noise); rescale (to
-    the network's own schedule), input (factor on what enters it), time (its noise conditioning), skip and out
-    (x0 = skip x + out F); then, kept and takes, as in diffusion/samplers.py; shift (the sum that extra scalars add to
-    the time embedding, or null).
+    calls: from noise to clean. others: networks of roles that are not the student's. Keys: unet (the network's name);
+    alpha, sigma (of the noising); start (factor on the first noise); rescale (to the network's own schedule), input
+    (factor on what enters it), time (its noise conditioning), skip and out (x0 = skip x + out F); then, kept and takes,
+    as in diffusion/samplers.py; shift (the sum that extra scalars add to the time embedding, or null).
     """
-    out = []
+    out, nets, unets = [], {"student": denoiser, **others}, names(calls)
     for call in calls:
-        level = call.level(torch.empty(1, 1, 1, 1))
+        denoiser, level = nets[call.role], call.level(torch.empty(1, 1, 1, 1))
         own, t = denoiser.own(level, level.alpha.ndim)
         skip, factor = PREDICTIONS[denoiser.prediction](own.alpha, own.sigma, denoiser.data_std)
         scale, time = denoiser.conditioning(own, t)
@@ -79,6 +89,7 @@ def entries(denoiser: Denoiser, calls: Sequence[Call]) -> list[dict[str, Any]]:
         }
         shift = denoiser.shift({name: torch.full((1,), float(v)) for name, v in call.extra.items()})
         words = {
+            "unet": unets[call.role],
             "then": call.then,
             "kept": call.kept,
             "takes": call.takes,
@@ -103,6 +114,7 @@ class Entry(Strict):
     kept: Annotated[float, Field(ge=0, le=1)] = 0.0
     takes: Literal["x", "noise"] = "x"
     shift: list[float] | None = None
+    unet: Annotated[str, Field(pattern="^unet(_[2-4])?$")] = "unet"
 
 
 class _Sampling(Strict):
@@ -113,6 +125,8 @@ class _Sampling(Strict):
 
 def exported_calls(folder: Path) -> tuple[Call, ...] | None:
     """The calls of an export, from noise to clean; None for the folder of a teacher. Raises ValueError naming the file.
+
+    A call's role is "student", or the name of the sub-folder that holds another network.
 
     An export whose calls take further scalars is refused, as its network has no embedding for them here.
     """
@@ -129,7 +143,10 @@ def exported_calls(folder: Path) -> tuple[Call, ...] | None:
         raise ValueError(f"{index}: sampling.{'; '.join(str(error).splitlines())}") from None
     if any(entry.shift is not None for entry in found):
         raise ValueError(f"{index}: its calls take further scalars, which only its own pipeline.py knows; give the run")
-    return tuple(Call(e.alpha, e.sigma, then=e.then, kept=e.kept, takes=e.takes) for e in found)
+    roles = {"unet": "student"}
+    return tuple(
+        Call(e.alpha, e.sigma, roles.get(e.unet, e.unet), then=e.then, kept=e.kept, takes=e.takes) for e in found
+    )
 
 
 def check_exportable(denoiser: Denoiser, calls: Sequence[Call]) -> None:
@@ -139,9 +156,10 @@ def check_exportable(denoiser: Denoiser, calls: Sequence[Call]) -> None:
             f"export: {type(denoiser.backbone.model).__name__} has no pipeline here; exported are pixel-space "
             "UNet2DModel generators"
         )
-    if len({call.role for call in calls}) > 1:
-        roles = ", ".join(sorted({call.role for call in calls}))
-        raise ExportError(f"export: its calls are of several networks ({roles}); exported are generators of one")
+    if len(names(calls)) > NETWORKS:
+        raise ExportError(
+            f"export: its calls are of {len(names(calls))} networks; a pipeline here has {NETWORKS} at most"
+        )
 
 
 def export(
@@ -150,12 +168,14 @@ def export(
     *,
     calls: Sequence[Call],
     card: Card,
+    others: Mapping[str, Denoiser] = MappingProxyType({}),
     class_names: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> float:
     """Writes a few-step generator to `folder`, which appears only when it is whole and gives the same images.
 
-    calls: the generator's, from noise to clean, all of one network. overwrite: replace an earlier export, in whose
+    denoiser: the network of the role "student". calls: the generator's, from noise to clean. others: networks of its
+    further roles, each of which gets a sub-folder. overwrite: replace an earlier export, in whose
     folder nothing else lies. Returns the largest difference to the denoiser's own images, clamped to [-1, 1] as people
     get them, in float32 on the CPU; it is at most `tolerance`.
     Raises ExportError for a network without a pipeline here and an export that fails to compare, FolderError for a
@@ -169,9 +189,10 @@ def export(
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        net = deepcopy(denoiser).cpu().eval().float()
-        _write(net, tmp, calls, card, class_names)
-        worst = _compare(net, tmp, calls)
+        given = {"student": denoiser, **others}
+        nets = {role: deepcopy(given[role]).cpu().eval().float() for role in names(calls)}
+        _write(nets, tmp, calls, card, class_names)
+        worst = _compare(nets, tmp, calls)
         tmp.chmod(0o755)
         replace(tmp, folder, EXPORT, overwrite=overwrite)
     finally:
@@ -179,16 +200,22 @@ def export(
     return worst
 
 
-def _write(net: Denoiser, folder: Path, calls: Sequence[Call], card: Card, class_names: Sequence[str] | None) -> None:
+def _write(
+    nets: Mapping[str, Denoiser], folder: Path, calls: Sequence[Call], card: Card, class_names: Sequence[str] | None
+) -> None:
     import diffusers
 
-    numbers = entries(net, calls)
+    net = nets["student"]
+    numbers = entries(net, calls, nets)
     save_denoiser(net, folder)
+    for role, name in names(calls).items():
+        if role != "student":
+            save_denoiser(nets[role], folder, name)
     shutil.copyfile(PIPELINE, folder / PIPELINE.name)
     index: dict[str, Any] = {
         "_class_name": [PIPELINE.stem, "FewStepPipeline"],
         "_diffusers_version": diffusers.__version__,
-        "unet": ["diffusers", type(net.backbone.model).__name__],
+        **{name: ["diffusers", type(nets[role].backbone.model).__name__] for role, name in names(calls).items()},
         "sampling": {
             "calls": numbers,
             "classes": net.classes,
@@ -212,15 +239,16 @@ class InTurn:
 
 
 @torch.no_grad()
-def _compare(net: Denoiser, folder: Path, calls: Sequence[Call]) -> float:
-    """Largest difference of the folder's images, made in a fresh process, to the denoiser's from the same noise."""
+def _compare(nets: Mapping[str, Denoiser], folder: Path, calls: Sequence[Call]) -> float:
+    """Largest difference of the folder's images, made in a fresh process, to the denoisers' from the same noise."""
+    net = nets["student"]
     draws = InTurn(torch.Generator().manual_seed(0))
     z = draws.normal("z", (CHECKED_IMAGES, *net.shape))
     cond = net.conditions.listed(torch.arange(CHECKED_IMAGES))
-    ours = run_calls({calls[0].role: net}, calls, z, cond, draws)
+    ours = run_calls(nets, calls, z, cond, draws)
     theirs = _in_fresh_process(folder)
     worst = float((theirs.clamp(-1, 1) - ours.clamp(-1, 1)).abs().max())
-    allowed = tolerance(entries(net, calls))
+    allowed = tolerance(entries(net, calls, nets))
     if not worst <= allowed:
         raise ExportError(
             f"export: its images differ by {worst:.3g} from the generator's, more than {allowed:.3g}; not kept"

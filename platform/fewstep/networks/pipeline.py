@@ -27,17 +27,26 @@ class FewStepPipeline(DiffusionPipeline):
 
     unet: predicts in its own terms; each call's entry turns that into an image x0 = skip x + out F(input x, time) when
     x was noised to alpha x0 + sigma eps and rescaled. An entry says too how it leads to the next (`then`: "renoise"
-    with fresh noise but for the share `kept`, "step" without), what it takes ("x", or the first "noise"), and what it
-    adds to the time embedding (`shift`, or null). sampling: "calls", "classes" (or null), "class_names" (or null),
-    "patch" (side of the pixel blocks folded into channels), "network" (what fewstep.json says of the unet, for the
-    tools that made it).
+    with fresh noise but for the share `kept`, "step" without), what it takes ("x", or the first "noise"), what it adds
+    to the time embedding (`shift`, or null), and which network it calls (`unet`, or one of unet_2 to unet_4 that a
+    model may have). sampling: "calls", "classes" (or null), "class_names" (or null), "patch" (side of the pixel blocks
+    folded into channels), "network" (what fewstep.json says of the unet, for the tools that made it).
     """
 
-    def __init__(self, unet: UNet2DModel, sampling: dict | None = None):
+    _optional_components = ["unet_2", "unet_3", "unet_4"]
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        unet_2: UNet2DModel | None = None,
+        unet_3: UNet2DModel | None = None,
+        unet_4: UNet2DModel | None = None,
+        sampling: dict | None = None,
+    ):
         super().__init__()
         if not sampling:
             raise ValueError("sampling: missing in model_index.json, which says how this model is called")
-        self.register_modules(unet=unet)
+        self.register_modules(unet=unet, unet_2=unet_2, unet_3=unet_3, unet_4=unet_4)
         self.register_to_config(sampling=sampling)
 
     def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -52,7 +61,9 @@ class FewStepPipeline(DiffusionPipeline):
         index["_class_name"] = ["pipeline", type(self).__name__]
         (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         if network := self.config.sampling.get("network"):
-            (folder / "fewstep.json").write_text(json.dumps(network, indent=1) + "\n", encoding="utf-8")
+            used = {call.get("unet", "unet") for call in self.config.sampling["calls"]}
+            for place in [folder, *(folder / name for name in used - {"unet"})]:
+                (place / "fewstep.json").write_text(json.dumps(network, indent=1) + "\n", encoding="utf-8")
 
     def labels(self, class_labels: Labels, num_images: int | None) -> list[Any]:
         """One label an image; without any, the classes in turn. An unconditional model has None for each."""
@@ -87,6 +98,7 @@ class FewStepPipeline(DiffusionPipeline):
         z = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         x0 = x_t = before = None
         for call in sampling["calls"]:
+            unet = getattr(self, call.get("unet", "unet"))
             if before is None or call["takes"] == "noise":
                 x_t = z * call["start"]
             elif before["then"] == "step":  # to this level along the noise that was there (DDIM)

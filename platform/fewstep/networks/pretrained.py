@@ -182,20 +182,21 @@ def network_of(denoiser: Denoiser) -> Network:
     )
 
 
-def save_denoiser(denoiser: Denoiser, folder: Path) -> None:
+def save_denoiser(denoiser: Denoiser, folder: Path, name: str | None = None) -> None:
     """Writes `folder`/unet or `folder`/transformer (diffusers, safetensors) and `folder`/fewstep.json.
 
+    name: of a sub-folder that gets both files, for a network beside another.
     Raises ValueError for an adapter, whose folder would hold its base alone.
     """
     if not isinstance(denoiser, Denoiser):
         raise ValueError(f"{folder}: a {type(denoiser).__name__} is no denoiser; merge an adapter into its base first")
-    sub = folder / ("transformer" if isinstance(denoiser.backbone, Tokens) else "unet")
+    sub = folder / (name or ("transformer" if isinstance(denoiser.backbone, Tokens) else "unet"))
     denoiser.backbone.model.save_pretrained(sub, safe_serialization=True)
     config = read_json(sub / "config.json")
     config.pop("_name_or_path", None)  # where the weights once came from is a path on this machine
     (sub / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     network = network_of(denoiser).model_dump(exclude={"config"})
-    (folder / DESCRIPTION).write_text(json.dumps(network, indent=1) + "\n")
+    ((sub if name else folder) / DESCRIPTION).write_text(json.dumps(network, indent=1) + "\n")
 
 
 def locate(ref: str | Path, download: bool = True) -> Path:
