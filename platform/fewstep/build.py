@@ -24,7 +24,7 @@ from .diffusion.guidance import guided
 from .diffusion.level import Level
 from .diffusion.samplers import Call, ddim, heun, run_calls, to_uint8
 from .engine.checkpoint import load_net, read_weights
-from .engine.folder import newest
+from .engine.folder import complete, newest
 from .engine.manifest import read_manifest
 from .engine.train import Engine, NoData
 from .engine.world import World
@@ -202,11 +202,13 @@ def _start(ref: str, role: str) -> tuple[Path | str, str]:
 
 
 def open_net(folder: str) -> Denoiser:
-    """The student of a run, from its newest checkpoint: averaged weights where it has them. Raises ValueError."""
-    path = latest(resolve_ref(folder))
+    """The student of a run, or of one of its checkpoints: averaged weights where it has them. Raises ValueError."""
+    place = resolve_ref(folder)
+    inside = isinstance(place, Path) and complete(place)
+    path, run = (place, place.parents[1]) if inside else (latest(place), resolve(folder))
     if path is None:
         raise ValueError(f"run: no checkpoint below {folder!r}; give the folder of a run")
-    return student_net(read_run(resolve(folder)), path, folder=resolve(folder))
+    return student_net(read_run(run), path, folder=run)
 
 
 def student_net(
@@ -238,6 +240,17 @@ def trained_student(recipe: Recipe, checkpoint: Path | str, average: bool | None
 def _load_student(net: nn.Module, checkpoint: Path | str, average: bool | None) -> None:
     average = has_average(checkpoint) if average is None else average
     load_net(net, read_weights(checkpoint, "net.average" if average else "net.student"), str(checkpoint))
+
+
+def other_nets(recipe: Recipe, checkpoint: Path | str, student: Denoiser) -> dict[str, Denoiser]:
+    """The networks beside the student that its generator calls, frozen, by role. Raises ValueError."""
+    roles = {call.role for call in recipe.method.calls(student)} - {"student"}
+    if not roles:
+        return {}
+    nets = recipe.method.nets(Maker(recipe, make_teacher(recipe)))
+    for role in roles & set(recipe.method.roles):
+        load_net(nets[role], read_weights(checkpoint, f"net.{role}"), str(checkpoint))
+    return {role: nets[role].eval().requires_grad_(False) for role in sorted(roles)}
 
 
 class Described(Strict):

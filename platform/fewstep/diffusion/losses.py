@@ -66,6 +66,14 @@ def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
+def preference(better: Tensor, worse: Tensor, beta: float) -> Tensor:
+    """Preference loss -log sigmoid(beta (better - worse)) of log-likelihood ratios to a reference, each (B,).
+
+    (DPO, Rafailov et al. 2023, arXiv:2305.18290.)
+    """
+    return F.softplus(-beta * (better - worse)).mean()
+
+
 def finite(*tensors: Tensor) -> Tensor:
     """0-d bool on the tensors' device: true where every element is finite. Asks nothing of the host."""
     return torch.stack([t.isfinite().all() for t in tensors]).all()

@@ -144,6 +144,19 @@ def simulated_call(
     return enter_call(nets, calls, z, cond, draws, first + draws.choice("last", len(calls) - first))
 
 
+@torch.no_grad()
+def last_call(
+    nets: Mapping[str, Any], calls: Sequence[Call], x0: Tensor, number: int, cond: Any, draws: Draws
+) -> tuple[Tensor, Level]:
+    """Input and level of a renoising generator's last call, from x0 (B, ...) of call `number` through those between."""
+    for i in range(number, len(calls) - 1):
+        level = calls[i + 1].level(x0)
+        x_t = level.noise(x0, draws.normal(f"renoise/{i}", x0.shape))
+        if i + 2 < len(calls):
+            x0 = calls[i + 1].denoise(nets, x_t, level, cond)
+    return x_t, level
+
+
 def noised_call(calls: Sequence[Call], z: Tensor, real: Tensor, draws: Draws) -> tuple[Tensor, Level]:
     """Input and level of a call drawn for each sample: noise for the first, noised data (B, ...) for the others.
 

@@ -24,8 +24,8 @@ Index = Annotated[int, Field(ge=0, lt=INDICES)]
 class DistributionMatching(Method):
     """Base of the methods that move a student along the difference of two scores, the teacher's and a critic's.
 
-    Hooks for variations: `student_input`, `match_noise` (levels of the matching term), `scores` (guidance), `direction`
-    (sample weights), `critic_condition`, `extra` (further terms of the student).
+    Hooks for variations: `student_input`, `matched` (what the gradient acts on), `match_noise` (levels), `scores`
+    (guidance), `direction` (sample weights), `critic_condition`, and `extra` (further terms of the student).
     Noise levels are counted in thousandths of the teacher's schedule, as published: DDPM's timesteps, EDM's ramp.
     """
 
@@ -81,6 +81,10 @@ class DistributionMatching(Method):
         with torch.set_grad_enabled("student" in trains):
             return replace(batch, cond=cond).make(x=nets["student"](x_t, level, cond))
 
+    def matched(self, batch: Batch) -> Tensor:
+        """The samples (B, ...) whose density is matched."""
+        return batch.x
+
     def match_noise(self, nets: Nets, batch: Batch, x: Tensor) -> tuple[Tensor, Level]:
         """The samples x (B, ...) noised for the matching term, and their levels."""
         return noised(batch.draws, "match", nets["teacher"].schedule, x, *self.match_range, self.match_power)[:2]
@@ -96,7 +100,7 @@ class DistributionMatching(Method):
 
     def matching(self, nets: Nets, batch: Batch) -> Terms:
         """The matching term's `gradient` (B, ...) and `normaliser` (B,)."""
-        x = batch.x.detach()
+        x = self.matched(batch).detach()
         with torch.no_grad():
             x_t, level = self.match_noise(nets, batch, x)
             gradient, normaliser = self.direction(x, *self.scores(nets, batch, x_t, level), level)
@@ -110,7 +114,7 @@ class DistributionMatching(Method):
         terms, found, health = {}, {}, statistics(batch.x, batch.real)
         if self.matching_weight:
             found = self.matching(nets, batch)
-            terms["match"] = self.matching_weight * surrogate(batch.x, found["gradient"])
+            terms["match"] = self.matching_weight * surrogate(self.matched(batch), found["gradient"])
             norm = found["gradient"].flatten(1).norm(dim=1).mean()
             health |= {"match_gradient": norm, "match_normaliser": found["normaliser"].mean()}
         return terms | self.extra(nets, batch, found), health
