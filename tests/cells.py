@@ -41,6 +41,18 @@ CELLS = {
         TTUR | {"anchor_steps": 2}, TTUR | {"anchor_steps": 0}, ("dmd2", TTUR | {"gan_weight": 0, "student_steps": 4})
     ),
     "dmd": Cell(TTUR),
+    "phased_dmd": Cell(
+        TTUR | {"earlier": ("a",), "phase_steps": 2}, TTUR | {"boundaries": ()}, ("dmd2", TTUR | {"gan_weight": 0})
+    ),
+    "disback": Cell(GAN | {"nodes": ("a", "bc", "def"), "node_steps": 2}, GAN, ("dmd2", GAN)),
+    "disback_record": Cell(generates=False),
+    "flash_dmd": Cell(
+        {"gan_weight": 0.05, "student_steps": 3, "reward_updates": 1, "reference": "a"},
+        {"split": False, "coupling": None, "student_steps": 2},
+        ("dmd2", {"student_steps": 2, "gan_weight": 5e-3, "critic_updates_per_student_update": 1}),
+    ),
+    "hipa": Cell(),
+    "msd": Cell(GAN | {"part": (1, 3)}, GAN, ("dmd2", GAN)),
     "swiftbrush": Cell({"alignment_weight": 0.1}),
     "snoopi": Cell({}, {"guidance_spread": 0.0}, ("swiftbrush", {"guidance": 2.25})),
     "regression": Cell({"steps": 3}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 import toy
+from diffusers.utils import dynamic_modules_utils
 from job import job as command
+from test_every_method import in_this_process, student
 from test_methods import Calls, a_batch, a_team, gradient
 from torch.nn import functional as F
 
@@ -19,14 +22,18 @@ from fewstep.data.feed import open_feed
 from fewstep.data.noise import noise
 from fewstep.data.shards import open_shards
 from fewstep.diffusion.draws import Draws
+from fewstep.diffusion.frequency import edges, high_energy, high_pass
 from fewstep.diffusion.level import Level
-from fewstep.diffusion.losses import clamped
+from fewstep.diffusion.losses import clamped, preference
 from fewstep.diffusion.perceptual import feature_distance
-from fewstep.diffusion.samplers import to_uint8
-from fewstep.diffusion.schedules import EDM
+from fewstep.diffusion.samplers import run_calls, to_uint8
+from fewstep.diffusion.schedules import DDPM, EDM, Flow
+from fewstep.diffusion.subinterval import Kernel
 from fewstep.methods import METHODS, Batch
 from fewstep.methods.f_distill import H
 from fewstep.metrics.features import ClassReward, FeatureMaps, open_features
+from fewstep.networks import export as exporting
+from fewstep.networks.card import Card
 from fewstep.networks.conditions import Labels
 from fewstep.networks.lora import Lora
 from fewstep.networks.pretrained import open_teacher
@@ -283,3 +290,213 @@ def test_a_files_network_rewards_a_class_and_compares_images():
     assert (right > -0.7).float().mean() > 0.8 and (right - wrong).mean() > 2
     maps = FeatureMaps(file)(rows["real"])
     assert [m.shape[1:] for m in maps] == [(32, 28, 28), (64, 14, 14), (128, 7, 7)]
+
+
+# Phased DMD
+
+
+LEVELS = {
+    "edm": (EDM(), [0.3, 2.0]),
+    "flow": (Flow(), [0.4, 0.8]),
+    "ddpm": (DDPM("scaled_linear", 0.00085, 0.012), [300.0, 800.0]),
+}
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_the_subintervals_targets_have_the_clean_datas_means(name):
+    """By quadrature over four points: E[target | x_t] of the kernel from s is E[x0 | x_t] and E[eps | x_t]."""
+    schedule, times = LEVELS[name]
+    s, t = (schedule.level(torch.tensor([time]), 1) for time in times)
+    s, t = (Level(level.alpha.double(), level.sigma.double()) for level in (s, t))
+    points = torch.tensor([-1.0, 0.0, 1.0, 2.0], dtype=torch.float64)
+    grid = torch.linspace(-40, 40, 40001, dtype=torch.float64)  # of x_s
+    density = sum(torch.exp(-0.5 * ((grid - s.alpha * p) / s.sigma) ** 2) for p in points)
+    kernel, bias = Kernel(s, t), []
+    for x_t in (-0.7, 0.4, 1.3):
+        eps = (x_t - kernel.alpha * grid) / kernel.sigma
+        weight = density * torch.exp(-0.5 * eps**2)
+        x0, noise_target = kernel.targets(grid, eps)
+        found = [(weight * target).sum() / weight.sum() for target in (x0, noise_target)]
+        likely = torch.exp(-0.5 * ((x_t - t.alpha * points) / t.sigma) ** 2)
+        mean = (likely * points).sum() / likely.sum()
+        torch.testing.assert_close(torch.stack(found), torch.cat([mean[None], (x_t - t.alpha * mean) / t.sigma]))
+        bias.append(abs((weight * grid / s.alpha).sum() / weight.sum() - mean))
+    assert max(bias) > 0.01  # of x_s taken for clean
+
+
+def test_a_kernel_from_clean_data_is_the_forward_process():
+    level = EDM().level(torch.tensor([0.5, 3.0, 40.0]), 4)
+    clean = Level(torch.ones(3, 1, 1, 1), torch.zeros(3, 1, 1, 1))
+    x, eps = torch.randn(2, 3, 2, 1, 1)
+    kernel = Kernel(clean, level)
+    assert torch.equal(kernel.noise(x, eps), level.noise(x, eps)) and (kernel.weight() == 1).all()
+    assert all(torch.equal(a, b) for a, b in zip(kernel.targets(x, eps), (x, eps), strict=True))
+
+
+def test_a_phase_ends_at_its_boundary_and_its_experts_are_called_in_turn():
+    Phased = METHODS["phased_dmd"]
+    method = Phased(boundaries=(666, 333), phase_steps=2, earlier=("a", "b"))
+    net = toy.denoiser()
+    assert method.indices() == [999, 832, 666, 500, 333, 166] and method.end == 0
+    assert [call.role for call in method.calls(net)] == 2 * ["expert1"] + 2 * ["expert2"] + 2 * ["student"]
+    method = Phased(boundaries=(666, 333), phase_steps=2, earlier=("a",))
+    assert method.indices() == [999, 832, 666, 500] and method.end == 333
+    nets = a_team(method)
+    for step in range(4):
+        batch = a_batch(4, step)
+        calls = Calls({"student": nets["student"]})
+        made = method.prepare(nets, batch, ("student",))
+        x_t, level = calls.of("student")[-1].args[:2]
+        sigma = EDM().ramp(torch.tensor(333 / 999)).float()
+        expected = made.x + sigma * level.eps(x_t, made.x)
+        torch.testing.assert_close(made.made["x_s"], expected, rtol=1e-4, atol=1e-4)
+        kernel, _ = method.kernel(nets, made, "match", *method.match_range)
+        torch.testing.assert_close(kernel.s.sigma, sigma.expand(4, 1, 1, 1))
+        assert (kernel.t.sigma > sigma).all()
+        terms, _ = method.student_loss(nets, made)
+        assert made.made["x_s"].requires_grad and gradient(terms["match"], nets["student"]).abs().sum() > 0
+    with pytest.raises(ValueError, match="earlier: 3 runs, but the last of 3 phases has 2 before it"):
+        Phased(boundaries=(666, 333), earlier=("a", "b", "c"))
+
+
+def test_experts_are_exported_in_folders_of_their_own_and_opened_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "_in_fresh_process", in_this_process)
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    method = METHODS["phased_dmd"](earlier=("a",))
+    nets = {"student": student(1), "expert1": student(2)}
+    calls = method.calls(nets["student"])
+    exporting.export(nets["student"], tmp_path / "out", calls=calls, card=Card(name="x"), others=nets)
+    assert {path.parent.name for path in tmp_path.glob("out/*/config.json")} == {"unet", "unet_2"}
+    again, z = open_sampler(str(tmp_path / "out")), torch.randn(3, 1, 16, 16)
+    cond = torch.tensor([0, 3, 9])
+    with torch.no_grad():
+        ours = run_calls(nets, calls, z, cond, Draws(0, 0))
+        torch.testing.assert_close(again.sample(z, cond, Draws(0, 0)), ours, rtol=1e-4, atol=1e-4)
+    alone = student(1)
+    with torch.no_grad():
+        wrong = run_calls({"student": alone, "expert1": alone}, calls, z, cond, Draws(0, 0))
+    assert not torch.allclose(wrong, ours, atol=1e-2)
+
+
+# DisBack
+
+
+def test_nodes_are_the_targets_in_turn_and_the_critic_starts_as_the_first():
+    method = METHODS["disback"](gan_weight=0, nodes=("a", "bc", "def"), node_steps=10)
+    make = toy.Make(toy.denoiser(0), toy.denoiser(1))
+    nets = method.nets(make)
+    assert toy.same(toy.weights(nets["fake"]), toy.weights(make.run("a")))
+    assert toy.same(toy.weights(nets["node2"]), toy.weights(make.run("def")))
+    assert [method.target(step) for step in (0, 9, 10, 19, 20, 500)] == 2 * ["node1"] + 2 * ["node2"] + 2 * ["teacher"]
+    for step, role in ((3, "node1"), (15, "node2"), (40, "teacher")):
+        batch = method.prepare(nets, a_batch(4, step), ())
+        calls = Calls(nets)
+        method.matching(nets, batch)
+        assert {call.role for call in calls.seen} == {role, "fake"}
+
+
+def test_the_recorded_network_learns_the_untrained_students_samples():
+    """Its loss on them falls from node to node."""
+    method, teacher = METHODS["disback_record"](), toy.denoiser(3)
+    train = {"steps": 60, "batch": 64, "report_every": 20, "save_every": 20, "average_decay": None}
+    rates = {"student": 3e-3}
+    engine = toy.make_engine(method, teacher=teacher, start=teacher, data=toy.Mixture(), lr=rates, **train)
+    first, *_, last = (report["record/denoise"] for report in toy.finish(engine))
+    assert last < 0.8 * first
+
+
+# Flash-DMD
+
+
+def test_matching_trains_the_calls_at_high_noise_and_the_gan_the_last():
+    method = METHODS["flash_dmd"](gan_weight=0.5, student_steps=3)
+    nets = a_team(method, teacher=toy.denoiser(3))
+    levels = {call.level(torch.zeros(1, 2, 1, 1)).sigma.item() for call in method.calls(nets["student"])}
+    last = min(levels)
+    for step in range(6):
+        calls = Calls({"student": nets["student"]})
+        batch = method.prepare(nets, a_batch(4, step), ("student",))
+        graphs = [(call.args[1].sigma[0].item() == last, call.out.requires_grad) for call in calls.of("student")]
+        assert graphs[-1] == (True, True) and sum(graph for _, graph in graphs) == 2
+        assert not calls.of("student")[-1].args[0].requires_grad  # nothing flows through the simulation
+        (dx,) = torch.autograd.grad(method.student_loss(nets, batch)[0]["match"], batch.x, retain_graph=True)
+        assert dx.abs().sum() > 0
+        unused = torch.autograd.grad(
+            method.student_loss(nets, batch)[0]["match"], batch.made["low"], allow_unused=True, retain_graph=True
+        )
+        assert unused == (None,)
+        gan = method.extra(nets, batch, {})["gan"]
+        assert torch.autograd.grad(gan, batch.x, allow_unused=True, retain_graph=True) == (None,)
+        torch.testing.assert_close(gan, -0.5 * method.verdict(nets, batch.made["low"], None).mean())
+
+
+def test_the_critic_is_drawn_to_the_student_after_its_update_alone():
+    method = METHODS["flash_dmd"](coupling=0.9)
+    nets = a_team(method)
+    student, fake = toy.weights(nets["student"]), toy.weights(nets["fake"])
+    with torch.no_grad():
+        method.after(nets, method.phases()[1], 0)
+        assert toy.same(fake, toy.weights(nets["fake"]))
+        method.after(nets, method.phases()[0], 0)
+    for key, value in toy.weights(nets["fake"]).items():
+        torch.testing.assert_close(value, 0.9 * fake[key] + 0.1 * student[key])
+
+
+def test_rewards_move_the_student_towards_what_is_rewarded():
+    """The preference is log 2 where the student is the reference; its gradient points to the better candidate."""
+    method = METHODS["flash_dmd"](reward_updates=5, reference="a", student_steps=2, reward_beta=5.0)
+    nets = a_labelled_team(method)
+    nets["reference"] = nets["student"]
+    terms, _ = method.reward_loss(nets, a_labelled_batch(64))
+    assert terms["preference"].item() == pytest.approx(math.log(2), abs=1e-6)
+    assert [phase.name for phase in method.phases()] == ["student", "reward", "critic"]
+    assert [phase.every for phase in method.phases()] == [6, 1, 1]
+    better, worse = torch.tensor([0.3, -0.2]), torch.tensor([0.1, 0.4])
+    expected = -torch.log(torch.sigmoid(5.0 * (better - worse))).mean()
+    torch.testing.assert_close(preference(better, worse, 5.0), expected)
+
+
+# HiPA
+
+
+def test_the_high_pass_keeps_what_is_fast_and_drops_what_is_slow():
+    i = torch.arange(64.0)
+    wave = lambda cycles: torch.cos(2 * math.pi * cycles * i).view(1, 1, 1, -1).expand(1, 1, 64, -1)
+    inside = (..., slice(12, -12), slice(12, -12))
+    for cycles, factor in ((0.375, 1 - math.exp(-4.5)), (0.125, 1 - math.exp(-0.5)), (0.03125, 1 - math.exp(-1 / 32))):
+        torch.testing.assert_close(high_pass(wave(cycles))[inside], factor * wave(cycles)[inside], rtol=0, atol=0.05)
+    flat, ramp = torch.ones(1, 1, 8, 8), 3 * torch.arange(8.0).expand(1, 1, 8, 8)
+    assert high_pass(flat).abs().max() < 1e-5 and edges(flat).max() < 2e-3
+    torch.testing.assert_close(edges(ramp)[..., 1:-1, 1:-1], torch.full((1, 1, 6, 6), 3.0))
+
+
+def test_the_loss_on_high_frequencies_spends_a_small_students_capacity_there():
+    """A filter of nine weights for targets that it can meet at high frequencies or at low ones, and not at both."""
+    z = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    target, errors, ratios = 0.5 * z + 3 * (z - high_pass(z, pad=4)), [], []
+    for weight in (0.0, 8.0):
+        filters = torch.zeros(1, 1, 3, 3, requires_grad=True)
+        optim = torch.optim.Adam([filters], lr=0.03)
+        for _ in range(60):
+            x = F.conv2d(z, filters, padding=1)
+            high = F.l1_loss(high_pass(x), high_pass(target)) + F.l1_loss(edges(x), edges(target))
+            optim.zero_grad()
+            (F.l1_loss(x, target) + weight * high / 2).backward()
+            optim.step()
+        errors.append((high_pass(x) - high_pass(target)).abs().mean().item())
+        ratios.append((high_energy(x) / high_energy(target)).item())
+    assert errors[1] < 0.8 * errors[0] and abs(math.log(ratios[1])) < abs(math.log(ratios[0])), (errors, ratios)
+
+
+# MSD
+
+
+def test_a_student_of_a_part_generates_its_own_classes_alone():
+    method = METHODS["msd"](part=(1, 3))
+    nets, counts = a_labelled_team(method), torch.zeros(4)
+    for step in range(20):
+        batch = method.prepare(nets, a_labelled_batch(32, step), ())
+        counts += batch.cond.bincount(minlength=4)
+    assert counts[0] == counts[2] == 0 and abs(counts[1] - 320) < 70
+    with pytest.raises(ValueError, match=r"method.part: 7 is no class; the teacher has 4"):
+        METHODS["msd"](part=(7,)).nets(toy.Make(toy.denoiser(0, classes=4), toy.denoiser(1, classes=4)))

@@ -158,7 +158,7 @@ def exported(tag: str, folder: Path) -> float:
     if not calls:
         pytest.skip("a diffusion model, which a solver samples")
     card = Card(name=tag, teacher="", method=tag, data="", training="")
-    return exporting.export(nets["student"], folder / "model", calls=calls, card=card)
+    return exporting.export(nets["student"], folder / "model", calls=calls, card=card, others=nets)
 
 
 def in_this_process(folder: Path) -> torch.Tensor:
