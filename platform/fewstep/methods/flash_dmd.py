@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..diffusion.health import statistics, verdicts
-from ..diffusion.losses import hinge_discriminator, preference
+from ..diffusion.losses import hinge_discriminator, hinge_generator, preference
 from ..diffusion.perceptual import clean_maps
 from ..diffusion.samplers import enter_call, last_call
 from .base import Batch, Make, Nets, Phase, Terms
@@ -96,7 +96,7 @@ class FlashDMD(DMD2):
     def extra(self, nets: Nets, batch: Batch, found: Terms) -> Terms:
         if not self.split or not self.gan_weight:
             return super().extra(nets, batch, found)
-        return {"gan": -self.gan_weight * self.verdict(nets, batch.made["low"], batch.cond).mean()}
+        return {"gan": self.gan_weight * hinge_generator(self.verdict(nets, batch.made["low"], batch.cond))}
 
     def critic_loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
         if not self.split or not self.gan_weight:
