@@ -37,7 +37,7 @@ ONLY = {
     "ray": {"cluster"},
     "mlflow": {"tracking"},
     "diffusers": {"networks"},
-    "transformers": {"networks"},
+    "transformers": {"networks", "metrics"},
     "peft": {"networks"},
     "huggingface_hub": {"networks"},
     "cleanfid": {"metrics"},

@@ -121,6 +121,17 @@ def read_prompts(ref: str, field: str) -> list[str]:
     return lines
 
 
+def listed_words(recipe: Recipe) -> list[str]:
+    """The prompts that scores and grids ask for, as `furnish` chooses them; [] where none are known. Nothing is
+    encoded."""
+    for field, ref in (("evaluate.prompts", recipe.evaluate.prompts), ("prompts", recipe.prompts)):
+        if ref is not None:
+            return read_prompts(ref, field)
+    if recipe.data is None or not (shards := open_shards(resolve(recipe.data.path), "size")).manifest.captions:
+        return []
+    return list(prompts_of(shards, ()).words)
+
+
 def prompts_of(shards: Shards, columns: Sequence[str], count: int = LISTED) -> Prompts:
     """The first embedded captions of a shard set. columns: their names. Raises ShardError for a column that is not
     there."""

@@ -32,6 +32,7 @@ from .engine.world import World
 from .folders import EXPORT, NETWORK, PIPELINE, FolderError, append_private, claim, replaceable, usable, write_private
 from .locks import hold
 from .metrics.base import Measure, Samples, Score, check_samples, evaluate, refusal
+from .networks.conditions import Texts
 from .networks.denoiser import Denoiser
 from .networks.export import INFERENCE
 from .recipe import Recipe, check_secrets
@@ -511,7 +512,8 @@ def _check_scores(recipe: Recipe, metrics: list[Measure], net: Denoiser) -> None
     _check_memory("evaluate.batch", e.batch, net, "sampled at once")
     _check_memory("evaluate.images", e.images, net, "scored together", item_bytes=1)
     try:
-        check_samples(metrics, net.picture_shape, net.classes, e.images)
+        words = build.listed_words(recipe) if isinstance(net.conditions, Texts) else ()
+        check_samples(metrics, net.picture_shape, net.classes, e.images, words)
     except ValueError as error:
         raise ValueError(f"evaluate.metrics: {error}") from None
     if recipe.train.keep_best and best_by in recipe.seen_by_loss and not e.rank_seen_by_loss:

@@ -310,13 +310,22 @@ class _OneImage(Features):
         raise _Reached
 
 
-def check_samples(metrics: Sequence[Measure], shape: tuple[int, int, int], classes: int | None, images: int) -> None:
+def check_samples(
+    metrics: Sequence[Measure],
+    shape: tuple[int, int, int],
+    classes: int | None,
+    images: int,
+    words: Sequence[str] = (),
+) -> None:
     """Raises ValueError where a metric cannot score what a sampler will make; nothing is sampled.
 
-    shape: (C, H, W) of an image. classes: labels are 0, 1, ..., classes - 1 in turn; None for no labels.
+    shape: (C, H, W) of an image. classes: labels are 0, 1, ..., classes - 1 in turn; None for no labels. words: prompts
+    that are asked for in turn; () of a sampler that takes none.
     """
     pixels = torch.zeros(1, *shape, dtype=torch.uint8).expand(images, *shape)
-    samples = Samples(pixels, torch.arange(images) % classes if classes else None, "none", 0, 0.0, 0)
+    labels = torch.arange(images) % classes if classes else None
+    texts = tuple(words[i % len(words)] for i in range(images)) if words else ()
+    samples = Samples(pixels, labels, "none", 0, 0.0, 0, words=texts)
     object.__setattr__(samples, "features", _OneImage(pixels))
     for metric in metrics:
         with contextlib.suppress(_Reached):

@@ -15,6 +15,7 @@ from fewstep.metrics.base import Device, File, Files, Measure, Metric, file_fiel
 from fewstep.metrics.features import FEATURES
 from fewstep.metrics.inception import INCEPTION
 from fewstep.metrics.reference import REFERENCE
+from fewstep.metrics.retrieval import SCORER
 
 
 class Metrics(Strict):
@@ -26,6 +27,8 @@ class Metrics(Strict):
     """Weights of the small feature network, for every metric but fid and kid."""
     reference: Annotated[str | None, REFERENCE] = None
     """Statistics of the real images under that network."""
+    scorer: Annotated[str | None, SCORER] = None
+    """Weights of the contrastive scorer, for name_retrieval, style_retrieval and fd_emoji."""
     inception: Annotated[str | None, INCEPTION] = None
     """clean-fid's Inception weights, for fid and kid; null looks where clean-fid keeps them."""
     inception_reference: Annotated[str | None, REFERENCE] = None
