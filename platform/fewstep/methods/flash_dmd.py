@@ -113,7 +113,7 @@ class FlashDMD(DMD2):
                 own.lerp_(theirs, 1 - self.coupling)
 
     def reward_loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
-        """Of candidates for the next call's input, all from one state, the best is made likelier than the worst."""
+        """Makes the best of several candidates for the next call's input likelier than the worst."""
         calls, draws, cond = self.calls(nets["student"]), batch.draws, batch.cond
         number = draws.choice("reward", self.student_steps - 1)
         with torch.no_grad():
