@@ -77,7 +77,7 @@ class Backbone(nn.Module):
 
     def call(self, x: Tensor, time: Tensor, cond: Any) -> Tensor:
         """The model's prediction (B, C, H, W)."""
-        raise TypeError(f"{type(self).__name__} does not say how its model is called")
+        raise NotImplementedError(f"{type(self).__name__}.call")
 
     def labels(self, cond: Tensor | None, x: Tensor) -> Tensor | None:
         """Class labels (B,) for the model; no condition is the null class for every sample."""
