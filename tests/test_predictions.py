@@ -75,7 +75,7 @@ def distances(method: str, name: str, prediction: str, seed: int, network: str =
     own = EDM() if prediction == "edm" else schedule
     if network == "toy":
         teacher, start = toy.Mixture(std=0.3, schedule=schedule), toy.denoiser(seed, own, prediction)
-        batch, ratio, rates = 64, 1, (2e-3, 8e-3)
+        batch, ratio, rates = 128, 1, (2e-3, 8e-3)
     else:
         teacher, start = Images(schedule), unet(own, prediction, seed)
         batch, ratio, rates = 8, 3, (1e-3, 2e-3)
@@ -108,7 +108,15 @@ def distances(method: str, name: str, prediction: str, seed: int, network: str =
 
 @pytest.mark.parametrize(
     "method, name, prediction",
-    [("dmd2", "flow", "flow"), ("f_distill", "trig", "v"), ("dmd2", "shifted", "edm")],
+    [
+        ("dmd2", "edm", "edm"),
+        ("f_distill", "linear", "eps"),
+        ("dmd2", "scaled", "v"),
+        ("f_distill", "zero-snr", "x0"),
+        ("dmd2", "flow", "flow"),
+        ("dmd2", "shifted", "edm"),
+        ("f_distill", "trig", "v"),
+    ],
 )
 def test_a_network_of_any_prediction_is_distilled_on_any_schedule(method, name, prediction):
     before, after = distances(method, name, prediction, 0)
