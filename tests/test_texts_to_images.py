@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,25 +17,27 @@ import toy
 import yaml
 from safetensors.torch import load_file
 
-from fewstep import build, run
+from fewstep import build, dryrun, run
 from fewstep.cluster.encode import Encode
 from fewstep.config import ConfigError
 from fewstep.data.decode import decode_all
 from fewstep.data.manifest import Column
 from fewstep.data.shards import ShardWriter, join, open_shards
 from fewstep.methods.dmd2 import DMD2
+from fewstep.networks import pretrained
 from fewstep.networks.card import Card
 from fewstep.networks.conditions import Texts
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.export import ExportError
 from fewstep.networks.export_pipeline import export_pipeline
 from fewstep.networks.latents import Latents
-from fewstep.networks.pretrained import open_teacher
+from fewstep.networks.pretrained import Network, new_denoiser, open_teacher
 from fewstep.networks.prompts import open_encoder
 from fewstep.recipe import Recipe, open_recipe
 from fewstep.students import export_run, open_sampler, open_student
 
 NET = "UNet2DConditionModel"
+RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
 WORDS = ["a cat", "a dog", "", "w" * 10_000]
 
 
@@ -315,3 +318,65 @@ def test_a_teacher_whose_maps_are_not_square_has_no_gan_head(tmp_path, sd):
     wide = replace_config(sd, "unet", sample_size=[8, 16])
     with pytest.raises(ValueError, match="a tap's map is 4 x 8, and a GAN head needs a square one; set gan_weight=0"):
         build.make_nets(recipe(tmp_path, wide, shards(tmp_path / "data")))
+
+
+# The dry run, which allocates nothing
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_memory_is_counted_without_networks_as_with_them(tmp_path, sd, lora, precision):
+    words = ["roles.student.lora={rank: 4}", "roles.fake.lora={rank: 4}"] if lora else []
+    asked = recipe(tmp_path, sd, shards(tmp_path / "data"), f"precision={precision}", *words)
+    for mine, real in zip(dryrun.memory(asked), dryrun._rows(asked, build.make_nets(asked)), strict=True):
+        mine["activations"] = pytest.approx(mine["activations"], rel=0.15)  # attention keeps less on a real CPU
+        assert real == mine
+
+
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "cross_attention_dim": 2048,
+    "attention_head_dim": [5, 10, 20],
+    "transformer_layers_per_block": [1, 2, 10],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+LARGE = {
+    "sdxl_4step": ("UNet2DConditionModel", SDXL, 2_567_463_684, 2_567_463_684),
+    "sdxl_4step_lora": ("UNet2DConditionModel", SDXL, 2_567_463_684, None),
+    "flux_4step_lora": ("FluxTransformer2DModel", {"guidance_embeds": True}, 11_901_408_320, None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_published_sizes_are_counted_on_any_number_of_gpus(name, monkeypatch):
+    """In this process's own memory nothing of their 10 to 48 GB appears."""
+    model, config, size, trained = LARGE[name]
+    flow = {"schedule": {"name": "flow", "shift": 3.0}, "prediction": "flow", "time_scale": 1000.0}
+    ddpm = {"schedule": {"name": "ddpm", **tiny.SD_BETAS}, "prediction": "eps"}
+    network = Network(model=model, config=config, **(flow if "flux" in name else ddpm))
+    monkeypatch.setattr(pretrained, "check_memory", lambda model: None)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rows = {}
+    for workers in (1, 8, 64):
+        words = {"data": None, "cluster.workers": workers, "train.batch": 2 * workers, "name": "a", "prompts": None}
+        words |= {"method.gan_weight": 0} if "flux" not in name else {}
+        asked = open_recipe(name, RECIPES, {key: value for key, value in words.items() if key != "data"})
+        asked = asked.model_copy(update={"data": None})
+        monkeypatch.setattr(build, "make_teacher", lambda *a, **k: new_denoiser(network, "bf16", weights=False))
+        rows[workers] = {row["role"]: row for row in dryrun.memory(asked)}
+        print(name, workers, rows[workers])
+    assert rows[1]["teacher"]["parameters"] == size
+    assert trained is None or rows[1]["student"]["parameters"] == trained
+    assert rows[1]["teacher"]["weights"] == pytest.approx(2 * size, rel=0.1)
+    if "flux" in name:  # sharded over all
+        assert rows[64]["teacher"]["weights"] == rows[1]["teacher"]["weights"] // 64
+    assert rows[1]["student"]["activations"] == rows[64]["student"]["activations"] > 1 << 20
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 2 << 20, f"{grown >> 10} MiB"  # in KiB

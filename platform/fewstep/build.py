@@ -181,9 +181,12 @@ class Maker:
         return open_net(folder)
 
 
-def make_nets(recipe: Recipe) -> dict[str, nn.Module]:
-    """Every role's network, the frozen ones among them; the same on all ranks. Raises ValueError naming the field."""
-    teacher = make_teacher(recipe)
+def make_nets(recipe: Recipe, teacher: Denoiser | None = None) -> dict[str, nn.Module]:
+    """Every role's network, the frozen ones among them; the same on all ranks. Raises ValueError naming the field.
+
+    teacher: one whose weights do not matter, to count by; None opens the recipe's.
+    """
+    weights, teacher = teacher is None, teacher or make_teacher(recipe)
     torch.manual_seed(fold(recipe.seed, "nets"))  # of heads and embeddings, however much opening the teacher drew
     nets = recipe.method.nets(Maker(recipe, teacher))
     for role, how in recipe.roles.items():
@@ -191,7 +194,7 @@ def make_nets(recipe: Recipe) -> dict[str, nn.Module]:
             raise ValueError(f"roles.{role}.lora: {recipe.method.tag} makes this network anew, not from the teacher")
     if any(isinstance(net, Lora) for net in nets.values()):
         nets.setdefault("teacher", teacher)  # adapters run through it
-    for role, ref in recipe.start.items():
+    for role, ref in recipe.start.items() if weights else ():
         if role not in nets:
             raise ValueError(f"start.{role}: no such role; {recipe.method.tag} has {', '.join(nets)}")
         if any(isinstance(net, Lora) and net.base is nets[role] for net in nets.values()):

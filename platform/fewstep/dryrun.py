@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import build, run
-from .config import to_yaml
+from .config import resolve, to_yaml
+from .data.shards import open_shards
 from .diffusion.level import Level
+from .diffusion.schedules import DDPM
 from .engine.world import Layout, World
+from .networks.conditions import Texts
 from .networks.denoiser import Denoiser
 from .networks.lora import Lora
 from .recipe import Recipe
@@ -24,13 +28,13 @@ MIB = 2**20
 def saved_bytes(net: nn.Module, inputs: tuple[Any, ...]) -> int:
     """Bytes that one forward pass keeps for its backward, each storage counted once, the weights not at all."""
     weights = [*net.parameters(), *(net.base.parameters() if isinstance(net, Lora) else ())]
-    own = {p.untyped_storage().data_ptr() for p in weights}
+    own = {p.untyped_storage()._cdata for p in weights}  # which tells storages apart that hold nothing, too
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            seen[storage._cdata] = storage.nbytes()
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -53,9 +57,23 @@ def memory(recipe: Recipe) -> list[dict[str, Any]]:
     """Bytes each role needs on a worker: weights, gradients, optimiser, activations of one micro-batch.
 
     How many workers a node will have is not known beforehand: what is sharded inside a node counts whole. Adapters have
-    a row each for their factors, and the teacher that they share has one.
+    a row each for their factors, and the teacher that they share has one. Networks of texts, which are large, are
+    counted without being allocated.
     """
-    nets, layout = build.make_nets(recipe), recipe.cluster
+    teacher = build.make_teacher(recipe, weights=False)
+    if not isinstance(teacher.conditions, Texts):
+        return _rows(recipe, build.make_nets(recipe))
+    if recipe.data is not None:
+        shards = open_shards(resolve(recipe.data.path), "size")
+        teacher.conditions = Texts({name: shards.column(name).shape for name in teacher.conditions.shapes})
+    if isinstance(teacher.schedule, DDPM):
+        teacher.schedule.angles()  # a table that is kept, and must hold numbers
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return _rows(recipe, build.make_nets(recipe, teacher.to_empty(device="cpu")))
+
+
+def _rows(recipe: Recipe, nets: dict[str, nn.Module]) -> list[dict[str, Any]]:
+    layout = recipe.cluster
     count = recipe.train.batch // (recipe.cluster.workers * recipe.train.accumulate)
     student = nets["student"]
     world = World(layout=Layout(checkpoint_activations=layout.checkpoint_activations))

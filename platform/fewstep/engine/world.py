@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import Strict
-from ..networks.blocks import Pass, blocks, checkpoint_activations, compile_passes, units
+from ..networks.blocks import Pass, blocks, checkpoint_activations, compile_passes, store_in, units
 from ..networks.lora import Lora
 from ..texts import quoted
 
@@ -102,14 +102,15 @@ class World:
             net.requires_grad_(False)
             if half:
                 for block in blocks(net):
-                    block.to(torch.bfloat16)
+                    store_in(block, torch.bfloat16)
         if layout.checkpoint_activations and not averaged:
             checkpoint_activations(net)  # the teacher too: adapters train through it
         if layout.compile and self.device.type == "cuda" and not averaged:
             compile_passes(net, layout.compile)
         placement = layout.of(kind)
         if self.size == 1 and not (dist.is_initialized() and (placement != "replicate" or offload)):
-            return net.to(self.device)
+            there = all(value.device == self.device for value in (*net.parameters(), *net.buffers()))
+            return net if there else net.to(self.device)
         return self._shard(net, placement, half, offload)
 
     def _shard(self, net: nn.Module, placement: Placement, half: bool, offload: bool) -> nn.Module:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from ..diffusion.draws import fold
@@ -229,8 +230,11 @@ def _short(path: str) -> str:
 def fingerprint(base: nn.Module) -> int:
     """A 63-bit number that tells networks apart: of the names, shapes and first 256 values of all parameters.
 
-    Values count as bfloat16, so that a network that is stored so has the number of its float32 original.
+    Values count as bfloat16, so that a network that is stored so has the number of its float32 original. A network
+    without values has the number 0.
     """
+    if any(isinstance(value, FakeTensor) or value.is_meta for value in base.parameters()):
+        return 0
     digest = hashlib.blake2b(digest_size=8)
     for name, value in base.named_parameters():
         first = value.detach().flatten()[:256].to("cpu", torch.bfloat16)
