@@ -64,7 +64,7 @@ def open_scorer(path: Path, device: str | torch.device = "cpu") -> Scorer:
 
 SCORER = File(
     open=open_scorer,
-    remedy="shipped:emoji/teacher/scorer/model.safetensors is embedded",
+    remedy="shipped:emoji/scorer/model.safetensors is embedded",
     suffix="scorer/model.safetensors",
 )
 
