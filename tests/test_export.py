@@ -21,7 +21,7 @@ from PIL import Image
 from test_networks import TEXT, unet
 from torch import nn
 
-from fewstep.build import describe_net, make_samples
+from fewstep.build import describe_net, make_samples, open_net
 from fewstep.config import validate
 from fewstep.diffusion.samplers import Call, calls_at, run_calls, to_uint8
 from fewstep.diffusion.schedules import DDPM, EDM, Flow, Trig
@@ -119,6 +119,14 @@ def test_the_cards_snippet_gives_the_students_images(exported, run, modules):
 def sigmas() -> list[float]:
     """Of two student calls: the ramp's thousandths 999 and 499."""
     return EDM().ramp(torch.tensor([999, 499]) / 999).tolist()
+
+
+def test_a_run_and_its_checkpoint_are_networks_for_another_runs_method(run):
+    for ref in (run, run / "checkpoints" / "step-00000030"):
+        net = open_net(str(ref))
+        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), student(2).parameters(), strict=True))
+    with pytest.raises(ValueError, match="no checkpoint below"):
+        open_net(str(run.parent / "teacher"))
 
 
 def test_a_finished_run_needs_no_teacher(run, tmp_path, monkeypatch):

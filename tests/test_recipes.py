@@ -27,7 +27,7 @@ from fewstep.recipe import load_recipe, open_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "jobs" / "recipes"
-PREPARATIONS = {"prepare", "features", "encode", "chain"}  # the other jobs take a recipe
+PREPARATIONS = {"prepare", "features", "encode", "chain", "pairs"}  # the other jobs take a recipe
 SHORT = ["train.steps=10", "train.batch=1", "train.report_every=1", "train.save_every=10"]
 
 

@@ -17,11 +17,12 @@ from .dmd2 import DMD2
 
 
 class MSD(DMD2):
-    """DMD2 of one student, for its part of the classes. Each student is a run of its own; jobs/route.py joins them.
+    """DMD2 of one student, for its part of the classes. Each student is a run of its own, and is asked for its part.
 
     Read in notes on the paper: parts without overlap, and generated conditions of the own part alone; two time scales
     may stand for the regression. Proposed: real images of other classes stay in the discriminator's batch, which sees
-    their labels. Departs from the paper: students have the teacher's size (no teacher score matching before).
+    their labels. Departs from the paper: students have the teacher's size (no teacher score matching before), and no
+    router joins their runs to one model yet.
     """
 
     name: Literal["msd"] = "msd"
