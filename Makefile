@@ -9,12 +9,13 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
-.PHONY: demo sweep test chromium faults slow lint bench docs clean
+.PHONY: demo sweep league test chromium faults slow lint bench docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       train a one-step Fashion-MNIST generator and score it (about 10 minutes on two cores)"
 	@echo "make sweep      which TTUR ratio? six short trials and a report (about 10 minutes on two cores)"
+	@echo "make league     ten methods with equal compute, one table (written for 15 minutes on two cores; not timed)"
 	@echo "make test       the test suite (under 12 minutes on two cores)"
 	@echo "make faults     every fault met on purpose: kills, full disks, collapses; half a minute and more each"
 	@echo "make slow       the tests that make test leaves out"
@@ -35,6 +36,9 @@ demo: $(VENV)/.ready
 sweep: $(VENV)/.ready
 	$(BIN)/python jobs/sweep.py space=ttur recipe=fashion_mnist_short search=grid seeds=2 finalists=2 \
 		evaluate.every_images=1600
+
+league: $(VENV)/.ready
+	$(BIN)/python jobs/league.py budget=20000 out=league
 
 test: $(VENV)/.ready chromium
 	$(BIN)/python -m pytest

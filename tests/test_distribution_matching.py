@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -33,9 +34,11 @@ from fewstep.methods import METHODS, Batch
 from fewstep.methods.f_distill import H
 from fewstep.metrics.features import ClassReward, FeatureMaps, open_features
 from fewstep.networks import export as exporting
+from fewstep.networks.average import between
 from fewstep.networks.card import Card
 from fewstep.networks.conditions import Labels
 from fewstep.networks.lora import Lora
+from fewstep.networks.passes import Passes
 from fewstep.networks.pretrained import open_teacher
 from fewstep.students import open_sampler
 
@@ -500,3 +503,36 @@ def test_a_student_of_a_part_generates_its_own_classes_alone():
     assert counts[0] == counts[2] == 0 and abs(counts[1] - 320) < 70
     with pytest.raises(ValueError, match=r"method.part: 7 is no class; the teacher has 4"):
         METHODS["msd"](part=(7,)).nets(toy.Make(toy.denoiser(0, classes=4), toy.denoiser(1, classes=4)))
+
+
+# Jobs over several runs
+
+
+def test_passes_are_those_of_the_published_step_without_a_gan():
+    """4 for a critic's step, and 4 more for the student's turn: generation's gradient and the two scores."""
+    method = DMD2(gan_weight=0, critic_updates_per_student_update=2)
+    engine = toy.make_engine(method, teacher=toy.denoiser(1), data=toy.Mixture(), steps=2, batch=4)
+    with Passes(engine.nets) as passes:
+        toy.finish(engine)
+    assert passes.count == 4 * (4 + 8)
+    engine.nets["teacher"](torch.randn(3, 2, 1, 1), Level(torch.ones(3, 1, 1, 1), torch.ones(3, 1, 1, 1)))
+    assert passes.count == 48  # not entered any more
+
+
+def test_the_mean_of_two_students_lies_between_them():
+    a, b = toy.denoiser(1), toy.denoiser(2)
+    net, first = between(a, b, 0.25), toy.weights(a)
+    for key, value in toy.weights(net).items():
+        torch.testing.assert_close(value, 0.25 * first[key] + 0.75 * toy.weights(b)[key])
+    assert toy.same(toy.weights(between(a, b, 1.0)), first)
+    with pytest.raises(ValueError, match="second: its network has other weights"):
+        between(a, toy.denoiser(1, classes=4), 0.5)
+
+
+def test_a_league_pays_each_recipe_with_the_same_budget(tmp_path):
+    words = ["recipes=[fashion_mnist]", "budget=120", "images=20", f"out={tmp_path / 'league'}"]
+    command("league")(words)
+    (row,) = json.loads((tmp_path / "league" / "rows.json").read_text())
+    assert row["method"] == "dmd2" and row["calls"] == 1 and 60 < row["passes"] < 400 and row["steps"] >= 1
+    assert {"fd_fashion", "class_consistency", "diversity", "cpu_s"} <= row.keys()
+    assert (tmp_path / "league" / "table.md").read_text().count("\n") == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -79,3 +80,15 @@ def _state(net: nn.Module) -> Iterable[Tensor]:
     for p in net.parameters():
         yield p.to_local() if hasattr(p, "to_local") else p.data
     yield from (b for b in net.buffers() if b.is_floating_point())
+
+
+@torch.no_grad()
+def between(one: nn.Module, other: nn.Module, share: float) -> nn.Module:
+    """A network whose weights are share * one + (1 - share) * other. Raises ValueError for networks that differ."""
+    shapes = [{name: value.shape for name, value in net.state_dict().items()} for net in (one, other)]
+    if shapes[0] != shapes[1]:
+        raise ValueError("second: its network has other weights than the first one's; give runs of one teacher")
+    net = deepcopy(one)
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        p.lerp_(q, 1 - share)
+    return net
