@@ -41,8 +41,8 @@ class Prepare(Strict):
     """Folder to write; `shipped:name` is in the package."""
     path: str | None = None
     """The source's file or folder; fashion_mnist and emoji find or download their own."""
-    split: Literal["train", "test", "validation"] = "train"
-    """Part of fashion_mnist, of cifar10, of emoji, and of Parquet files named after their split."""
+    split: Literal["train", "test", "validation", "all"] = "train"
+    """Part of fashion_mnist, of cifar10, of emoji, and of Parquet files named after their split. all: of emoji."""
     encoding: str | None = None
     """Encoding of captions and metadata, such as cp1252; null is UTF-8, or what a byte order mark says."""
     follow_links: bool = False

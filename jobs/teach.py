@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Trains a diffusion teacher from shards, on the same cluster and engine that distils it.
+"""Trains a diffusion teacher from shards, on the same cluster and engine that distils it; and what a latent one stands
+on, a codec and text encoders.
 
     python jobs/teach.py recipe=fashion_mnist_teacher data.path=data/fashion_mnist
 
@@ -25,6 +26,8 @@ class Teach(Strict):
 
     recipe: str = "fashion_mnist_teacher"
     """Name of a file of jobs/recipes, or the path of a .yaml file."""
+    half: bool = False
+    """Write the teacher's weights as float16, in half the space."""
     dry_run: bool = False
     """Check everything, print the resolved recipe and the memory that each role needs on a worker, and train nothing.
     --dry-run says the same."""
@@ -34,15 +37,14 @@ class Teach(Strict):
 def main(job: Teach, given: dict[str, Any]) -> None:
     from fewstep.cluster import jobs
     from fewstep.folders import NETWORK, replace
-    from fewstep.networks.pretrained import save_denoiser
-    from fewstep.students import open_student
+    from fewstep.students import open_student, save_teacher
 
     result = jobs.train(open_recipe(job.recipe, ROOT / "jobs" / "recipes", given), job.dry_run)
     if result is None:
         return
     folder = Path(result["folder"]) / "teacher"
     with tempfile.TemporaryDirectory(prefix=".teacher.", dir=folder.parent) as new:
-        save_denoiser(open_student(result["folder"], known=result["recipe"].urls).net, Path(new) / "teacher")
+        save_teacher(open_student(result["folder"], known=result["recipe"].urls), Path(new) / "teacher", job.half)
         replace(Path(new) / "teacher", folder, NETWORK, overwrite=True, field="name")
     print(json.dumps({"run_id": result["run_id"], "scores": result["rows"], "teacher": str(folder)}))
 

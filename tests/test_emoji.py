@@ -54,6 +54,7 @@ def test_a_tenth_of_the_pairs_is_held_out_and_of_each_name_something_stays(packa
     assert (train.total, test.total) == (8 * 27, 8 * 3) and train.info["names"] == 10
     rows = [{row.caption for row in source.examples()} for source in (train, test)]
     assert not rows[0] & rows[1] and len(rows[0] | rows[1]) == 8 * 30
+    assert {row.caption for row in emoji(packages, "all").examples()} == rows[0] | rows[1]
     pairs = {text.rpartition(",")[0] for text in rows[1]}
     assert pairs == {f"{name.replace('-', ' ')}, in {style} style" for name, style in HELD}  # the same for ever
     many = [held_out(f"name-{i}") for i in range(3000)]
@@ -106,5 +107,5 @@ def test_a_download_that_fails_names_the_package_and_the_way_out(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(SourceError, match="@iconify-json/twemoji@1.2.5: the download failed .*404.*give path="):
         emoji()
-    with pytest.raises(SourceError, match="split: 'validation'; this set has train and test"):
+    with pytest.raises(SourceError, match="split: 'validation'; this set has train, test and all"):
         emoji(split="validation")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import ConfigError, Strict, read_json, resolve, resolve_ref, validate
 from .data.feed import Feed, open_feed
-from .data.shards import Shards, latents, numbers, open_shards
+from .data.shards import Shards, captions, latents, numbers, open_shards
 from .diffusion.draws import Draws, fold
 from .diffusion.guidance import guided
 from .diffusion.level import Level
@@ -32,6 +32,7 @@ from .files import sha256_of
 from .folders import write_private
 from .metrics.base import Measure, Samples
 from .metrics.features import ClassReward, FeatureMaps, open_features
+from .networks.codec import Codec, new_codec
 from .networks.conditions import Conditions, Prompts, Texts
 from .networks.denoiser import Denoiser
 from .networks.latents import FOLDER as CODEC
@@ -39,6 +40,7 @@ from .networks.latents import find_latents
 from .networks.lora import Lora, merge
 from .networks.pretrained import Network, empty_denoiser, locate, network_of, new_denoiser, new_head, open_teacher
 from .networks.prompts import open_encoder, pipeline_class
+from .networks.text import Clip, new_clip
 from .recipe import Data, Recipe, check_secrets, read_run
 from .texts import one_line, quoted
 
@@ -49,15 +51,21 @@ SMALL = {"reward": ClassReward, "features": FeatureMaps}  # helpers that are fil
 LISTED = 1000  # captions of the data that scores and grids ask for, where a recipe names no prompts
 
 
-def make_teacher(recipe: Recipe, weights: bool = True) -> Denoiser:
+def make_teacher(recipe: Recipe, weights: bool = True) -> Denoiser | Codec | Clip:
     """The recipe's teacher, or its new network with weights drawn from the recipe's seed.
 
     weights: without them the network is on the meta device. Raises ValueError naming the file or field.
     """
-    if recipe.network is not None:
+    network = recipe.network
+    if network is not None:
         torch.manual_seed(fold(recipe.seed, "weights"))
-        return new_denoiser(recipe.network, recipe.precision, weights)
-    if (resolve_ref(recipe.teacher) / "recipe.yaml").is_file():  # a run's student is a teacher, too
+        if network.model == "AutoencoderKL":
+            return new_codec(network.config, weights)
+        if network.model == "CLIPModel":
+            return new_clip(network.config, captions(resolve(recipe.data.path)), weights)
+        net = new_denoiser(network, recipe.precision, weights)
+        net.codec = None if network.parts is None else find_latents(locate(network.parts))
+    elif (resolve_ref(recipe.teacher) / "recipe.yaml").is_file():  # a run's student is a teacher, too
         net = open_net(recipe.teacher) if weights else make_teacher(read_run(resolve(recipe.teacher)), weights=False)
     else:
         net = open_teacher(recipe.teacher, recipe.precision, weights)
@@ -65,13 +73,15 @@ def make_teacher(recipe: Recipe, weights: bool = True) -> Denoiser:
 
 
 def pipeline_folder(recipe: Recipe) -> Path | None:
-    """The folder of the pipeline whose network a run distils, at the beginning of a chain of runs; None without one."""
+    """The folder of the pipeline whose network a run distils, at the beginning of a chain of runs, or whose parts a new
+    network works with; None without one."""
     while recipe.teacher is not None:
         folder = locate(recipe.teacher)
         if not (folder / "recipe.yaml").is_file():
             return folder
         recipe = read_run(folder)
-    return None
+    network = recipe.network
+    return None if network is None or network.parts is None else locate(network.parts)
 
 
 def furnish(net: Denoiser, recipe: Recipe) -> Denoiser:
@@ -343,15 +353,20 @@ def fingerprints(recipe: Recipe, shards: Shards | None) -> dict[str, str]:
     return marks
 
 
-def make_feed(data: Data | None, seed: int) -> Feed | NoData:
+def make_feed(data: Data | None, seed: int, captions: bool = False) -> Feed | NoData:
     """The recipe's data, read in this process without Ray; a feed without columns where the recipe has no data.
 
-    Raises ShardError naming the file at fault.
+    captions: rows have their captions, too. Raises ShardError naming the file at fault.
     """
     if data is None:
         return NoData()
     return open_feed(
-        resolve(data.path), memory_bytes=data.memory_mib << 20, seed=seed, flip=data.flip, max_corrupt=data.max_corrupt
+        resolve(data.path),
+        memory_bytes=data.memory_mib << 20,
+        seed=seed,
+        flip=data.flip,
+        captions=captions,
+        max_corrupt=data.max_corrupt,
     )
 
 

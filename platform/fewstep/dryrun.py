@@ -17,9 +17,11 @@ from .data.shards import open_shards
 from .diffusion.level import Level
 from .diffusion.schedules import DDPM
 from .engine.world import Layout, World
+from .networks.codec import Codec
 from .networks.conditions import Texts
 from .networks.denoiser import Denoiser
 from .networks.lora import Lora
+from .networks.text import Clip
 from .recipe import Recipe
 
 MIB = 2**20
@@ -81,6 +83,8 @@ def _rows(recipe: Recipe, nets: dict[str, nn.Module]) -> list[dict[str, Any]]:
     averaged += ["student"] if recipe.train.profile else []
 
     def inputs(net: nn.Module, samples: int) -> tuple[Any, ...]:
+        if isinstance(net, Codec | Clip):
+            return net.zeros(samples)
         x, one = torch.randn(samples, *student.shape), torch.ones(samples, 1, 1, 1)
         cond = student.conditions.zeros(samples)
         if isinstance(net, Denoiser | Lora):
@@ -136,7 +140,7 @@ def describe(recipe: Recipe, exports: bool = False) -> str:
     """
     run.check(recipe)
     notes = [*recipe.notes, *machine_notes(recipe), *(run.export_notes(recipe) if exports else ())]
-    with build.make_feed(recipe.data, recipe.seed) as feed:
+    with build.make_feed(recipe.data, recipe.seed, "caption" in recipe.method.needs) as feed:
         rows_of_data = feed.rows
     rows = memory(recipe)
     columns = ("weights", "gradients", "optimiser", "activations")

@@ -96,8 +96,8 @@ def _is_export(folder: Path) -> bool:
 _WEIGHTS = r"(unet|transformer)/(config\.json|diffusion_pytorch_model[\w.-]*\.(safetensors|json))"
 
 SHARDS = Kind("a shard set", _is_shards, re.compile(r"manifest\.json|shard-\d{5,}\.parquet"))
-NETWORK = Kind("a network written here", _is_network, re.compile(rf"fewstep\.json|{_WEIGHTS}"))
-_PARTS = r"(scheduler|vae|(text_encoder|tokenizer)(_[23])?|feature_extractor|image_encoder)/[\w.-]+"
+_PARTS = r"(scheduler|vae|(text_encoder|tokenizer)(_[23])?|feature_extractor|image_encoder|scorer)/[\w.-]+"
+NETWORK = Kind("a network written here", _is_network, re.compile(rf"(fewstep|model_index)\.json|{_WEIGHTS}|{_PARTS}"))
 
 
 def _is_pipeline(folder: Path) -> bool:

@@ -396,7 +396,10 @@ def _due(every: int | None, before: int, now: int) -> bool:
 
 
 def draw(recipe: Recipe, engine: Engine, book: Book | None) -> None:
-    """Draws grids of the student and of the fake score's denoising. Noise and labels are the same every time."""
+    """Draws grids of the student and of the fake score's denoising. Noise and labels are the same every time. A method
+    whose student generates nothing has none."""
+    if not recipe.method.generates:
+        return
     student = build.student_sampler(recipe.method, engine.sampling)
     samples = _samples(engine, student, GRID_IMAGES, recipe.seed, GRID_IMAGES)
     if book is not None:
@@ -436,6 +439,8 @@ def _finish(recipe: Recipe, engine: Engine, book: Book | None) -> None:
     """Draws the grids of the last step, and queues samples of student and teacher for scoring."""
     e, teacher = recipe.evaluate, engine.nets.get("teacher")
     draw(recipe, engine, book)
+    if not recipe.method.generates:
+        return
     samplers = [("student", build.student_sampler(recipe.method, engine.sampling))]
     if teacher is not None:
         samplers = [

@@ -20,12 +20,16 @@ from .engine.manifest import read_manifest
 from .folders import EXPORT, PIPELINE, replaceable
 from .locks import LOCK, locked
 from .networks.card import Card
+from .networks.codec import Codec
 from .networks.conditions import Texts
 from .networks.denoiser import Denoiser
 from .networks.export import INFERENCE, check_exportable, export, exported_calls
 from .networks.export_pipeline import export_pipeline, scheduler_of
+from .networks.parts import save_part
 from .networks.pretrained import locate, open_teacher
 from .recipe import Recipe, read_run
+
+SCALED = 1000  # pictures on which a codec's latents are measured
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,17 @@ def open_student(
     net = build.student_net(recipe, checkpoint, averaged, folder)
     others = build.other_nets(recipe, checkpoint, net)
     return Student(net, recipe, folder, checkpoint, manifest["step"], averaged, others)
+
+
+def save_teacher(student: Student, folder: Path, half: bool = False) -> None:
+    """Writes what a run trained from random weights into a new folder, from which other runs take their teacher, or the
+    parts that one works with. The scale of a codec's latents is measured on the run's own data. half: as float16."""
+    recipe = student.recipe
+    if isinstance(student.net, Codec):
+        with build.make_feed(recipe.data, recipe.seed) as feed:
+            student.net.fit_scale(next(feed.batches(0, min(SCALED, feed.rows)))["real"])
+    parts = recipe.network.parts if recipe.network else None
+    save_part(student.net, folder, None if parts is None else locate(parts), half)
 
 
 def recipe_of(ref: str) -> Recipe | None:

@@ -21,7 +21,7 @@ from fewstep.diffusion.draws import Draws, fold
 from fewstep.folders import SHARDS, replaceable
 from fewstep.networks.latents import find_latents
 from fewstep.networks.pretrained import locate, open_teacher
-from fewstep.networks.prompts import open_encoder
+from fewstep.networks.prompts import network_class, open_encoder
 
 
 class Encode:
@@ -82,11 +82,13 @@ def latent_shape(codec: Any, picture: tuple[int, int, int]) -> tuple[int, int, i
 
 
 def open_parts(shards: Shards, folder: Path, device: str) -> tuple[Any, Any]:
-    """The codec and the text encoders of a teacher's folder. Raises ValueError where the set or the teacher lack what
-    is encoded."""
+    """The codec and the text encoders of a teacher's folder, whose own network may be still to be trained. Raises
+    ValueError where the set or the teacher lack what is encoded."""
     if shards.manifest.kind != "image" or not shards.manifest.captions:
         raise ShardError(f"data: {str(shards.path)!r} has no images with captions, of which columns are made")
     codec = find_latents(folder)
+    if codec is not None and not any((folder / name).is_dir() for name in ("unet", "transformer")):
+        return codec, open_encoder(folder, network_class(folder), device)
     net = open_teacher(folder, weights=False)
     if codec is None or codec.shape_of(net.shape) != tuple(shards.size):
         wanted = "pixels" if codec is None else f"pictures of shape {codec.shape_of(net.shape)}"

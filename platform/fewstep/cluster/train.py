@@ -285,7 +285,8 @@ def _worker(sealed: dict[str, Sealed]) -> dict[str, Any]:
     if d is None:
         feed = NoData()
     else:
-        feed = published.open(seed=recipe.seed, flip=d.flip, max_corrupt=d.max_corrupt)
+        captions = "caption" in recipe.method.needs
+        feed = published.open(seed=recipe.seed, flip=d.flip, captions=captions, max_corrupt=d.max_corrupt)
     gauges = WorkerGauges(recipe.name)
     services = run.Services(
         preempted=lambda: get_preemption_info() is not None,

@@ -52,13 +52,13 @@ def emoji(path: Path | None = None, split: str = "train", reading: Reading = PLA
     """Emoji of 64x64 in three styles on eight plain backgrounds; `caption` says which.
 
     The names are those that all three packages have. Of three names in ten one style is held out: these pairs are the
-    split "test", so a tenth of all pairs, and every name and style is in "train".
+    split "test", so a tenth of all pairs, and every name and style is in "train"; "all" are both.
     path: a folder with the packages, as `npm pack` writes them or as `npm install` unpacks them below node_modules;
     None fetches them with npm. reading: its `groups` are those of names to take, all without any.
     Raises SourceError naming the package and the way out.
     """
-    if split not in ("train", "test"):
-        raise SourceError(f"split: {split!r}; this set has train and test")
+    if split not in ("train", "test", "all"):
+        raise SourceError(f"split: {split!r}; this set has train, test and all")
     if path is None:
         with tempfile.TemporaryDirectory(prefix="fewstep-emoji-") as folder:
             _fetch(Path(folder))
@@ -66,7 +66,9 @@ def emoji(path: Path | None = None, split: str = "train", reading: Reading = PLA
     else:
         drawings = {key: _drawings(path, style, reading.groups) for key, style in STYLES.items()}
     names = sorted(set.intersection(*map(set, drawings.values())))
-    pairs = [(name, style) for name in names for style in STYLES if (held_out(name) == style) == (split == "test")]
+    pairs = [(name, style) for name in names for style in STYLES]
+    if split != "all":
+        pairs = [(name, style) for name, style in pairs if (held_out(name) == style) == (split == "test")]
 
     def examples() -> Iterator[Example]:
         for name, style in pairs:

@@ -109,9 +109,12 @@ class Method(Strict):
 
     tag: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ("real",)
-    """Columns of data: "real" are images or latents with their conditions; () trains on conditions alone."""
+    """Columns of data: "real" are images or latents with their conditions, "caption" their texts; () trains on
+    conditions alone."""
     needs_teacher: ClassVar[bool] = True
     """A recipe must name a teacher, rather than a new network."""
+    generates: ClassVar[bool] = True
+    """The student generates samples, of which grids are drawn and scores are taken."""
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
     """Roles that no phase trains, and that a recipe's `start` may name."""
     headline: ClassVar[tuple[str, ...]] = ()

@@ -56,8 +56,11 @@ class Network(Strict):
         "FluxTransformer2DModel",
         "SanaTransformer2DModel",
         "PixArtTransformer2DModel",
+        "AutoencoderKL",
+        "CLIPModel",
     ] = "UNet2DModel"
-    """diffusers class."""
+    """Class of diffusers. AutoencoderKL is a codec and CLIPModel, of transformers, a text and an image encoder, which a
+    latent text-to-image model stands on; of the keys below they have `config` alone."""
     config: dict[str, Any] = {}
     """Its constructor's arguments; for a model read from a folder they stand in its config.json."""
     schedule: dict[str, Any] = {"name": "edm"}
@@ -74,6 +77,9 @@ class Network(Strict):
     """Side of the pixel blocks folded into channels (UNet2DModel)."""
     size: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
     """Side of a latent, for FLUX.1, whose config.json names none; null takes 128, of 1024 x 1024 pixels."""
+    parts: str | None = None
+    """Folder with parts of a pipeline (vae, text_encoder, tokenizer) that a new network works with. jobs/teach.py
+    writes copies of them beside it."""
 
 
 def _denoiser(model: nn.Module, network: Network, precision: str) -> Denoiser:

@@ -109,6 +109,15 @@ def pipeline_class(folder: Path, model: str) -> str:
     return name
 
 
+def network_class(folder: Path) -> str:
+    """The class of the network of a pipeline's folder, which need not be there itself. Raises ValueError."""
+    index = folder / INDEX
+    name = read_json(index).get("_class_name") if index.is_file() else None
+    if name not in FAMILIES:
+        raise ValueError(f"{index}: its pipeline is {quoted(name)}; known: {', '.join(FAMILIES)}")
+    return FAMILIES[name][0]
+
+
 def open_encoder(folder: Path, model: str, device: torch.device | str = "cpu") -> Encoder:
     """The text encoders of a pipeline's folder. Safetensors and JSON are read, and no code that the folder brings is
     run. model: class of its network. Raises ValueError naming what is missing."""

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..diffusion.schedules import DDPM, EDM, STEPS, Flow, to_config
+from ..diffusion.schedules import DDPM, EDM, STEPS, Flow, Schedule, to_config
 from ..texts import quoted
 
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' name: ours
@@ -26,6 +26,33 @@ def from_scheduler(config: dict[str, Any], where: Path, tokens: int | None = Non
         raise ValueError(f"{where}: {error.args[0]} is missing") from None
     except (TypeError, ArithmeticError) as error:
         raise ValueError(f"{where}: a value that gives no schedule ({error})") from None
+
+
+def to_scheduler(schedule: Schedule, prediction: str) -> dict[str, Any]:
+    """The config of the diffusers scheduler that samples a new network: the inverse of `from_scheduler`.
+
+    Raises ValueError for a schedule and a prediction for which diffusers has none.
+    """
+    types = {ours: theirs for theirs, ours in PREDICTION_TYPES.items()}
+    if isinstance(schedule, Flow) and prediction == "flow":
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": schedule.shift}
+    if not isinstance(schedule, DDPM) or prediction not in types:
+        raise ValueError(
+            f"network.schedule: {schedule.name} with the prediction {prediction}; diffusers has schedulers of ddpm "
+            f"with {', '.join(types)} and of flow with flow; leave network.parts out to write the network alone"
+        )
+    return {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": schedule.steps,
+        "beta_schedule": schedule.beta_schedule,
+        "beta_start": schedule.beta_start,
+        "beta_end": schedule.beta_end,
+        "prediction_type": types[prediction],
+        "rescale_betas_zero_snr": schedule.zero_snr,
+        "timestep_spacing": "trailing",  # begins at the last step, which is pure noise with a zero SNR
+        "clip_sample": False,  # latents exceed 1
+        "steps_offset": 1,
+    }
 
 
 def _read(config: dict[str, Any], where: Path, tokens: int | None) -> dict[str, Any]:
