@@ -380,3 +380,22 @@ def test_published_sizes_are_counted_on_any_number_of_gpus(name, monkeypatch):
     assert rows[1]["student"]["activations"] == rows[64]["student"]["activations"] > 1 << 20
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 2 << 20, f"{grown >> 10} MiB"  # in KiB
+
+
+@pytest.mark.slow
+def test_adapters_of_sdxl_take_a_fraction_of_weights_and_optimisers(monkeypatch):
+    """Of the three networks' 71.7 GiB: a half with the student alone as an adapter, an eighth with the critic too."""
+    network = Network(model=NET, config=SDXL, schedule={"name": "ddpm", **tiny.SD_BETAS}, prediction="eps")
+    monkeypatch.setattr(pretrained, "check_memory", lambda model: None)
+    monkeypatch.setattr(build, "make_teacher", lambda *a, **k: new_denoiser(network, "bf16", weights=False))
+    monkeypatch.setattr(dryrun, "activations", lambda forward, count: 0)
+
+    def counted(name: str, **words) -> float:
+        shared = {"name": "a", "cluster.workers": 1, "train.batch": 2, "method.gan_weight": 0}
+        asked = open_recipe(name, RECIPES, shared | words).model_copy(update={"data": None})
+        return sum(row["weights"] + row["optimiser"] for row in dryrun.memory(asked)) / 2**30
+
+    whole = counted("sdxl_4step")
+    assert whole == pytest.approx(71.7, abs=0.1)
+    assert counted("sdxl_4step_lora") / whole == pytest.approx(0.51, abs=0.01)
+    assert counted("sdxl_4step_lora", **{"roles.fake.lora.rank": 64}) / whole == pytest.approx(0.12, abs=0.01)
