@@ -219,6 +219,16 @@ def test_a_pair_is_the_teachers_euler_path_and_a_function_of_seed_and_step():
     assert path(straight, z, None, 8)[1] < 1e-3 < bent
 
 
+def test_stored_pairs_give_the_loss_of_those_that_the_teacher_makes():
+    fresh, stored = INSTAFLOW(teacher_steps=4), INSTAFLOW(stored=True)
+    nets, batch = {"teacher": MIXTURE, "student": toy.denoiser(1)}, a_batch(data=False)
+    end, _ = path(MIXTURE, batch.z, None, 4)
+    pairs = Batch(end, None, torch.zeros_like(end), None, batch.draws, Nothing(), rows={"noise": batch.z})
+    one, health = fresh.loss(nets, batch)
+    assert torch.equal(stored.loss(nets | {"teacher": None}, pairs)[0]["pair"], one["pair"])
+    assert stored.needs == ("real", "noise") and fresh.needs == () and health["straightness"] > 0
+
+
 def test_reflow_straightens_and_the_distilled_step_nears_the_teachers_endpoint(pretrained):
     first, _ = trained(INSTAFLOW(teacher_steps=12), pretrained, steps=120)
     z = torch.randn(1000, 2, 1, 1, generator=torch.Generator().manual_seed(3))

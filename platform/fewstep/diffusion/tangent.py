@@ -27,9 +27,10 @@ def tangent(
 
     f: of len(at) tensors, to one tensor. along: like `at`, tensor by tensor. how:
     - "forward": forward-mode differentiation, exact. The arithmetic of two passes; small layers add to it (6 times the
-      time of a pass for the shipped network on a CPU). It needs float32 blocks.
-    - "difference": (f(at + h along) - f(at - h along)) / 2h. Three passes in any precision; the error is of order h^2,
-      and of rounding / h.
+      time of a pass for the shipped network on a CPU). It needs float32 blocks, or blocks stored in bfloat16, as those
+      of a frozen network are; of a network in training bfloat16 is a cast, which it does not pass.
+    - "difference": (f(at + h along) - f(at - h along)) / 2h. Three passes; the error is of order h^2, and of rounding /
+      h, which in bfloat16 is as large as the derivative.
     Raises ValueError for another `how`.
     """
     at, along = tuple(at), tuple(along)

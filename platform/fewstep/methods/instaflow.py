@@ -41,23 +41,28 @@ def path(denoise: Callable[..., Tensor], z: Tensor, cond: Any, steps: int) -> tu
 
 
 class InstaFlow(Trajectory):
-    """Reflow, then distillation, both on pairs (noise, endpoint) of the teacher's own path, made as they are needed.
+    """Reflow, then distillation, both on pairs (noise, endpoint) of the teacher's own path.
 
-    A round is a run with `stage: reflow`, whose teacher is the run before; a last one has `stage: distil`.
-    `straightness` is that of the teacher, hence of the round before. Departs from the paper: pixel distance, not LPIPS,
-    and fresh pairs, a function of seed and step, not a fixed set.
+    A round is a run with `stage: reflow`, whose teacher is the run before; a last one has `stage: distil`. Pairs are
+    made as they are needed, a function of seed and step, and `straightness` is then that of the teacher, hence of the
+    round before; or they are data, from jobs/pairs.py. Departs from the paper: pixel distance, not LPIPS.
     """
 
     name: Literal["instaflow"] = "instaflow"
     stage: Literal["reflow", "distil"] = "reflow"
     """Train a straight flow, or one step of the teacher's whole path."""
+    stored: bool = False
+    """Pairs are the data; else the teacher makes them."""
     teacher_steps: Annotated[int, Field(ge=1)] = 25
     """Euler steps of the teacher that make a pair."""
     student_steps: Annotated[int, Field(ge=1, le=100)] = 1
     """Euler steps of the sampler of a straight flow; a distilled one has one."""
 
-    needs: ClassVar[tuple[str, ...]] = ()
-    headline: ClassVar[tuple[str, ...]] = ("student/pair", "health/straightness")
+    headline: ClassVar[tuple[str, ...]] = ("student/pair",)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("real", "noise") if self.stored else ()
 
     def calls(self, net: Any) -> tuple[Call, ...]:
         steps = 1 if self.stage == "distil" else self.student_steps
@@ -65,12 +70,15 @@ class InstaFlow(Trajectory):
         return self.at_guidance(tuple(replace(call, then="step") for call in calls))
 
     def loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
-        z, cond, draws = batch.z, batch.cond, batch.draws
+        z, cond, draws, health = batch.z, batch.cond, batch.draws, {}
         scale = self.scale(draws, len(z))
-        end, straightness = path(self.teacher(nets, scale, batch.null), z, cond, self.teacher_steps)
+        if self.stored:
+            z, cond, end = batch.rows["noise"], batch.real_cond, batch.real
+        else:
+            teacher = self.teacher(nets, scale, batch.null)
+            end, health["straightness"] = path(teacher, z, cond, self.teacher_steps)
         t = FLOW.t_max * draws.uniform("t", len(z), stratified=True).clamp(min=FLOW.t_min)
         t = torch.full_like(t, FLOW.t_max) if self.stage == "distil" else t
         level = FLOW.level(t, z.ndim)
         v = flow_velocity(self.told(nets["student"], scale), level.noise(end, z), t, cond)
-        health = {"straightness": straightness, **statistics(end, batch.real)}
-        return {"pair": F.mse_loss(v, z - end)}, health
+        return {"pair": F.mse_loss(v, z - end)}, health | statistics(end)

@@ -33,7 +33,7 @@ class MDT(Trajectory):
     distillation_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of velocity distillation; 0 is velocity matching alone."""
     tangents: Literal["forward", "difference"] = "difference"
-    """Forward-mode differentiation, which needs float32 blocks, or central differences."""
+    """Forward-mode differentiation, or central differences; both need precision fp32."""
     difference: Annotated[float, Field(gt=0, lt=0.1)] = 0.01
     """Half-width of the differences, as a share of the flow time."""
     normalise: Literal["none", "residual", "derivative"] = "none"

@@ -50,7 +50,7 @@ class SCM(Trajectory):
     warmup_steps: Annotated[int, Field(ge=0)] = 1000
     """Steps in which the tangent's second term grows from none to whole."""
     tangents: Literal["forward", "difference"] = "forward"
-    """Forward-mode differentiation, which needs float32 blocks, or central differences."""
+    """Forward-mode differentiation, or central differences; both need precision fp32."""
     weighting: Literal["none", "learned"] = "none"
     """Weight of the noise levels: none, or e^w(t) / D with a w(t) that trains along (section 4.2), the role
     `weighting`."""
