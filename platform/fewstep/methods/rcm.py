@@ -3,7 +3,6 @@ arXiv:2510.08431."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
@@ -90,7 +89,7 @@ class RCM(SCM):
         if not self.matching_weight:
             return terms, health
         x, (x_t, level, _) = batch.x, self.noised(batch, "match")
-        teacher: Callable = self.teacher(nets, self.scale(batch.draws, len(x)), batch.null)
+        teacher = self.teacher(nets, self.scale(batch.draws, len(x)), batch.null)
         with torch.no_grad():
             real, fake = teacher(x_t, level, batch.cond), nets["fake"](x_t, level, batch.cond)
             gradient, _ = matching_gradient(x.detach(), real, fake)
