@@ -4,6 +4,9 @@ opens their folder."""
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,8 @@ import torch
 from torch.nn import functional as F
 
 from fewstep import build
-from fewstep.config import ConfigError, resolve
+from fewstep.config import ConfigError, read_json, resolve
+from fewstep.data.emoji import COLOURS, STYLES
 from fewstep.data.feed import open_feed
 from fewstep.data.manifest import Column
 from fewstep.data.shards import ShardWriter
@@ -20,7 +24,7 @@ from fewstep.methods.codec import edge_loss, kl_divergence
 from fewstep.networks.latents import find_latents
 from fewstep.networks.parts import SCORER
 from fewstep.networks.pretrained import open_teacher
-from fewstep.networks.text import byte_pairs, new_clip, new_tokenizer
+from fewstep.networks.text import byte_pairs, new_clip, new_tokenizer, open_clip
 from fewstep.recipe import open_recipe
 from fewstep.students import open_student, save_teacher
 
@@ -143,3 +147,62 @@ def test_the_shipped_codec_keeps_held_out_pictures(held_out):
     assert latents.std().item() == pytest.approx(1, abs=0.05)
     y = codec.decode(latents).clamp(-1, 1)
     assert F.l1_loss(y, x) < 0.055 and -10 * (F.mse_loss(y, x) / 4).log10() > 26.5  # 0.047 and 27.4 dB were obtained
+
+
+def captioned(held_out) -> list[tuple[str, str, str]]:
+    """Name, style and colour of each picture."""
+    words = [caption.split(", ") for caption in held_out["caption"]]
+    return [(name, style.split()[1], colour.split()[2]) for name, style, colour in words]
+
+
+@torch.no_grad()
+def test_the_shipped_scorer_tells_name_style_and_colour_of_pictures(held_out):
+    scorer = open_clip(resolve("shipped:emoji/scorer"))
+    x, rows = held_out["real"][::8], captioned(held_out)[::8]
+    names = sorted({name for name, _, _ in captioned(held_out)})
+    pictures = scorer.pictures(x)
+
+    def right(options) -> float:
+        """Share of the pictures whose own caption, the first of its options, fits best."""
+        asked = [[f"{n}, in {s} style, on a {c} background" for n, s, c in options(*row)] for row in rows]
+        texts = scorer.texts([text for texts in asked for text in texts]).unflatten(0, (len(rows), -1))
+        return (torch.einsum("nd,nkd->nk", pictures, texts).argmax(1) == 0).float().mean().item()
+
+    def own_first(own, others, count):
+        return [own, *[other for other in others if other != own][: count - 1]]
+
+    assert right(lambda n, s, c: [(other, s, c) for other in own_first(n, names, 20)]) > 0.85
+    assert right(lambda n, s, c: [(n, other, c) for other in own_first(s, STYLES, 3)]) > 0.75
+    assert right(lambda n, s, c: [(n, s, other) for other in own_first(c, COLOURS, 8)]) > 0.95
+
+
+STOCK = """
+import sys, torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+prompts = ["red heart, in noto style, on a green background", "cat face, in twemoji style, on a red background"]
+noise = torch.Generator().manual_seed(0)
+images = pipe(prompts, num_inference_steps=3, guidance_scale=3.0, generator=noise, output_type="pt").images
+assert not any(name.startswith("fewstep") for name in sys.modules)
+print(list(images.shape), *[round(v, 3) for v in images[:, :, :4, :4].mean((2, 3)).flatten().tolist()])
+"""
+
+
+def test_stock_diffusers_samples_the_shipped_teacher_without_us():
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-c", STOCK, str(resolve(TEACHER))]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd="/", timeout=170)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shape, _, colours = done.stdout.strip().splitlines()[-1].partition("] ")
+    assert shape == "[2, 3, 64, 64"
+    corners = 255 * np.array([float(v) for v in colours.split()]).reshape(2, 3)
+    for corner, colour in zip(corners, ("green", "red"), strict=True):  # the background that was asked for is nearest
+        assert min(COLOURS, key=lambda name: np.abs(corner - COLOURS[name]).sum()) == colour
+
+
+def test_the_shipped_folder_says_what_it_is():
+    scheduler = read_json(resolve(TEACHER) / "scheduler" / "scheduler_config.json")
+    assert (scheduler["prediction_type"], scheduler["rescale_betas_zero_snr"]) == ("v_prediction", True)
+    net = open_teacher(TEACHER, weights=False)
+    assert net.shape == (4, 16, 16) and net.picture_shape == (3, 64, 64) and net.conditions.shapes == {"text": (1, 128)}

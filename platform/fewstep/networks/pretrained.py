@@ -201,7 +201,7 @@ def save_denoiser(denoiser: Denoiser, folder: Path, name: str | None = None) -> 
     config = read_json(sub / "config.json")
     config.pop("_name_or_path", None)  # where the weights once came from is a path on this machine
     (sub / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    network = network_of(denoiser).model_dump(exclude={"config"})
+    network = network_of(denoiser).model_dump(exclude={"config", "parts"})
     ((sub if name else folder) / DESCRIPTION).write_text(json.dumps(network, indent=1) + "\n")
 
 
