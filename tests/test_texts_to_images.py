@@ -185,7 +185,7 @@ def test_a_recipe_trains_on_latents_and_embedded_captions(tmp_path, sd):
     assert not toy.same(before, toy.weights(engine.nets["student"]))
     sampler = build.student_sampler(asked.method, engine.sampling)
     samples = build.make_samples(sampler, 5, batch=4)
-    assert samples.images.shape == (5, 3, 16, 16) and samples.words == conditions.words(5)
+    assert samples.images.shape == (5, 3, 64, 64) and samples.words == conditions.words(5)
     assert samples.calls == 4 and samples.labels is None
     teacher = build.make_samples(build.teacher_sampler(engine.nets["teacher"], 8, 2.0), 2)
     assert (teacher.sampler, teacher.calls) == ("ddim-8-guided-2", 16)
