@@ -18,11 +18,14 @@ import pytest
 import torch
 from demo import free_port
 from diffusers import DiffusionPipeline
+from diffusers.utils import dynamic_modules_utils
 from PIL import Image
+from test_every_method import in_this_process
 from test_networks import unet
 
 from fewstep.diffusion.samplers import calls_at
 from fewstep.diffusion.schedules import EDM
+from fewstep.networks import export as exporting
 from fewstep.networks.backbones import UNet
 from fewstep.networks.card import Card
 from fewstep.networks.denoiser import Denoiser
@@ -48,7 +51,10 @@ def registered(store, tmp_path_factory) -> tuple[Path, dict[str, str]]:
     """The export of a two-step generator of ten classes, and the environment that finds its registered model."""
     tmp = tmp_path_factory.mktemp("model")
     net = Denoiser(UNet(unet(0, num_class_embeds=11, in_channels=4, out_channels=4), 10, 2), EDM(), "edm")
-    export(net, tmp / "export", calls=calls_at(EDM(), (1.0, 0.7), on_ramp=True), card=Card(name="two"))
+    with pytest.MonkeyPatch.context() as patch:  # the test below loads the export in a fresh process anyway
+        patch.setattr(exporting, "_in_fresh_process", in_this_process)
+        patch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp / "modules"))
+        export(net, tmp / "export", calls=calls_at(EDM(), (1.0, 0.7), on_ramp=True), card=Card(name="two"))
     run = {"uri": store, "experiment": "model", "name": "two", "recipe": {}, "tags": {}}
     with Tracker.open(tmp / "run", **run) as tracker:
         tracker.model(tmp / "export", "two", "newest")
