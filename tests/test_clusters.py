@@ -1,0 +1,110 @@
+"""The files of jobs/clusters: against the schema and the versions that there are, and SLURM's on this machine.
+
+Not run anywhere here: an image (it takes a Docker daemon), KubeRay (a Kubernetes cluster) and AWS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jsonschema
+import pytest
+import ray
+import yaml
+from demo import ROOT, words
+
+from fewstep.config import words as parsed
+from fewstep.recipe import open_recipe
+
+CLUSTERS = ROOT / "jobs" / "clusters"
+LOCK = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().split())
+
+
+def test_the_autoscaling_cluster_fits_rays_schema():
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+    jsonschema.validate(yaml.safe_load((CLUSTERS / "autoscaler.yaml").read_text()), schema)
+
+
+@pytest.mark.parametrize("name", ["rayjob-distill", "rayjob-sweep"])
+def test_a_rayjob_runs_the_locked_ray_and_a_command_line_that_is_valid(name):
+    job = yaml.safe_load((CLUSTERS / f"{name}.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster["rayVersion"] == LOCK["ray"] and cluster["authOptions"] == {"mode": "token"}
+    python, script, *argv = shlex.split(job["spec"]["entrypoint"])
+    assert python == "python" and (ROOT / script).is_file()
+    given = parsed(argv)
+    own = ("recipe", "space", "search", "seeds", "name")
+    recipe = open_recipe(given["recipe"], ROOT / "jobs" / "recipes", {k: v for k, v in given.items() if k not in own})
+    most = sum(group["maxReplicas"] for group in cluster["workerGroupSpecs"])
+    assert recipe.cluster.workers <= most and recipe.cluster.wait_s >= 600  # nodes of an autoscaler take minutes
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for pod in (group["template"]["spec"] for group in groups):
+        assert pod["securityContext"]["runAsNonRoot"]
+        mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_the_image_has_the_locked_python_and_runs_as_nobody_special():
+    text = (CLUSTERS / "Dockerfile").read_text()
+    assert re.search(r"^FROM python:3\.11\.\d+-", text, re.M) and "pip install -r requirements.lock" in text
+    for target in ("cpu", "cuda"):
+        stage = text.split(f" AS {target}\n")[1].split("\nFROM ")[0]
+        assert "USER fewstep" in stage
+
+
+@pytest.mark.slow
+def test_slurms_script_starts_ray_on_the_allocation_and_trains(tmp_path):
+    """`srun` and `scontrol` are stand-ins that run on this machine; Ray, its token and the job are real."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "scontrol").write_text("#!/bin/sh\necho localhost\n")
+    run = '#!/bin/bash\nwhile [[ "$1" == -* ]]; do [ "$1" = -w ] && shift; shift; done\n'
+    (tools / "srun").write_text(run + '[ "$1" = hostname ] && { echo 127.0.0.1; exit; }\nexec "$@"\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    here = tmp_path / "checkout"
+    (here / ".venv" / "bin").mkdir(parents=True)
+    (here / ".venv" / "bin" / "activate").write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n')
+    for name in ("jobs", "platform"):
+        (here / name).symlink_to(ROOT / name)
+    slurm = {"SUBMIT_DIR": str(here), "JOB_NODELIST": "localhost", "JOB_ID": str(os.getpid()), "CPUS_PER_TASK": "3"}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+        f"SLURM_{k}": v for k, v in slurm.items()
+    }
+    short = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # paths of sockets are short
+    env |= {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "platform"), "RAY_TMPDIR": short}
+    command = [
+        "bash",
+        str(CLUSTERS / "slurm.sh"),
+        "distill",
+        *words(tmp_path, f"tracking.uri=sqlite:///{tmp_path}/m.db"),
+    ]
+    with open(tmp_path / "out", "w") as out, open(tmp_path / "errors", "w") as errors:
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=errors, start_new_session=True)
+    try:
+        assert process.wait(timeout=300) == 0, (tmp_path / "errors").read_text()[-3000:]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        shutil.rmtree(short, ignore_errors=True)
+    assert json.loads((tmp_path / "out").read_text().strip().splitlines()[-1])["export_max_difference"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"), [([], "usage: sbatch"), (["nothing"], "nothing: no file"), (["distill"], "run this by sbatch")]
+)
+def test_slurms_script_says_what_is_missing(argv, says, tmp_path):
+    env = {"PATH": os.environ["PATH"]} | ({} if argv == ["distill"] else {"SLURM_SUBMIT_DIR": str(ROOT)})
+    done = subprocess.run(["bash", str(CLUSTERS / "slurm.sh"), *argv], env=env, capture_output=True, text=True)
+    assert done.returncode and says in done.stdout + done.stderr
