@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from demo import ROOT, STEPS, listening, losses, mlflow_history, recipe, untimed, words
 from job import job
+from mlflow import MlflowClient
 
 from fewstep.build import make_engine, make_feed, make_metrics, make_samples
 from fewstep.cluster.train import Unplaceable, fit, localized
@@ -120,6 +121,9 @@ def test_the_literal_ray_job_submit_gives_the_losses_of_the_bare_loop(ray_cluste
     closing = json.loads(next(line for line in reversed(lines) if line.startswith("{")))
     assert closing["export_max_difference"] == 0.0
     assert Path(closing["grid"]).is_file()
+    submitted = MlflowClient(store).get_run(closing["run_id"]).data.tags["ray.submission_id"]
+    assert f"'{submitted}'" in done.stdout
+    assert any(line.startswith("MLflow: ") and closing["run_id"] in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +134,7 @@ def test_the_literal_ray_job_submit_gives_the_losses_of_the_bare_loop(ray_cluste
         ("evaluate.metrics=[fd_fasion]", "fd_fashion"),
         ("out=/proc/runs", "out: cannot write in /proc/runs"),
         ("optim.fak.lr=1e-4", "optim.fak: no such role"),
-        ("method.name=dmd", "dmd2"),
+        ("method.name=dmd22", "dmd2"),
     ],
 )
 def test_dry_run_refuses_what_a_run_would(tmp_path, capsys, word, text):

@@ -205,6 +205,19 @@ def test_a_model_is_registered_and_its_alias_downloads_it(start, client, uri, tm
     assert [(d.name, d.digest, json.loads(d.profile)) for d in data] == [("photos", "abc", {"rows": 3})]
 
 
+def test_reports_of_a_deleted_run_wait_until_it_is_restored(start, client, tmp_path, caplog):
+    with start() as tracker:
+        tracker.log({"loss": 1.0}, 1, 8)
+    client.delete_run(tracker.run_id)
+    again = start()
+    again.log({"loss": 2.0}, 2, 16)
+    assert again.finish(timeout_s=1) > 0 and again.refused == 0
+    assert f"mlflow runs restore --run-id {tracker.run_id}" in caplog.text
+    client.restore_run(tracker.run_id)
+    assert send(tmp_path / "run").unsent == 0
+    assert history(client, tracker.run_id, "loss") == [(1, 1.0), (2, 2.0)]
+
+
 def resend(folder: Path) -> Path:
     """Forgets what was acknowledged, as if the process had died after sending and before it could write so."""
     (folder / "tracking" / "sent.json").unlink()
@@ -339,7 +352,7 @@ def test_without_a_server_training_goes_on_and_the_job_sends_later(start, client
     begun = time.monotonic()
     unsent = tracker.finish(timeout_s=1.0)
     assert time.monotonic() - begun < 5
-    assert unsent == 5 and tracker.run_id is None and tracker.url is None
+    assert unsent == 5 and tracker.run_id is None and tracker.page is None
     assert caplog.messages[-1] == (
         f"5 tracked operations are not sent yet; send them with: python jobs/track.py folder={tmp_path / 'run'}"
     )
@@ -405,7 +418,7 @@ def test_a_server_that_hangs_and_dies_delays_and_loses_nothing(start, server, tm
 
     train(range(100))
     assert tracker.flush(60) == 0
-    assert tracker.url.startswith(f"{address}/#/experiments/") and tracker.url.endswith(tracker.run_id)
+    assert tracker.page.startswith(f"{address}/#/experiments/") and tracker.page.endswith(tracker.run_id)
 
     os.killpg(process.pid, signal.SIGSTOP)
     train(range(100, 200))

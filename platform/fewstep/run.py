@@ -229,7 +229,7 @@ def run(
     """Trains a recipe to its end. It resumes from the last checkpoint if there is one.
 
     Every rank calls it; rank 0 writes the records. origin: provenance of code, machine and data, for the tracker.
-    Returns the job's result on rank 0: run_id, folder, finished, step, rows of the closing table, grid.
+    Returns the job's result on rank 0: run_id, page, folder, finished, step, rows of the closing table, grid.
     Returns {} on the other ranks.
     """
     torch.set_num_threads(recipe.cluster.threads)
@@ -267,11 +267,11 @@ def run(
         else:
             tracker.event("stopped", engine.step, engine.images, "asked to stop; the same command line resumes it")
         tracker.flush(timeout_s=30)
-        run_id = tracker.run_id
+        run_id, page = tracker.run_id, tracker.page
         if not engine.finished:
             tracker.finish("KILLED")
     done = {"finished": engine.finished, "step": engine.step, "rows": rows}
-    return {"run_id": run_id, "folder": str(folder), "grid": str(folder / "student.png")} | done
+    return {"run_id": run_id, "page": page, "folder": str(folder), "grid": str(folder / "student.png")} | done
 
 
 def start_from(recipe: Recipe) -> Path | str | None:

@@ -34,4 +34,6 @@ def train(recipe: Recipe, dry_run: bool = False, exports: bool = False) -> dict[
         print(json.dumps({"run_id": result["run_id"], "finished": False, "step": result["step"], "again": again}))
         return None
     print(table(result["rows"]))
+    if result["page"]:
+        print(f"MLflow: {result['page']}")
     return result | {"recipe": localized(recipe)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import signal
 import sys
@@ -125,7 +127,7 @@ def _fit(
         "recipe": recipe.model_dump(mode="json"),
         "device": device,
         "published": published,
-        "origin": (origin.tags | dict(tags), origin.files),
+        "origin": (origin.tags | submission() | dict(tags), origin.files),
         "score": not shared and room_to_score(recipe, device, streaming),
     }
     gauges = DriverGauges(recipe.name, run.EVENTS | {Lost: "lost", watchdog.Stalled: "stall"})
@@ -155,6 +157,13 @@ def _fit(
                     raise
                 record(recipe, origin, "restart", str(lost))
                 gauges.count("restart")
+
+
+def submission() -> dict[str, str]:
+    """The tag of a submitted job with its id at Ray's job server; {} for a job that was started by hand."""
+    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    found = config.get("metadata", {}).get("job_submission_id")
+    return {"ray.submission_id": found} if found else {}
 
 
 def _attempt(recipe: Recipe, device: str, config: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from PIL import Image
 from ..texts import masked
 from .journal import Entry, Journal, log
 from .model import save_model
-from .store import experiment, page, prepare_store
+from .store import TrackingError, experiment, page, prepare_store
 
 METRICS, PARAMS = 1000, 100  # entities MLflow takes in one request
 PERMANENT = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # errors that the same request gets again
@@ -45,8 +45,8 @@ class Sender:
         self.journal, self.uri, self.client = journal, uri, None
 
     @property
-    def url(self) -> str | None:
-        """The run's page on the server, once it is known."""
+    def page(self) -> str | None:
+        """Where a person opens the run, see store.page; None until the store has answered."""
         run_id, experiment_id = self.journal.run_id, self.journal.experiment_id
         return page(self.uri, experiment_id, run_id) if run_id and experiment_id else None
 
@@ -63,14 +63,24 @@ class Sender:
         if self.journal.run_id is None:
             self._find_or_create_run()
         batch = waiting[:1]
-        if waiting[0].op["op"] == "metrics":
-            batch = self._metrics(waiting)
-        else:
-            getattr(self, "_" + waiting[0].op["op"])(waiting[0])
+        try:
+            if waiting[0].op["op"] == "metrics":
+                batch = self._metrics(waiting)
+            else:
+                getattr(self, "_" + waiting[0].op["op"])(waiting[0])
+        except MlflowException:
+            self._check_active()
+            raise
         self.journal.acknowledge(batch)
         return len(batch)
 
     # ------------------------------------------------------------------------------------------------ the run
+
+    def _check_active(self) -> None:
+        """Raises TrackingError for a run that was deleted: MLflow refuses its reports until it is restored."""
+        run_id = self.journal.run_id
+        if self.client.get_run(run_id).info.lifecycle_stage == "deleted":
+            raise TrackingError(f"run {run_id} is deleted; bring it back with: mlflow runs restore --run-id {run_id}")
 
     def _find_or_create_run(self) -> None:
         opened = next(self.journal.entries()).op
@@ -108,6 +118,7 @@ class Sender:
             except MlflowException as error:
                 if error.error_code not in PERMANENT:
                     raise
+                self._check_active()  # else every report of a deleted run would count as refused
                 if len(part) > 1:
                     self._batches(entry, part, 1, send)
                 else:

@@ -181,8 +181,9 @@ def experiment(client: MlflowClient, uri: str, name: str) -> str:
     return found.experiment_id
 
 
-def page(uri: str, experiment_id: str, run_id: str) -> str | None:
-    """Returns the URL of a run's page on a server, or None for a database, which has no page."""
-    if database(uri) or not uri.startswith("http"):
-        return None
-    return f"{without_password(uri)}/#/experiments/{quote(experiment_id)}/runs/{quote(run_id)}"
+def page(uri: str, experiment_id: str, run_id: str) -> str:
+    """Where a person opens a run: the URL of its page; for a database also the command that serves the page."""
+    path = f"#/experiments/{quote(experiment_id)}/runs/{quote(run_id)}"
+    if uri.startswith("http"):
+        return f"{without_password(uri)}/{path}"
+    return f"http://127.0.0.1:5000/{path} while this runs: mlflow ui --backend-store-uri {without_password(uri)}"

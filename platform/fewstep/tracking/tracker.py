@@ -267,9 +267,9 @@ class Tracker:
         return self._journal.run_id
 
     @property
-    def url(self) -> str | None:
-        """The run's page on a server; None until it has answered, and for a local database."""
-        return self._sender.url
+    def page(self) -> str | None:
+        """Where a person opens the run, see store.page; None until the store has answered."""
+        return self._sender.page
 
     @property
     def unsent(self) -> int:
