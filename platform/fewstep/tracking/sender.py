@@ -46,7 +46,7 @@ class Sender:
 
     @property
     def page(self) -> str | None:
-        """Where a person opens the run, see store.page; None until the store has answered."""
+        """The run's page in MLflow, see store.page; None until the store has answered."""
         run_id, experiment_id = self.journal.run_id, self.journal.experiment_id
         return page(self.uri, experiment_id, run_id) if run_id and experiment_id else None
 

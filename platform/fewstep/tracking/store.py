@@ -182,7 +182,7 @@ def experiment(client: MlflowClient, uri: str, name: str) -> str:
 
 
 def page(uri: str, experiment_id: str, run_id: str) -> str:
-    """Where a person opens a run: the URL of its page; for a database also the command that serves the page."""
+    """Returns the URL of a run's page; for a database also the command that serves the page."""
     path = f"#/experiments/{quote(experiment_id)}/runs/{quote(run_id)}"
     if uri.startswith("http"):
         return f"{without_password(uri)}/{path}"

@@ -268,7 +268,7 @@ class Tracker:
 
     @property
     def page(self) -> str | None:
-        """Where a person opens the run, see store.page; None until the store has answered."""
+        """The run's page in MLflow, see store.page; None until the store has answered."""
         return self._sender.page
 
     @property
