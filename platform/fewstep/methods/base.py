@@ -210,7 +210,7 @@ class Trajectory(Method):
         """The guided teacher, (x_t, level, cond) -> x0."""
         return lambda x_t, level, cond: guided(nets["teacher"], x_t, level, cond, scale, null)
 
-    def told(self, net: nn.Module, scale: float | Tensor, **more: Tensor) -> Callable[..., Tensor]:
+    def with_scalars(self, net: nn.Module, scale: float | Tensor, **more: Tensor) -> Callable[..., Tensor]:
         """A network of the student's kind that gets the scale, and `more` scalars (B,) by name."""
         extra = more if self.guidance_range is None else {"guidance": scale} | more
         return partial(net, extra=extra) if extra else net

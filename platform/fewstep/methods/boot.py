@@ -61,7 +61,7 @@ class Boot(Trajectory):
         scale = self.scale(draws, len(z))
         (start,) = self.calls(nets["student"])
         top = start.level(z)
-        signal = lambda time: self.told(nets["student"], scale, time=time)(z * top.start, top, cond)
+        signal = lambda time: self.with_scalars(nets["student"], scale, time=time)(z * top.start, top, cond)
         teacher = self.teacher(nets, scale, batch.null)
         with torch.no_grad():
             y, level = signal(t), FLOW.level(t, z.ndim)

@@ -100,7 +100,7 @@ class HyperSD(PCM):
             u = torch.where(draws.uniform("end/edge", len(number)) < 0.5, 0.0, u)
         return edge + (u * (number - edge)).floor().long()
 
-    def asked(self, end: Level) -> dict[str, Tensor]:
+    def end_scalars(self, end: Level) -> dict[str, Tensor]:
         return {"end": end.angle.flatten()} if self.ends == "conditioned" else {}
 
     def prepare(self, nets: Nets, batch: Batch, trains: tuple[str, ...]) -> Batch:
@@ -116,7 +116,7 @@ class HyperSD(PCM):
 
     def loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
         ours, terms = batch.made["ours"], {}
-        distance = self.apart(ours, batch.made["goal"])
+        distance = self.difference(ours, batch.made["goal"])
         if self.consistency_weight:
             terms["consistency"] = self.consistency_weight * distance
         if self.gan_weight:

@@ -80,5 +80,5 @@ class InstaFlow(Trajectory):
         t = FLOW.t_max * draws.uniform("t", len(z), stratified=True).clamp(min=FLOW.t_min)
         t = torch.full_like(t, FLOW.t_max) if self.stage == "distil" else t
         level = FLOW.level(t, z.ndim)
-        v = flow_velocity(self.told(nets["student"], scale), level.noise(end, z), t, cond)
+        v = flow_velocity(self.with_scalars(nets["student"], scale), level.noise(end, z), t, cond)
         return {"pair": F.mse_loss(v, z - end)}, health | statistics(end)

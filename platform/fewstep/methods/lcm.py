@@ -64,7 +64,7 @@ class LCM(Trajectory):
         c_skip, c_out = (c.float().view_as(level.alpha) for c in boundary(index.double()))
         return c_skip * x + c_out * x0
 
-    def asked(self, end: Level) -> dict[str, Tensor]:
+    def end_scalars(self, end: Level) -> dict[str, Tensor]:
         """Further scalars (B,) of the student and its average, by name. end: the level at which they meet."""
         return {}
 
@@ -75,7 +75,9 @@ class LCM(Trajectory):
         number, scale = draws.integers("t", 1, self.solver_steps, len(x0)), self.scale(draws, len(x0))
         level, to, end = at(number), at(number - 1), at(self.end(number, draws))
         x = level.noise(x0, draws.normal("eps", x0.shape))
-        student, target = (self.told(nets[role], scale, **self.asked(end)) for role in ("student", "target"))
+        student, target = (
+            self.with_scalars(nets[role], scale, **self.end_scalars(end)) for role in ("student", "target")
+        )
         with torch.no_grad():
             teacher = self.teacher(nets, scale, batch.conditions.null(cond))
             before = level.step(x, teacher(x, level, cond), to)  # one step of the solver
@@ -83,10 +85,10 @@ class LCM(Trajectory):
         made = student(x, level, cond)
         return {"made": made, "ours": self.land(x, made, level, number, end), "goal": goal}
 
-    def apart(self, ours: Tensor, goal: Tensor) -> Tensor:
+    def difference(self, ours: Tensor, goal: Tensor) -> Tensor:
         """Distance of two states."""
         return F.mse_loss(ours, goal) if self.distance == "mse" else pseudo_huber(ours, goal)
 
     def loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
         found = self.pair(nets, batch)
-        return {"consistency": self.apart(found["ours"], found["goal"])}, statistics(found["made"], batch.real)
+        return {"consistency": self.difference(found["ours"], found["goal"])}, statistics(found["made"], batch.real)

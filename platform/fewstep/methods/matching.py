@@ -81,7 +81,7 @@ class DistributionMatching(Method):
         with torch.set_grad_enabled("student" in trains):
             return replace(batch, cond=cond).make(x=nets["student"](x_t, level, cond))
 
-    def matched(self, batch: Batch) -> Tensor:
+    def match_samples(self, batch: Batch) -> Tensor:
         """The samples (B, ...) whose density is matched."""
         return batch.x
 
@@ -100,7 +100,7 @@ class DistributionMatching(Method):
 
     def matching(self, nets: Nets, batch: Batch) -> Terms:
         """The matching term's `gradient` (B, ...) and `normaliser` (B,)."""
-        x = self.matched(batch).detach()
+        x = self.match_samples(batch).detach()
         with torch.no_grad():
             x_t, level = self.match_noise(nets, batch, x)
             gradient, normaliser = self.direction(x, *self.scores(nets, batch, x_t, level), level)
@@ -114,7 +114,7 @@ class DistributionMatching(Method):
         terms, found, health = {}, {}, statistics(batch.x, batch.real)
         if self.matching_weight:
             found = self.matching(nets, batch)
-            terms["match"] = self.matching_weight * surrogate(self.matched(batch), found["gradient"])
+            terms["match"] = self.matching_weight * surrogate(self.match_samples(batch), found["gradient"])
             norm = found["gradient"].flatten(1).norm(dim=1).mean()
             health |= {"match_gradient": norm, "match_normaliser": found["normaliser"].mean()}
         return terms | self.extra(nets, batch, found), health

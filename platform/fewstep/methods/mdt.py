@@ -47,7 +47,7 @@ class MDT(Trajectory):
 
     def residual(self, nets: Nets, x: Tensor, s: Tensor, cond: Any, scale: float | Tensor, null: Any) -> Tensor:
         """phi + s dphi/ds - v (B, ...) along the teacher's path through x at flow times s (B,)."""
-        net, teacher = self.told(nets["student"], scale), self.teacher(nets, scale, null)
+        net, teacher = self.with_scalars(nets["student"], scale), self.teacher(nets, scale, null)
         v = flow_velocity(teacher, x, s, cond).detach()
         along = (s.float().view(-1, *[1] * (x.ndim - 1)) * v, s)
         phi, slope = tangent(lambda x, s: flow_velocity(net, x, s, cond), (x, s), along, self.tangents, self.difference)
@@ -61,14 +61,14 @@ class MDT(Trajectory):
         level = lognormal_level(draws, "t", self.mean, self.std, FLOW, x0)
         x = level.noise(x0, draws.normal("eps", x0.shape))
         residual = self.residual(nets, x, level.t, cond, scale, null)
-        phi = flow_velocity(self.told(nets["student"], scale), x, level.t, cond)
+        phi = flow_velocity(self.with_scalars(nets["student"], scale), x, level.t, cond)
         terms = {"matching": surrogate(phi, residual)}
         health = {"residual_norm": residual.flatten(1).norm(dim=1).mean()}
         if not self.distillation_weight:
             return terms, health
         top = FLOW.level(torch.full_like(level.t, FLOW.t_max), x0.ndim)
         z = batch.z * top.start
-        phi = flow_velocity(self.told(nets["student"], scale), z, top.t, batch.cond)
+        phi = flow_velocity(self.with_scalars(nets["student"], scale), z, top.t, batch.cond)
         made = z - top.sigma * phi
         with torch.no_grad():
             level = lognormal_level(draws, "distil/t", self.mean, self.std, FLOW, x0)

@@ -96,12 +96,12 @@ class PhasedDMD(DistributionMatching):
             x_s = level.step(x_t, x0, self.end_level(nets["student"].schedule, x0)) if self.end else x0
         return batch.make(x=x0, x_s=x_s)
 
-    def matched(self, batch: Batch) -> Tensor:
+    def match_samples(self, batch: Batch) -> Tensor:
         return batch.made["x_s"]
 
     def kernel(self, nets: Nets, batch: Batch, name: str, low: int, high: int) -> tuple[Kernel, Tensor]:
         """The kernel from the phase's end to a level drawn for each sample, in thousandths, and its noise (B, ...)."""
-        x_s, net = self.matched(batch), nets["teacher"]
+        x_s, net = self.match_samples(batch), nets["teacher"]
         low = max(low, self.end + MARGIN) if self.end else low
         _, level, eps = noised(batch.draws, name, net.schedule, x_s.detach(), low, high)
         return Kernel(self.end_level(net.schedule, x_s), level), eps
@@ -115,7 +115,7 @@ class PhasedDMD(DistributionMatching):
 
     def critic_loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
         """Score matching within the subinterval, whose targets need no clean sample."""
-        x_s, fake = self.matched(batch).detach(), nets["fake"]
+        x_s, fake = self.match_samples(batch).detach(), nets["fake"]
         kernel, eps = self.kernel(nets, batch, "critic", 0, INDICES - 1)
         raw = fake(kernel.noise(x_s, eps), kernel.t, self.critic_condition(batch), "raw")
         weight = kernel.weight().sqrt()

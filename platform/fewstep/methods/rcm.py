@@ -67,7 +67,7 @@ class RCM(SCM):
         if not self.matching_weight:
             return batch
         draws, x, cond = batch.draws, batch.z, batch.cond
-        student = self.told(nets["student"], self.scale(draws, len(x)))
+        student = self.with_scalars(nets["student"], self.scale(draws, len(x)))
         count = 1 + draws.choice("calls", self.rollout_calls)  # one for all ranks: their collectives must line up
         levels = descending_levels(draws, "rollout", count, self.match_mean, self.match_std, TRIG, x)
         with torch.no_grad():

@@ -69,7 +69,7 @@ class SanaSprint(SCM):
         t = lognormal_level(draws, "made/t", self.mean, self.std, TRIG, x0).t
         top = draws.uniform("made/top", len(x0)) < self.noise_share
         level = TRIG.level(torch.where(top, TRIG.t_max, t), x0.ndim)
-        student = self.told(nets["student"], self.scale(draws, len(x0)))
+        student = self.with_scalars(nets["student"], self.scale(draws, len(x0)))
         with torch.set_grad_enabled("student" in trains):
             return batch.make(x=student(level.noise(x0, batch.z), level, batch.real_cond))
 

@@ -103,7 +103,7 @@ class SCM(Trajectory):
     def loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
         x, level, dx, cond, scale = self.points(nets, batch)
         t, cos, sin = level.t, level.alpha, level.sigma
-        net = self.told(nets["student"], scale)
+        net = self.with_scalars(nets["student"], scale)
         student = lambda x, t: velocity(net, x, t, cond)
         along = (cos * sin * dx, (cos * sin).double().flatten())  # scaled before the pass: nothing overflows
         f, df = tangent(student, (x, t), along, self.tangents)
