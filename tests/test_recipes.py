@@ -17,7 +17,7 @@ from job import job as command
 from toy import same, weights
 
 from fewstep import build
-from fewstep.config import words
+from fewstep.config import ConfigError, words
 from fewstep.dryrun import activations, describe, saved_bytes
 from fewstep.engine.train import Engine, Report
 from fewstep.metrics.base import evaluate
@@ -186,3 +186,8 @@ def test_images_and_labels_that_do_not_fit_the_network_are_refused(shape, labels
         return build.check_data(feed, net)
     with pytest.raises(ValueError, match=f"^data.path: {reason}"):
         build.check_data(feed, net)
+
+
+def test_a_method_that_differentiates_its_networks_refuses_bf16():
+    with pytest.raises(ConfigError, match="precision: bf16, but scm takes derivatives of its networks; give fp32"):
+        load_recipe(["recipe=fashion_mnist_scm", "precision=bf16"], RECIPES, "fashion_mnist")

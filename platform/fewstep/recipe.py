@@ -243,6 +243,8 @@ class Recipe(Strict):
             wrong.append("teacher: give either a teacher to distil or a network to train, and not both")
         elif self.teacher is None and self.method.needs_teacher:
             wrong.append(f"teacher: missing; {self.method.tag} distils one, and network is for methods without one")
+        if self.precision == "bf16" and self.method.needs_float32:
+            wrong.append(f"precision: bf16, but {self.method.tag} takes derivatives of its networks; give fp32")
         if self.data is None and self.method.needs:
             wrong.append(f"data: missing; {self.method.tag} trains on {', '.join(self.method.needs)}")
         roles = self.method.roles

@@ -113,6 +113,8 @@ class Method(Strict):
     conditions alone."""
     needs_teacher: ClassVar[bool] = True
     """A recipe must name a teacher, rather than a new network."""
+    needs_float32: ClassVar[bool] = False
+    """The loss takes derivatives of networks along a direction, for which the blocks must compute in float32."""
     generates: ClassVar[bool] = True
     """The student generates samples, of which grids are drawn and scores are taken."""
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)

@@ -33,13 +33,14 @@ class MDT(Trajectory):
     distillation_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of velocity distillation; 0 is velocity matching alone."""
     tangents: Literal["forward", "difference"] = "difference"
-    """Forward-mode differentiation, or central differences; both need precision fp32."""
+    """Forward-mode differentiation, or central differences."""
     difference: Annotated[float, Field(gt=0, lt=0.1)] = 0.01
     """Half-width of the differences, as a share of the flow time."""
     normalise: Literal["none", "residual", "derivative"] = "none"
     """Division of a sample's whole residual by its norm, or of the derivative alone, as released."""
     times: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0,)
     """Flow times of the student's calls, from noise to clean."""
+    needs_float32: ClassVar[bool] = True
     headline: ClassVar[tuple[str, ...]] = ("health/residual_norm",)
 
     def calls(self, net: Any) -> tuple[Call, ...]:

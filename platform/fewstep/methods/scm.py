@@ -50,12 +50,13 @@ class SCM(Trajectory):
     warmup_steps: Annotated[int, Field(ge=0)] = 1000
     """Steps in which the tangent's second term grows from none to whole."""
     tangents: Literal["forward", "difference"] = "forward"
-    """Forward-mode differentiation, or central differences; both need precision fp32."""
+    """Forward-mode differentiation, or central differences."""
     weighting: Literal["none", "learned"] = "none"
     """Weight of the noise levels: none, or e^w(t) / D with a w(t) that trains along (section 4.2), the role
     `weighting`."""
     times: tuple[Annotated[float, Field(gt=0, le=1.5583)], ...] = (1.5583,)
     """Angles of the student's calls, from noise to clean; [1.5583, 1.1] are the paper's two."""
+    needs_float32: ClassVar[bool] = True
     headline: ClassVar[tuple[str, ...]] = ("health/tangent_norm",)
 
     @model_validator(mode="after")
