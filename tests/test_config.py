@@ -142,14 +142,17 @@ def test_a_recipe_is_found_by_name_or_by_path(folder, monkeypatch):
             ["cluster.placement=sharded"],
             ["cluster.placement: 'sharded' is not one of replicate, shard, hybrid; did you mean 'shard'?"],
         ),
-        (["method.name=dmd"], [f"method.name: 'dmd' is not one of {', '.join(sorted(METHODS))}; did you mean 'dmd2'?"]),
+        (
+            ["method.name=dmd22"],
+            [f"method.name: 'dmd22' is not one of {', '.join(sorted(METHODS))}; did you mean 'dmd2'?"],
+        ),
         (["method={}"], [f"method.name: missing; valid: {', '.join(sorted(METHODS))}"]),
         (["method=dmd2"], ["method: expected fields, such as method.name=value, got 'dmd2'"]),
         (
             ["method.name=f_distill", "method.divergence=jss"],
             [
-                "method.divergence: 'jss' is not one of reverse_kl, softened_reverse_kl, js, hellinger, kl, jeffreys; "
-                "did you mean 'js'?"
+                "method.divergence: 'jss' is not one of reverse_kl, softened_reverse_kl, js, hellinger, kl, jeffreys, "
+                "neyman; did you mean 'js'?"
             ],
         ),
         (["optim.fak.lr=1e-4"], ["optim.fak: no such role; dmd2 trains disc, fake, student; did you mean 'fake'?"]),

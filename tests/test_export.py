@@ -271,7 +271,7 @@ def test_the_pipelines_numbers_are_the_denoisers_arithmetic(schedule, prediction
     net = Denoiser(UNet(unet(in_channels=3, out_channels=3)), schedule, prediction, time_scale=3.0)
     calls = calls_at(schedule, times)
     sampling = {"calls": entries(net, calls), "classes": None, "class_names": None, "patch": 1}
-    pipe = FewStepPipeline(net.backbone.model, sampling)
+    pipe = FewStepPipeline(net.backbone.model, sampling=sampling)
     x0 = pipe.sample([None] * 3, torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(1)
     z, *noise = (torch.randn(3, 3, 8, 8, generator=generator) for _ in times)
@@ -290,7 +290,7 @@ def test_the_pipeline_follows_every_kind_of_call(fields):
     nn.init.normal_(net.extras["w"].out.weight)
     calls = tuple(replace(call, **fields) for call in calls_at(DDPM(), (900, 500, 100)))
     sampling = {"calls": entries(net, calls), "classes": None, "class_names": None, "patch": 1}
-    x0 = FewStepPipeline(net.backbone.model, sampling).sample([None] * 3, torch.Generator().manual_seed(1))
+    x0 = FewStepPipeline(net.backbone.model, sampling=sampling).sample([None] * 3, torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(1)
     z, *noise = (torch.randn(3, 3, 8, 8, generator=generator) for _ in calls)
     with torch.no_grad():
