@@ -44,9 +44,7 @@ class EncodeJob(Strict):
 @command(EncodeJob)
 def main(job: EncodeJob) -> None:
     from fewstep.cluster.encode import encode
-    from fewstep.cluster.session import connect
 
-    connect(job.workers + 1)
     out = resolve_out(job.out)
     settings = job.model_dump(include={"seed", "batch", "workers", "device", "overwrite"})
     manifest = encode(job.data, job.teacher, out, **settings)

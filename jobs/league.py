@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "platform"))
 from pydantic import Field
 
 from fewstep.config import Strict, command, resolve_out
+from fewstep.folders import claim
 from fewstep.recipe import Recipe, open_recipe
 
 RECIPES = ["", "f_distill", "decoupled_dmd", "dp_dmd", "swiftbrush", "snoopi", "flash_dmd", "scm", "lcm", "pcm"]
@@ -92,7 +93,7 @@ def main(job: League) -> None:
 
     torch.set_num_threads(1)
     out, rows = resolve_out(job.out), []
-    out.mkdir(parents=True, exist_ok=True)
+    claim(out, "league", field="out")
     for name in job.recipes:
         for seed in job.seeds:
             rows.append(run(name, seed, job))

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from pydantic import Field
 
 from fewstep.config import Strict, command, resolve_out
+from fewstep.folders import EXPORT, replaceable
 
 
 class Merge(Strict):
@@ -40,9 +41,11 @@ def main(job: Merge) -> None:
     from fewstep.networks.export import export
     from fewstep.students import few_step_calls, open_student
 
+    out = resolve_out(job.out)
+    replaceable(out, EXPORT, overwrite=job.overwrite)
     one, other = open_student(job.first), open_student(job.second)
     net = between(one.net, other.net, job.weight)
-    out, method = resolve_out(job.out), one.recipe.method
+    method = one.recipe.method
     training = f"{job.weight:g} of {one.recipe.name} and {1 - job.weight:g} of {other.recipe.name}"
     card = Card(name=out.name, method=method.tag, training=training)
     worst = export(net, out, calls=few_step_calls(method, net), card=card, overwrite=job.overwrite)

@@ -616,7 +616,7 @@ def test_a_direction_is_the_metrics_and_no_space_turns_it_round(tmp_path):
     for more, said in (
         ("METRIC, MODE = 'diversity', 'min'", "MODE: 'min', but a higher diversity is better; leave it out"),
         ("METRIC = 'mine'", "MODE: None is not one of min, max"),
-        ("METRIC = 'fid'\nOBJECTIVES = {'fid': 'max'}", r"OBJECTIVES\['fid'\]: 'max', but the lower fid"),
+        ("METRIC = 'fid'\nOBJECTIVES = {'fid': 'max'}", r"OBJECTIVES\['fid'\]: 'max', but a lower fid"),
         ("METRIC = 'fid'\nOBJECTIVES = []", "OBJECTIVES: expected a list of metrics"),
     ):
         (tmp_path / "mine.py").write_text(text + more)

@@ -24,12 +24,18 @@ WRITING = {
         "recipe=fashion_mnist out={mine}/.. name=new storage={mine}/..",  # {mine}/../new holds no checkpoints
         "recipe=fashion_mnist out={mine}/.. name=new --dry-run storage={mine}/..",
     ],
+    "encode": [
+        "data=shipped:emoji/shards teacher=shipped:emoji/teacher out={mine}",
+        "data=shipped:emoji/shards teacher=shipped:emoji/teacher out={mine}/notes overwrite=true",
+    ],
     "export": [
         "run={mine} out={mine} overwrite=true",
         "run={mine} out={mine}/export overwrite=true",
         "run={mine}/checkpoints/step-00000007 out={mine}/export",
     ],
     "features": ["data=shipped:fashion_mnist/shards out={mine}"],
+    "league": ["recipes=[fashion_mnist] out={mine}"],
+    "merge": ["first={mine} second={mine} out={mine}", "first={mine} second={mine} out={mine}/export overwrite=true"],
     "pairs": [
         "teacher=shipped:fashion_mnist/teacher pairs=2 out={mine}",
         "teacher=shipped:fashion_mnist/teacher pairs=2 out={mine}/notes overwrite=true",

@@ -93,7 +93,7 @@ def _is_export(folder: Path) -> bool:
     return isinstance(index, dict) and "sampling" in index and _is_network(folder)
 
 
-_WEIGHTS = r"(unet|transformer)/(config\.json|diffusion_pytorch_model[\w.-]*\.(safetensors|json))"
+_WEIGHTS = r"(unet(_[2-4])?|transformer)/(config\.json|diffusion_pytorch_model[\w.-]*\.(safetensors|json))"
 
 SHARDS = Kind("a shard set", _is_shards, re.compile(r"manifest\.json|shard-\d{5,}\.parquet"))
 _PARTS = r"(scheduler|vae|(text_encoder|tokenizer)(_[23])?|feature_extractor|image_encoder|scorer)/[\w.-]+"

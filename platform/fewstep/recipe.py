@@ -42,7 +42,7 @@ from .folders import cleaned_name, plain_name
 from .methods import METHODS
 from .metrics.base import MODES, better
 from .metrics.build import Metrics
-from .networks.pretrained import Network, locate, network_folder
+from .networks.pretrained import Network, locate
 from .texts import has_masked, masked, revealed
 
 # keys that do not change a run's numbers: ASIDE at the top of a recipe, REPORTING below `train`
@@ -341,8 +341,8 @@ class Recipe(Strict):
         """
         fields = [value for value in flatten(self.method.model_dump(mode="json")).values() if isinstance(value, str)]
         paths = [value for value in fields if "/" in value or Path(value).suffix]
-        teacher = [network_folder(self.teacher)] if self.teacher else []
-        return teacher + [locate(path) for path in [*paths, *self.helpers.values()]]
+        paths += [self.teacher] if self.teacher else []
+        return [locate(path) for path in [*paths, *self.helpers.values()]]
 
     @property
     def seen_by_loss(self) -> list[str]:

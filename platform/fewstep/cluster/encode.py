@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 
-from fewstep.data.decode import decode_all
-from fewstep.data.manifest import Column, Manifest, ShardError
-from fewstep.data.shards import Shards, ShardWriter, join, open_shards
-from fewstep.diffusion.draws import Draws, fold
-from fewstep.folders import SHARDS, replaceable
-from fewstep.networks.latents import find_latents
-from fewstep.networks.pretrained import locate, open_teacher
-from fewstep.networks.prompts import network_class, open_encoder
+from ..data.decode import decode_all
+from ..data.manifest import Column, Manifest, ShardError
+from ..data.shards import Shards, ShardWriter, join, open_shards
+from ..diffusion.draws import Draws, fold
+from ..folders import SHARDS, replaceable
+from ..networks.latents import find_latents
+from ..networks.pretrained import locate, open_teacher
+from ..networks.prompts import network_class, open_encoder
+from .session import connect, ray
 
 
 class Encode:
@@ -103,6 +103,7 @@ def encode(
     shards = open_shards(source)
     replaceable(out, SHARDS, overwrite=overwrite, apart=(shards.path,))
     open_parts(shards, locate(teacher), "cpu")
+    connect(workers + 1)
     mark = fold(teacher, seed, *[shard.sha256 for shard in shards.manifest.shards])
     parts = out.with_name(f".{out.name}.{mark:016x}.parts")
     parts.mkdir(parents=True, exist_ok=True)
@@ -115,7 +116,7 @@ def encode(
         **resources,
     )
     made.materialize()
-    told = {"source": "encode", "teacher": teacher, "seed": seed, "of": shards.manifest.source}
-    manifest = join([parts / f"{i:05d}" for i in range(len(shards.manifest.shards))], out, told, overwrite)
+    origin = {"source": "encode", "teacher": teacher, "seed": seed, "of": shards.manifest.source}
+    manifest = join([parts / f"{i:05d}" for i in range(len(shards.manifest.shards))], out, origin, overwrite)
     shutil.rmtree(parts)
     return manifest

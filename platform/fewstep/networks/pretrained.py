@@ -210,12 +210,6 @@ def locate(ref: str | Path, download: bool = True) -> Path:
     return snapshot(str(ref).removeprefix(PREFIX), download) if str(ref).startswith(PREFIX) else resolve(ref)
 
 
-def network_folder(ref: str) -> Path:
-    """The folder of a teacher's network alone, inside that of its pipeline."""
-    folder = locate(ref)
-    return next((folder / sub for sub in ("unet", "transformer") if (folder / sub / "config.json").is_file()), folder)
-
-
 def check(recipe: Any) -> list[Check]:
     """The files of the teacher and of the helpers are here and fit together; their weights are not read."""
     named = {"teacher": recipe.teacher} if recipe.teacher else {}
