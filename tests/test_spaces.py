@@ -98,7 +98,7 @@ def test_positions_run_from_zero_to_one():
         ({"seed": choice(0, 1)}, r"SPACE\['seed'\]: a seed is not a setting; seeds=3"),
         ({"train.report_every": choice(1, 2)}, r"SPACE\['train.report_every'\]: does not change the numbers of a run"),
         ({"cluster.workers": choice(1, 2)}, r"SPACE\['cluster.workers'\]: does not change the numbers of a run"),
-        ({"method.name": choice("dmd2", "dmd")}, r"SPACE\['method.name'\]: .*'dmd' is not one of"),
+        ({"method.name": choice("dmd2", "dmd22")}, r"SPACE\['method.name'\]: .*'dmd22' is not one of"),
     ],
 )
 def test_a_space_that_does_not_fit_is_refused_by_its_key(domains, text, recipe):
