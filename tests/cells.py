@@ -22,13 +22,15 @@ class Cell:
     """One method's part of the contract.
 
     settings: of the method; each phase runs within four steps. off, host: settings that make it equal to a method of
-    other settings, (name, settings). generates: its step makes samples of the student, and reports their health.
+    other settings, (name, settings). generates: its step makes samples of the student, and reports their health. of:
+    the method, where the cell is named otherwise.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     off: dict[str, Any] | None = None
     host: tuple[str, dict[str, Any]] = ("dmd2", {})
     generates: bool = True
+    of: str | None = None
 
 
 TTUR = {"critic_updates_per_student_update": 2}
@@ -43,6 +45,12 @@ CELLS = {
     "dmd": Cell(TTUR),
     "phased_dmd": Cell(
         TTUR | {"earlier": ("a",), "phase_steps": 2}, TTUR | {"boundaries": ()}, ("dmd2", TTUR | {"gan_weight": 0})
+    ),
+    "phased_dmd interleaved": Cell(
+        TTUR | {"interleaved": True, "phase_steps": 2},
+        TTUR | {"interleaved": True, "boundaries": ()},
+        ("dmd2", TTUR | {"gan_weight": 0}),
+        of="phased_dmd",
     ),
     "disback": Cell(GAN | {"nodes": ("a", "bc", "def"), "node_steps": 2}, GAN, ("dmd2", GAN)),
     "disback_record": Cell(generates=False),
@@ -79,7 +87,7 @@ EVERY = sorted(CELLS)
 
 
 def method(tag: str, settings: dict[str, Any] | None = None) -> Method:
-    return METHODS[tag](**(CELLS[tag].settings if settings is None else settings))
+    return METHODS[CELLS[tag].of or tag](**(CELLS[tag].settings if settings is None else settings))
 
 
 def engine(chosen: Method, folder: Path | None = None, seed: int = 2, **options: Any) -> Engine:

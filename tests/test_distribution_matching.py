@@ -29,7 +29,7 @@ from fewstep.diffusion.losses import clamped, preference
 from fewstep.diffusion.perceptual import feature_distance
 from fewstep.diffusion.samplers import run_calls, to_uint8
 from fewstep.diffusion.schedules import DDPM, EDM, Flow
-from fewstep.diffusion.subinterval import Kernel
+from fewstep.diffusion.subinterval import Kernel, level_at
 from fewstep.methods import METHODS, Batch
 from fewstep.methods.f_distill import H
 from fewstep.metrics.features import ClassReward, FeatureMaps, open_features
@@ -37,7 +37,7 @@ from fewstep.networks import export as exporting
 from fewstep.networks.average import between
 from fewstep.networks.card import Card
 from fewstep.networks.conditions import Labels
-from fewstep.networks.lora import Lora
+from fewstep.networks.lora import Lora, fingerprint
 from fewstep.networks.passes import Passes
 from fewstep.networks.pretrained import open_teacher
 from fewstep.students import open_sampler
@@ -332,8 +332,37 @@ def test_a_kernel_from_clean_data_is_the_forward_process():
     clean = Level(torch.ones(3, 1, 1, 1), torch.zeros(3, 1, 1, 1))
     x, eps = torch.randn(2, 3, 2, 1, 1)
     kernel = Kernel(clean, level)
-    assert torch.equal(kernel.noise(x, eps), level.noise(x, eps)) and (kernel.weight() == 1).all()
+    assert torch.equal(kernel.noise(x, eps), level.noise(x, eps))
+    assert (kernel.weight(toy.denoiser().target) == 1).all()
     assert all(torch.equal(a, b) for a, b in zip(kernel.targets(x, eps), (x, eps), strict=True))
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_the_targets_noise_is_independent_of_what_a_network_sees(name):
+    """Target = x0 + n: n has the known spread, and no covariance with x0 or x_t."""
+    schedule, times = LEVELS[name]
+    s, t = (schedule.level(torch.full((20_000,), time).double(), 2) for time in times)
+    x0, e, eps = torch.randn(3, 20_000, 1, generator=torch.Generator().manual_seed(0))
+    kernel, x_s = Kernel(s, t), s.noise(x0, e)
+    n, x_t = kernel.targets(x_s, eps)[0] - x0, kernel.noise(x_s, eps)
+    torch.testing.assert_close(n.std(), kernel.spread[0, 0], rtol=0.02, atol=0)
+    correlations = torch.corrcoef(torch.cat([n, x0, x_t], 1).T)[0, 1:]
+    assert correlations.abs().max() < 0.025
+
+
+def test_the_critics_weighted_targets_have_unit_variance_at_every_level_under_edm():
+    """Data N(0, data_std^2): EDM's best output is 0 everywhere, and its loss is the variance of the target alone."""
+    net, d = toy.denoiser(), toy.DATA_STD
+    x0, e, eps = torch.randn(3, 40_000, 1, generator=torch.Generator().manual_seed(1))
+    for s_sigma, t_sigma in ((2.5, 2.6), (2.5, 10.0), (2.5, 80.0), (0.3, 0.5), (20.0, 80.0)):
+        s, t = (EDM().level(torch.full((40_000,), sigma).double(), 2) for sigma in (s_sigma, t_sigma))
+        kernel = Kernel(s, t)
+        targets = kernel.targets(s.noise(d * x0, e), eps)
+        loss = kernel.weight(net.target) * net.target(t, *targets).square()
+        assert loss.mean().item() == pytest.approx(1, abs=0.03), (s_sigma, t_sigma)
+    near, nearer = (Kernel(s, EDM().level(torch.tensor([20.0 + h]).double(), 2)) for h in (0.2, 0.02))
+    one = lambda kernel: kernel.weight(net.target)[0, 0] / kernel.sigma[0, 0] ** 2
+    assert one(near) == pytest.approx(one(nearer).item(), rel=0.02)  # it falls as sigma^2
 
 
 def test_a_phase_ends_at_its_boundary_and_its_experts_are_called_in_turn():
@@ -360,6 +389,75 @@ def test_a_phase_ends_at_its_boundary_and_its_experts_are_called_in_turn():
         assert made.made["x_s"].requires_grad and gradient(terms["match"], nets["student"]).abs().sum() > 0
     with pytest.raises(ValueError, match="earlier: 3 runs, but the last of 3 phases has 2 before it"):
         Phased(boundaries=(666, 333), earlier=("a", "b", "c"))
+
+
+def test_interleaved_phases_take_turns_and_leave_the_others_experts_alone():
+    method = METHODS["phased_dmd"](boundaries=(666, 333), interleaved=True, critic_updates_per_student_update=2)
+    assert [(phase.name, phase.trains[0]) for phase in method.phases()] == [
+        ("student1", "expert1"), ("critic1", "fake1"), ("student2", "expert2"), ("critic2", "fake2"),
+        ("student", "student"), ("critic", "fake"),
+    ]  # fmt: skip
+    engine = toy.make_engine(method, data=toy.Mixture(), steps=12, batch=4)
+    feed, moved = engine.feed.batches(0, 4), []
+    for _ in range(12):
+        before = {role: toy.weights(net) for role, net in engine.nets.items()}
+        engine.update(next(feed))
+        moved.append({role for role, net in engine.nets.items() if not toy.same(before[role], toy.weights(net))})
+    turns = [{"expert1", "fake1"}, {"expert2", "fake2"}, {"student", "fake", "average"}]
+    assert moved[:3] == turns and moved[3:6] == [{"fake1"}, {"fake2"}, {"fake"}]
+    assert moved[6:9] == turns and moved[9:] == moved[3:6]
+    with pytest.raises(ValueError, match="earlier: an interleaved run trains the experts of all phases"):
+        METHODS["phased_dmd"](interleaved=True, earlier=("a",))
+
+
+def test_an_interleaved_phase_is_that_phases_own_run():
+    """Losses of phase 2 of 3, bit for bit, with the same networks."""
+    both = {"boundaries": (666, 333), "phase_steps": 2}
+    turns, alone = METHODS["phased_dmd"](**both, interleaved=True), METHODS["phased_dmd"](**both, earlier=("a",))
+    nets = a_team(turns)
+    own = {"expert1": nets["expert1"], "student": nets["expert2"], "fake": nets["fake2"], "teacher": nets["teacher"]}
+    batch = a_batch(8, step=7)  # the turn of phase 7 modulo 3
+    ours, theirs = turns.prepare(nets, batch, ()), alone.prepare(own, batch, ())
+    assert turns.end == 0 and torch.equal(ours.made["x_s"], theirs.made["x_s"])
+    for update, loss in zip(turns.phases()[2:4], (alone.student_loss, alone.critic_loss), strict=True):
+        assert update.loss(nets, ours)[0].keys() == loss(own, theirs)[0].keys()
+        assert all(torch.equal(a, loss(own, theirs)[0][key]) for key, a in update.loss(nets, ours)[0].items())
+
+
+def phase_one(boundary: int, steps: int, biased: bool, monkeypatch) -> float:
+    """Energy distance of the first expert's samples to the true marginal at its end, after training on the toy."""
+    if biased:
+        clean = lambda kernel, x_s, eps: (x_s / kernel.s.alpha, kernel.sigma / kernel.t.sigma * eps)
+        monkeypatch.setattr(Kernel, "targets", clean)  # x_s taken for a clean sample
+    method, teacher = METHODS["phased_dmd"](boundaries=(boundary,), critic_updates_per_student_update=3), toy.Mixture()
+    rates, often = {"student": 1e-3, "fake": 2e-3}, dict.fromkeys(("steps", "report_every", "save_every"), 3 * steps)
+    engine = toy.make_engine(method, teacher=teacher, lr=rates, batch=256, average_decay=0.9, **often)
+    toy.finish(engine)
+    z = torch.randn(1500, 2, 1, 1, generator=torch.Generator().manual_seed(5))
+    (call,) = method.calls(engine.student)
+    with torch.no_grad():
+        level = call.level(z)
+        end = level_at(EDM(), boundary, z)
+        x_s = level.step(z * level.start, engine.student(z * level.start, level), end)
+    truth, _ = teacher.sample(1500, seed=9)
+    noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(6))
+    return toy.energy(x_s, end.noise(truth, noise))
+
+
+def test_a_target_that_takes_intermediate_samples_for_clean_ones_does_not_reach_the_marginal(monkeypatch):
+    """0.058 before training; two samples of the truth are 0.003 apart (three seeds: 0.009 to 0.022, and 0.054)."""
+    assert phase_one(360, 120, False, monkeypatch) < 0.03
+    assert phase_one(360, 120, True, monkeypatch) > 0.045
+
+
+def test_an_earlier_phases_expert_has_the_same_fingerprint_after_the_next_phase(tmp_path):
+    method, teacher = METHODS["phased_dmd"](earlier=("a",)), toy.denoiser(3)
+    engine = toy.make_engine(method, teacher=teacher, data=toy.Mixture(), folder=tmp_path)
+    before = {role: fingerprint(engine.nets[role]) for role in ("expert1", "student")}
+    toy.finish(engine)
+    after = {role: fingerprint(engine.nets[role]) for role in before}
+    assert before["expert1"] == after["expert1"] == fingerprint(toy.Make(teacher=teacher).run("a"))
+    assert before["student"] != after["student"]
 
 
 def test_experts_are_exported_in_folders_of_their_own_and_opened_again(tmp_path, monkeypatch):

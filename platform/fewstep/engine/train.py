@@ -376,7 +376,7 @@ class Engine:
         self._reshard()
         micro, ran = self._micro(rows), set()
         for index, phase in enumerate(self.method.phases()):
-            if self.step % phase.every or phase.unless in ran:
+            if (self.step - phase.first) % phase.every or phase.unless in ran:
                 continue
             mark = self.clock.now()
             self.heartbeat(f"step {self.step}, phase {phase.name}")

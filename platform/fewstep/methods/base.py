@@ -90,7 +90,8 @@ class Phase:
 
     loss(nets, batch) returns the terms, named 0-d losses already weighted that the engine adds up, and health signals,
     named 0-d tensors without a graph. Both stay on the device.
-    every: the steps 0, every, 2 every, ... have it; unless: but not those in which this earlier phase ran.
+    every: the steps first, first + every, first + 2 every, ... have it; unless: but not those in which this earlier
+    phase ran.
     measure(nets, batch) runs before the loss, without gradients, for what must be normalised over the global batch. It
     returns named 0-d tensors, whose means over all samples the loss finds in `batch.made` under "mean/<name>", and
     tensors of its own samples, which the loss finds there under their names.
@@ -100,6 +101,7 @@ class Phase:
     trains: tuple[str, ...]
     loss: Callable[[Nets, Batch], tuple[Terms, Terms]]
     every: int = 1
+    first: int = 0
     unless: str | None = None
     measure: Callable[[Nets, Batch], tuple[Terms, Terms]] | None = None
 
