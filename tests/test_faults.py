@@ -483,6 +483,7 @@ def attempts(
     folder = f"/tmp/fewstep-{os.getuid()}"
     words = json.dumps([host, [(process, port) for process, _, port in sockets], folder, str(marker), user])
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
+    environment["RAY_NUM_REDIS_GET_RETRIES"] = "2"  # Ray repeats a refused connection 20 times, for minutes
     done = subprocess.run(
         [*before, sys.executable, "-c", ATTEMPTS, words], env=environment, capture_output=True, text=True, timeout=580
     )
