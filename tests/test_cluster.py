@@ -19,6 +19,7 @@ from fewstep.cluster.train import Unplaceable, fit, localized
 from fewstep.data.shards import ShardWriter
 from fewstep.dryrun import describe
 from fewstep.students import open_student
+from fewstep.tracking.nodes import SystemMetrics
 
 DISTILL = job("distill")
 
@@ -42,6 +43,10 @@ def test_ray_gives_the_losses_of_the_bare_loop_and_a_folder_keeps_its_recipe(ray
     assert history == [(i + 1, loss["student/match"]) for i, loss in enumerate(bare)]
     images = mlflow_history(store, result["run_id"], "by_images/student/match")
     assert images == [(8 * (i + 1), loss["student/match"]) for i, loss in enumerate(bare)]
+    used = f"system/{SystemMetrics().node}/system_memory_usage_percentage"
+    assert [(i, 0 < v < 100) for i, v in mlflow_history(store, result["run_id"], used)] == [
+        (i, True) for i in range(1, 7)
+    ]
     for grid in ("student", "teacher", "fake"):
         assert (tmp_path / "runs" / "whole" / f"{grid}.png").is_file()
     # the checkpoint of step 3 was scored in a task of its own, from the samples that its run would have drawn

@@ -4,11 +4,47 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from job import job
+
+from fewstep.recipe import open_recipe
+
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of each line of a page that starts a job: <job>.py, key=value, ..."""
+    lines = [line.strip() for line in page.read_text().splitlines()]
+    found = [shlex.split(line, comments=True) for line in lines if line.startswith("python jobs/")]
+    return [[Path(words[1]).stem, *words[2:]] for words in found if words[1].endswith(".py")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_command_lines_of_a_page_are_taken(page):
+    """Each key exists and each value has its type. Recipes are opened with them."""
+    for name, *words in commands(page):
+        if any(re.search(r"<|\.\.\.|my\.yaml|runs/.*\.yaml", word) for word in words):
+            continue  # stands for what the reader has
+        taken = job(name).read([word for word in words if word not in ("--help", "method")])
+        if name in ("distill", "teach"):
+            open_recipe(taken[0].recipe, ROOT / "jobs" / "recipes", taken[1])
+
+
+@pytest.mark.slow
+def test_the_page_on_runs_is_typed_from_top_to_bottom(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "platform")}
+    for name, *words in commands(ROOT / "docs" / "runs.md"):
+        line = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *words]
+        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{name} {words}\n{done.stderr[-3000:]}"
+    made = ["runs/first/export/README.md", "runs/second/scores.json", "samples.png", "compare.html", "early.png"]
+    assert [path for path in made if not (tmp_path / path).exists()] == []
 
 
 def test_the_notebook_trains_samples_and_scores_without_ray():

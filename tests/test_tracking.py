@@ -18,6 +18,7 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -29,6 +30,7 @@ from PIL import Image
 
 from fewstep.tracking import Tracker, find_run, provenance, send, tracking_uri
 from fewstep.tracking.journal import Journal
+from fewstep.tracking.nodes import SystemMetrics
 from fewstep.tracking.store import without_password
 from fewstep.tracking.tracker import params_of
 
@@ -648,3 +650,20 @@ def test_provenance_names_commit_and_differences(tmp_path):
 def test_fewstep_itself_does_not_load_mlflow():
     process = python("import fewstep, sys; print('mlflow' in sys.modules)")
     assert process.communicate(timeout=60)[0] == "False\n"
+
+
+def test_system_metrics_are_those_of_the_node_and_are_recorded_against_steps_alone(start, client):
+    metrics = SystemMetrics()
+    before = psutil.virtual_memory().used / 1e6
+    values = metrics.read()
+    prefix = f"system/{metrics.node}/"
+    assert values[prefix + "system_memory_usage_megabytes"] == pytest.approx(before, rel=0.2)
+    assert values[prefix + "disk_usage_megabytes"] == pytest.approx(psutil.disk_usage("/").used / 1e6, rel=0.2)
+    assert all(0 <= value <= 100 for name, value in values.items() if name.endswith("percentage"))
+    again = metrics.read()  # and does not average with the first reading
+    assert values.keys() == again.keys()
+    with start() as tracker:
+        tracker.log({"loss": 1.0, **values}, 3, 12)
+    for name, value in values.items():
+        assert history(client, tracker.run_id, name) == [(3, value)]
+        assert history(client, tracker.run_id, f"by_images/{name}") == []

@@ -16,6 +16,7 @@ from .config import parse_json
 from .methods import METHODS
 from .metrics import better
 from .seeds import Spread, grouped
+from .tracking.nodes import PREFIX
 from .tracking.runs import Run, Store
 
 SEED = "seed"
@@ -51,7 +52,7 @@ def collect(store: Store, run: Run, *, grid: str = "student", grids: int = 24) -
     """Reads one run. grid: name of its images. grids: most images to read, evenly spaced, with both ends."""
     clock = _clock(store, run)
     axes, curves = [], {}
-    for name in sorted(name for name in run.metrics if not name.startswith("by_images/")):
+    for name in sorted(name for name in run.metrics if not name.startswith(("by_images/", PREFIX))):
         points = _thinned(store.history(run, name), CURVE_POINTS)
         steps = np.array([p.step for p in points])
         values = np.array([p.value for p in points])

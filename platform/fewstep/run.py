@@ -38,6 +38,7 @@ from .networks.export import INFERENCE
 from .recipe import Recipe, check_secrets
 from .students import check_export, export_run
 from .texts import masked, one_line
+from .tracking.nodes import SystemMetrics
 from .tracking.provenance import Provenance
 from .tracking.store import tracking_uri
 from .tracking.tracker import Tracker
@@ -299,10 +300,12 @@ def _train(recipe: Recipe, engine: Engine, book: Book | None, services: Services
         draw(recipe, engine, book)
         draw_teacher(recipe, engine, book)
     before = engine.images
+    system = SystemMetrics()
     for report in engine.run():
         services.report(engine, report)
+        nodes = engine.world.gather(system.read())
         if book is not None:
-            book.report(report)
+            book.report(report, nodes)
         _score_due(recipe, engine, report, before, book, services)
         before = engine.images
         if services.preempted():
@@ -336,10 +339,10 @@ class Book:
     scorer: Scorer
     reports: Reports
 
-    def report(self, report: Report) -> None:
-        """To the run's own record and to the tracker."""
+    def report(self, report: Report, nodes: dict[str, float]) -> None:
+        """To the run's own record and to the tracker. nodes: system metrics of all nodes, for the tracker alone."""
         self.reports.add(report)
-        self.tracker.log(report.metrics, report.step, report.images)
+        self.tracker.log(report.metrics | nodes, report.step, report.images)
         for event in report.events:
             self.tracker.event(event.kind, event.step, report.images, event.reason)
             if event.kind == ROLL_BACK:

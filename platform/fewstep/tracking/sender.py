@@ -31,6 +31,7 @@ from PIL import Image
 from ..texts import masked
 from .journal import Entry, Journal, log
 from .model import save_model
+from .nodes import PREFIX
 from .store import TrackingError, experiment, page, prepare_store
 
 METRICS, PARAMS = 1000, 100  # entities MLflow takes in one request
@@ -132,7 +133,8 @@ class Sender:
             op = entry.op
             for name, value in op["values"].items():
                 metrics.append(Metric(name, value, op["time"], op["step"]))
-                metrics.append(Metric(f"by_images/{name}", value, op["time"], op["images"]))
+                if not name.startswith(PREFIX):
+                    metrics.append(Metric(f"by_images/{name}", value, op["time"], op["images"]))
             batch.append(entry)
         send = lambda part: self.client.log_batch(self.journal.run_id, metrics=part)
         self._batches(batch[0], metrics, METRICS, send)

@@ -147,6 +147,8 @@ class Tracker:
     def log(self, metrics: Mapping[str, float], step: int, images: int) -> None:
         """Records each metric against steps under its name and against images under `by_images/<name>`.
 
+        Metrics `system/...` are recorded against steps alone.
+
         metrics: Python or numpy numbers; nan is kept, an SQL store keeps an infinity as the largest float64.
         images: number of images that all ranks have trained on. Raises TypeError for a tensor, because reading it would
         wait for the device, and ValueError for a name that MLflow does not take.
