@@ -50,7 +50,7 @@ def test_the_shipped_recipe_passes_and_leaves_nothing_but_the_folder_of_runs(tmp
         "method={name: f_distill, ratio: [-5, -1]}": "method.ratio: give two positive numbers, the lower one first",
         "method={name: f_distill, ratio: [0, 0]}": "method.ratio: give two positive numbers",
         "method={name: f_distill, ratio: [3, 2]}": "method.ratio: give two positive numbers",
-        "method.match_range=[980, 20]": "method.match_range: give the lower level first, got [980, 20]",
+        "method.match_range=[980, 20]": "method.match_range: give the lower one first, got [980, 20]",
         "train.average_std=0.1": "train.average_std: 0.1, and average_decay is 0.98; a run has one average, so set one",
         "resume_allow=[train.step]": "resume_allow: no such key 'train.step'; did you mean 'train.steps'?",
         "resume_allow=[optim.student.rate]": "resume_allow: no such key 'optim.student.rate'",

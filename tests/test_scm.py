@@ -116,5 +116,5 @@ def test_a_student_that_is_told_the_guidance_scale_starts_as_the_teacher_at_ever
     assert [dict(call.extra) for call in method.calls(student)] == [{"guidance": 2.0}]
     scales = method.scale(Draws(0, 0), 4000)
     assert 1 <= scales.min() and scales.max() < 3 and abs(scales.mean() - 2) < 0.05
-    with pytest.raises(ValueError, match="give the lower scale first"):
+    with pytest.raises(ValueError, match="give the lower one first"):
         SCM(guidance_range=(3, 1))

@@ -7,19 +7,30 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from ..config import Strict
-from ..diffusion.draws import Draws
+from ..diffusion.draws import INDICES, Draws
 from ..diffusion.guidance import guided
 from ..diffusion.samplers import Call
 
 METHODS: dict[str, type[Method]] = {}
 Nets = Mapping[str, nn.Module]
 Terms = dict[str, Tensor]
+Number = TypeVar("Number")
+
+
+def _ascending(pair: tuple[Number, Number]) -> tuple[Number, Number]:
+    if pair[0] > pair[1]:
+        raise ValueError("give the lower one first")
+    return pair
+
+
+Index = Annotated[int, Field(ge=0, lt=INDICES)]  # a noise level in thousandths of a schedule's ramp
+Range = Annotated[tuple[Number, Number], AfterValidator(_ascending)]
 
 
 class Make(Protocol):
@@ -29,7 +40,7 @@ class Make(Protocol):
     """The denoiser to distil; of a recipe that trains a new network, that network."""
 
     def copy(self, role: str, extra: tuple[str, ...] = ()) -> nn.Module:
-        """A denoiser that starts as the teacher: whole, or an adapter of it where the recipe's `roles` says so.
+        """A denoiser that starts as the teacher, or where the recipe's `roles` says so an adapter or a new network.
 
         extra: names of further scalars that it is given, such as a guidance scale; they have no effect at first.
         """
@@ -42,6 +53,9 @@ class Make(Protocol):
 
     def run(self, folder: str) -> nn.Module:
         """The student of another run, frozen. Raises ValueError."""
+
+    def method(self, folder: str) -> Method:
+        """The method of another run. Raises ValueError."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,8 @@ class Method(Strict):
     """A recipe must name a teacher, rather than a new network."""
     needs_float32: ClassVar[bool] = False
     """The loss takes derivatives of networks along a direction, for which the blocks must compute in float32."""
+    needs_negatives: ClassVar[bool] = False
+    """A recipe must name negative prompts."""
     generates: ClassVar[bool] = True
     """The student generates samples, of which grids are drawn and scores are taken."""
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
@@ -177,16 +193,9 @@ class Trajectory(Method):
 
     guidance: Annotated[float, Field(ge=1)] = 1.0
     """Guidance scale of the teacher, and of the samples."""
-    guidance_range: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] | None = None
+    guidance_range: Range[Annotated[float, Field(ge=1)]] | None = None
     """Guidance scales of the teacher, drawn uniformly; the student gets them as an input and samples at `guidance`.
     null trains at `guidance` alone, without the input."""
-
-    @field_validator("guidance_range")
-    @classmethod
-    def _guidance_range(cls, scales: tuple[float, float] | None) -> tuple[float, float] | None:
-        if scales is not None and scales[0] > scales[1]:
-            raise ValueError("give the lower scale first")
-        return scales
 
     @property
     def inputs(self) -> tuple[str, ...]:

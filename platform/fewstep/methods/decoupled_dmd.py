@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from ..diffusion.draws import noised
 from ..diffusion.guidance import both
 from ..diffusion.level import Level
-from .base import Batch, Nets
+from .base import Batch, Index, Nets, Range
 from .dmd2 import DMD2
-from .matching import Index
 
 
 class DecoupledDMD(DMD2):
@@ -29,15 +28,8 @@ class DecoupledDMD(DMD2):
     name: Literal["decoupled_dmd"] = "decoupled_dmd"
     guidance: Annotated[float, Field(ge=1)] = 2.0
     """Guidance scale of the teacher; with 1 there is no guidance term."""
-    guidance_range: tuple[Index, Index] | None = (300, 980)
+    guidance_range: Range[Index] | None = (300, 980)
     """Levels of the guidance term, both ends included; null takes the matching term's draw, as DMD2 does."""
-
-    @field_validator("guidance_range")
-    @classmethod
-    def _guidance_range(cls, levels: tuple[int, int] | None) -> tuple[int, int] | None:
-        if levels is not None and levels[0] > levels[1]:
-            raise ValueError("give the lower level first")
-        return levels
 
     def scores(self, nets: Nets, batch: Batch, x_t: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         if self.guidance_range is None or self.guidance == 1:

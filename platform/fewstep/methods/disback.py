@@ -17,9 +17,8 @@ from torch.nn import functional as F
 from ..diffusion.draws import INDICES, noised
 from ..diffusion.level import Level
 from ..diffusion.samplers import calls_at, run_calls
-from .base import Batch, Make, Method, Nets, Phase, Terms
+from .base import Batch, Index, Make, Method, Nets, Phase, Terms
 from .dmd2 import DMD2
-from .matching import Index
 
 
 class DisBackRecord(Method):

@@ -18,8 +18,7 @@ from ..diffusion.frequency import edges, high_energy, high_pass
 from ..diffusion.health import statistics
 from ..diffusion.perceptual import clean_maps, feature_distance
 from ..diffusion.samplers import Call, calls_at, run_calls
-from .base import Batch, Make, Method, Nets, Phase, Terms
-from .matching import Index
+from .base import Batch, Index, Make, Method, Nets, Phase, Terms
 
 
 class HiPA(Method):

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,9 +16,7 @@ from ..diffusion.health import statistics
 from ..diffusion.level import Level
 from ..diffusion.losses import matching_gradient, surrogate
 from ..diffusion.samplers import Call, calls_at, simulated_call
-from .base import Batch, Make, Method, Nets, Phase, Terms
-
-Index = Annotated[int, Field(ge=0, lt=INDICES)]
+from .base import Batch, Index, Make, Method, Nets, Phase, Range, Terms
 
 
 class DistributionMatching(Method):
@@ -35,7 +33,7 @@ class DistributionMatching(Method):
     """Weight of the matching term."""
     guidance: Annotated[float, Field(ge=1)] = 1.0
     """Guidance scale of the teacher in the matching term; the critic is never guided."""
-    match_range: tuple[Index, Index] = (20, 980)
+    match_range: Range[Index] = (20, 980)
     """Levels of the matching term, both ends included; the critic learns on all."""
     match_power: Annotated[float, Field(ge=1)] = 1.0
     """Skews the matching term's levels towards low noise, where texture is decided; 1 is uniform, as published."""
@@ -44,13 +42,6 @@ class DistributionMatching(Method):
 
     headline: ClassVar[tuple[str, ...]] = ("health/match_gradient", "critic/denoise")
     cure: ClassVar[str] = "Raise method.critic_updates_per_student_update, or lower optim.student.lr"
-
-    @field_validator("match_range")
-    @classmethod
-    def _match_range(cls, levels: tuple[int, int]) -> tuple[int, int]:
-        if levels[0] > levels[1]:
-            raise ValueError("give the lower level first")
-        return levels
 
     def nets(self, make: Make) -> dict[str, Any]:
         return {"teacher": make.teacher, "student": make.copy("student"), "fake": make.copy("fake")}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,9 +17,7 @@ from ..diffusion.draws import INDICES, index_level
 from ..diffusion.health import statistics, verdicts
 from ..diffusion.losses import gan_discriminator, gan_generator
 from ..diffusion.samplers import Call, calls_at, run_calls
-from .base import Batch, Make, Method, Nets, Phase, Terms
-
-Index = Annotated[int, Field(ge=0, lt=INDICES)]
+from .base import Batch, Index, Make, Method, Nets, Phase, Range, Terms
 
 
 class SiD(Method):
@@ -33,7 +31,7 @@ class SiD(Method):
     alpha: float = 1.2
     """Weight of the Fisher divergence's naive estimate, which is subtracted from the score identity's; 1.0 and 1.2 are
     the published ones."""
-    match_range: tuple[Index, Index] = (0, 800)
+    match_range: Range[Index] = (0, 800)
     """Levels of the score terms in thousandths of the schedule, both ends included."""
     conditioning: Index = 499
     """Level at which the student is called, in the same thousandths; 499 of EDM's is sigma 2.5."""
@@ -42,13 +40,6 @@ class SiD(Method):
     critic_gan_weight: Annotated[float, Field(gt=0)] = 1e-2
     """Weight of the critic's adversarial term, where there is one."""
     headline: ClassVar[tuple[str, ...]] = ("student/score", "critic/denoise")
-
-    @field_validator("match_range")
-    @classmethod
-    def _match_range(cls, levels: tuple[int, int]) -> tuple[int, int]:
-        if levels[0] > levels[1]:
-            raise ValueError("give the lower level first")
-        return levels
 
     @property
     def needs(self) -> tuple[str, ...]:
