@@ -35,6 +35,11 @@ class Sample(Strict):
     prompts: list[str] | str | None = None
     """Texts to draw in turn, for a model that takes texts: one, a list, or a .txt file with one a line. null takes
     those of a run's recipe."""
+    negative: str | None = None
+    """Text that the images should not show, for a model of Stable Diffusion's family or SDXL; it is subtracted in
+    cross-attention (NASA), which works in one call, too."""
+    negative_scale: Annotated[float, Field(ge=0)] = 1.0
+    """Scale of the subtraction; at 0 images keep their bits."""
     seed: int = 0
     """Seed of the noise."""
     out: str = "grid.png"
@@ -86,7 +91,8 @@ def main(job: Sample) -> None:
     out, each = resolve_out(job.out), [resolve_out(job.each) / f"{i:06d}.png" for i in range(job.images) if job.each]
     for path in (out, *each):
         overwritable(path, "out" if path == out else "each")
-    sampler = open_sampler(job.model, job.steps, job.guidance, device, prompts_of(job.prompts))
+    given = prompts_of(job.prompts), job.negative, job.negative_scale
+    sampler = open_sampler(job.model, job.steps, job.guidance, device, *given)
     if job.labels is not None:
         sampler = of_classes(sampler, [job.labels] if isinstance(job.labels, int) else job.labels)
     samples = make_samples(sampler, job.images, job.seed, min(job.batch, job.images), World(device=device))

@@ -30,6 +30,7 @@ from .engine.train import Engine, NoData
 from .engine.world import World
 from .files import sha256_of
 from .folders import write_private
+from .methods import Method
 from .metrics.base import Measure, Samples
 from .metrics.features import ClassReward, FeatureMaps, open_features
 from .networks.codec import Codec, new_codec
@@ -41,7 +42,7 @@ from .networks.lora import Lora, merge
 from .networks.pretrained import Network, empty_denoiser, locate, network_of, new_denoiser, new_head, open_teacher
 from .networks.prompts import open_encoder, pipeline_class
 from .networks.text import Clip, new_clip
-from .recipe import Data, Recipe, check_secrets, read_run
+from .recipe import Data, Recipe, Role, check_secrets, read_run
 from .texts import one_line, quoted
 
 log = logging.getLogger("fewstep.build")
@@ -94,7 +95,8 @@ def furnish(net: Denoiser, recipe: Recipe) -> Denoiser:
         return with_pipeline(net, folder)
     prompts = None if recipe.prompts is None else read_prompts(recipe.prompts, "prompts")
     listing = None if recipe.evaluate.prompts is None else read_prompts(recipe.evaluate.prompts, "evaluate.prompts")
-    with_pipeline(net, folder, prompts, listing)
+    negatives = None if recipe.negatives is None else read_prompts(recipe.negatives, "negatives")
+    with_pipeline(net, folder, prompts, listing, negatives)
     if prompts is None and listing is None and recipe.data is not None:
         shards = open_shards(resolve(recipe.data.path), "size")
         net.conditions = replace(net.conditions, listing=prompts_of(shards, tuple(net.conditions.shapes)))
@@ -102,7 +104,11 @@ def furnish(net: Denoiser, recipe: Recipe) -> Denoiser:
 
 
 def with_pipeline(
-    net: Denoiser, folder: Path, prompts: Sequence[str] | None = None, listing: Sequence[str] | None = None
+    net: Denoiser,
+    folder: Path,
+    prompts: Sequence[str] | None = None,
+    listing: Sequence[str] | None = None,
+    negatives: Sequence[str] | None = None,
 ) -> Denoiser:
     """The network itself, with the codec of a pipeline's folder, and with prompts where it takes texts: the text
     encoders are opened, asked and closed again. Raises ValueError naming what the folder lacks."""
@@ -110,10 +116,28 @@ def with_pipeline(
     if isinstance(net.conditions, Texts):
         encoder = open_encoder(folder, network_of(net).model)
         embed = lambda words: None if words is None else Prompts(encoder.columns(words), tuple(words))
-        net.conditions = Texts(net.conditions.shapes, embed(prompts), encoder.nothing(), embed(listing))
+        given = embed(prompts), encoder.nothing(), embed(listing), embed(negatives)
+        net.conditions = Texts(net.conditions.shapes, *given)
         if encoder.cut:
             log.warning(f"prompts: {encoder.cut} are longer than the text encoder reads, and were cut there")
     return net
+
+
+def subtract(net: Denoiser, folder: Path, negative: str, scale: float) -> None:
+    """Makes the listed samples of a network of texts those less a negative prompt (networks/nasa.py). folder: of its
+    pipeline. Raises ValueError for a network whose cross-attention is not known here."""
+    check_subtracts(net, "negative")
+    columns = open_encoder(folder, network_of(net).model).columns([negative])
+    net.conditions = net.conditions.listing_without(columns, scale)
+
+
+def check_subtracts(net: Denoiser, field: str) -> None:
+    """Raises ValueError, naming the field, for a network that takes no negative prompts."""
+    if not net.backbone.subtracts:
+        raise ValueError(
+            f"{field}: {network_of(net).model} takes none; negative prompts are subtracted in the cross-attention of "
+            "Stable Diffusion 1.5 and 2.1, and SDXL"
+        )
 
 
 def read_prompts(ref: str, field: str) -> list[str]:
@@ -163,9 +187,15 @@ class Maker:
     recipe: Recipe
     teacher: Denoiser
 
+    def __post_init__(self) -> None:
+        self.copied: set[str] = set()  # roles whose settings were followed
+
     def copy(self, role: str, extra: tuple[str, ...] = ()) -> nn.Module:
-        """A denoiser that starts as the teacher: whole, or an adapter of it."""
-        adapter = self.recipe.lora(role)
+        """A denoiser that starts as the teacher, whole or an adapter of it, or a new one."""
+        self.copied.add(role)
+        adapter, network = self.recipe.lora(role), self.recipe.roles.get(role, Role()).network
+        if network is not None:
+            return self._new(role, network).add_extra(*extra)
         if adapter is None:
             return deepcopy(self.teacher).add_extra(*extra)
         try:
@@ -173,6 +203,14 @@ class Maker:
         except ValueError as error:
             raise ValueError(f"roles.{role}.lora.{error}") from None
         return net.add_extra(*extra)
+
+    def _new(self, role: str, network: Network) -> Denoiser:
+        net, teacher = new_denoiser(network, self.recipe.precision), self.teacher
+        for what in ("shape", "classes"):
+            if (own := getattr(net, what)) != (wanted := getattr(teacher, what)):
+                raise ValueError(f"roles.{role}.network: its {what} {own} differ from the teacher's {wanted}")
+        net.codec, net.conditions = teacher.codec, teacher.conditions
+        return net
 
     def head(self, role: str, at: tuple[str, ...] = ("middle",)) -> nn.Module:
         """A GAN head over the teacher's taps."""
@@ -190,6 +228,10 @@ class Maker:
         """The student of another run, frozen: its averaged weights where it has them."""
         return open_net(folder)
 
+    def method(self, folder: str) -> Method:
+        """The method of another run."""
+        return read_run(resolve(folder)).method
+
 
 def make_nets(recipe: Recipe, teacher: Denoiser | None = None) -> dict[str, nn.Module]:
     """Every role's network, the frozen ones among them; the same on all ranks. Raises ValueError naming the field.
@@ -198,10 +240,13 @@ def make_nets(recipe: Recipe, teacher: Denoiser | None = None) -> dict[str, nn.M
     """
     weights, teacher = teacher is None, teacher or make_teacher(recipe)
     torch.manual_seed(fold(recipe.seed, "nets"))  # of heads and embeddings, however much opening the teacher drew
-    nets = recipe.method.nets(Maker(recipe, teacher))
+    maker = Maker(recipe, teacher)
+    nets = recipe.method.nets(maker)
     for role, how in recipe.roles.items():
-        if how.lora is not None and not isinstance(nets.get(role), Lora | None):
-            raise ValueError(f"roles.{role}.lora: {recipe.method.tag} makes this network anew, not from the teacher")
+        if how.given and role in nets and role not in maker.copied:
+            raise ValueError(
+                f"roles.{role}.{how.given}: {recipe.method.tag} makes this network anew, not from the teacher"
+            )
     if any(isinstance(net, Lora) for net in nets.values()):
         nets.setdefault("teacher", teacher)  # adapters run through it
     for role, ref in recipe.start.items() if weights else ():
@@ -268,7 +313,7 @@ def _load_student(net: nn.Module, checkpoint: Path | str, average: bool | None) 
 
 def other_nets(recipe: Recipe, checkpoint: Path | str, student: Denoiser) -> dict[str, Denoiser]:
     """The networks beside the student that its generator calls, frozen, by role. Raises ValueError."""
-    roles = {call.role for call in recipe.method.calls(student)} - {"student"}
+    roles = {role for call in recipe.method.calls(student) for role in call.roles} - {"student"}
     if not roles:
         return {}
     nets = recipe.method.nets(Maker(recipe, make_teacher(recipe)))
@@ -378,6 +423,9 @@ def check_network(recipe: Recipe, net: Denoiser) -> Denoiser:
             f"teacher: it generates {net.shape[0]} channels, so latents, and its folder has no {CODEC}/config.json, "
             "whose codec makes pictures of them; copy the codec there, or choose one that generates pixels"
         )
+    if recipe.negatives is not None:
+        check_subtracts(net, "negatives")
+        read_prompts(recipe.negatives, "negatives")
     folder = pipeline_folder(recipe)
     if isinstance(net.conditions, Texts) and folder is not None:
         pipeline_class(folder, network_of(net).model)

@@ -109,7 +109,7 @@ EXPORT = Kind("an export", _is_export, re.compile(rf"(model_index|fewstep)\.json
 PIPELINE = Kind(
     "an export",
     _is_pipeline,
-    re.compile(rf"(model_index|fewstep|inference)\.json|README\.md|lora/\w+\.safetensors|{_PARTS}|{_WEIGHTS}"),
+    re.compile(rf"(model_index|fewstep|inference)\.json|README\.md|nasa\.py|lora/\w+\.safetensors|{_PARTS}|{_WEIGHTS}"),
 )
 
 

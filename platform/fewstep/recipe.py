@@ -97,10 +97,18 @@ class Adapter(Strict):
 
 
 class Role(Strict):
-    """The network of a role: a whole copy of the teacher, or an adapter."""
+    """The network of a role: a whole copy of the teacher, an adapter, or a new network."""
 
     lora: Adapter | None = None
     """Train an adapter of the frozen teacher. null trains a whole copy."""
+    network: Network | None = None
+    """Train a new network for the teacher's samples and classes, such as a smaller student, from random weights or from
+    `start`. null trains a copy of the teacher."""
+
+    @property
+    def given(self) -> str | None:
+        """The key that is given: "lora" or "network"."""
+        return "lora" if self.lora is not None else "network" if self.network is not None else None
 
 
 class Cluster(Layout):
@@ -182,6 +190,8 @@ class Recipe(Strict):
     prompts: LocalPath | None = None
     """Text file of prompts, one a line, that a student of texts generates for in training. null takes the captions of
     the data at hand."""
+    negatives: LocalPath | None = None
+    """Text file of negative prompts, one a line, for a method that trains with them."""
     network: Network | None = None
     """A new network to train instead of distilling a teacher; jobs/teach.py uses it."""
     start: dict[str, PathOrURL] = {}
@@ -247,6 +257,10 @@ class Recipe(Strict):
             wrong.append(f"precision: bf16, but {self.method.tag} takes derivatives of its networks; give fp32")
         if self.data is None and self.method.needs:
             wrong.append(f"data: missing; {self.method.tag} trains on {', '.join(self.method.needs)}")
+        if self.negatives is None and self.method.needs_negatives:
+            wrong.append(
+                f"negatives: missing; {self.method.tag} trains with negative prompts; give a text file of them"
+            )
         roles = self.method.roles
         known = self.method.known_roles
         for role in self.optim:
@@ -262,8 +276,11 @@ class Recipe(Strict):
             if role not in known:
                 trains = f"{self.method.tag} trains {', '.join(known)}"
                 wrong.append(f"roles.{role}: no such role; {trains}; {nearest(role, known)}")
-            elif how.lora is not None and self.network is not None:
-                wrong.append(f"roles.{role}.lora: an adapter changes a teacher, not a new network; leave it out")
+            elif how.lora is not None and how.network is not None:
+                wrong.append(f"roles.{role}.network: an adapter changes the teacher, not a new network; leave one out")
+            elif how.given and self.network is not None:
+                what = "an adapter changes a teacher" if how.lora else "it takes the place of a teacher's copy"
+                wrong.append(f"roles.{role}.{how.given}: {what}, not a new network; leave it out")
         c, train = self.cluster, self.train
         for workers in range(min(c.workers_min or c.workers, c.workers), c.workers + 1):
             share = workers * train.accumulate

@@ -114,11 +114,14 @@ def open_sampler(
     guidance: float = 1.0,
     device: torch.device | str = "cpu",
     prompts: Sequence[str] | None = None,
+    negative: str | None = None,
+    negative_scale: float = 1.0,
 ) -> build.Sampler:
     """The sampler of a run, a checkpoint or an export, as distilled; of a teacher, the solver of its kind.
 
     steps, guidance: of the solver, for a teacher alone. prompts: what to generate for, where the network takes texts;
-    None takes those of a run's recipe. Raises ValueError naming the file at fault.
+    None takes those of a run's recipe. negative: a text to subtract from them in cross-attention, by `negative_scale`.
+    Raises ValueError naming the file at fault.
     """
     folder = locate(ref)
     if (folder / "recipe.yaml").is_file() or complete(folder):
@@ -127,7 +130,7 @@ def open_sampler(
         sampler = lambda: student.sampler
     else:
         net, calls, pipeline = open_teacher(folder).requires_grad_(False), exported_calls(folder), folder
-        names = {call.role for call in calls or ()} - {"student"}
+        names = {role for call in calls or () for role in call.roles} - {"student"}
         others = {name: open_teacher(folder / name).requires_grad_(False) for name in names}
         if calls is None:
             sampler = lambda: build.teacher_sampler(net, steps, guidance)
@@ -140,6 +143,8 @@ def open_sampler(
         build.with_pipeline(net, pipeline, listing=prompts)
     elif texts and net.conditions.listing is None and net.conditions.prompts is None:
         raise ValueError("prompts: missing; this model generates for texts: give one, a list, or a text file")
+    if negative is not None:
+        build.subtract(net, pipeline, negative, negative_scale)
     for each in (net, *others.values()):
         each.to(device)
     return sampler()

@@ -32,11 +32,12 @@ class Backbone(nn.Module):
     Subclasses say how the model is called. Raises ValueError for a model without those modules.
     apart: modules inside a block that the model also calls by themselves, so that they are laid out by themselves.
     attention_layers: ends of the paths of the attention's projections, which adapters change by default.
-    stream: index of the features in the output of a module that has several.
+    stream: index of the features in the output of a module that has several. subtracts: it takes negative prompts.
     """
 
     apart: tuple[nn.Module, ...] = ()
     stream: int = 0
+    subtracts: bool = False
     attention_layers: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # diffusers' names
 
     def __init__(

@@ -36,6 +36,11 @@ OWN_CODE = (
     "diffusers only.",
     "",
 )
+OWN_NEGATIVES = (
+    "Negative prompts work in so few calls by `nasa.py` in this folder, which needs torch only:",
+    '`with subtracted(pipe, "a red background", 0.5): images = pipe(...).images`.',
+    "",
+)
 NOT_SCORES = ("who", "sampler", "nfe", "images", "images_per_s", "seen_by_loss")
 
 
@@ -45,10 +50,12 @@ def write_card(
     class_names: Sequence[str] | None,
     classes: int | None,
     stock: dict[str, Any] | None = None,
+    negatives: bool = False,
 ) -> str:
     """Returns README.md as Markdown, with the hub's metadata as YAML front matter.
 
     stock: arguments of the call of a pipeline of diffusers' own, which takes prompts; None for a pipeline of ours.
+    negatives: the folder has nasa.py.
     """
     head: dict[str, Any] = {
         "library_name": "diffusers",
@@ -84,6 +91,7 @@ def write_card(
         snippet("path/to/this/folder", label, stock),
         "```",
         "",
+        *(OWN_NEGATIVES if negatives else ()),
         *_classes(class_names, classes),
         *_scores(card),
         "## Sampling",

@@ -4,7 +4,7 @@ network alone; everybody else passes them on."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -114,13 +114,15 @@ class Texts:
     shapes: of one sample, by column. prompts: for generated samples; without any a student generates for the texts of
     the data at hand. listing: prompts of listed samples, which take them in turn; None takes `prompts`. nothing: one
     sample's condition without text (1, ...), by column, as the family defines it: SD 1.5 the encoded empty string, SDXL
-    zeros. A copy is the object itself: networks share their prompts.
+    zeros. negatives: negative prompts, for a method that trains with them. A copy is the object itself: networks share
+    their prompts.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     prompts: Prompts | None = None
     nothing: Mapping[str, Tensor] = field(default_factory=dict)
     listing: Prompts | None = None
+    negatives: Prompts | None = None
     classes: None = field(default=None, init=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Texts:
@@ -149,7 +151,26 @@ class Texts:
     def null(self, like: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         if not self.nothing:
             return None
-        return {k: self.nothing[k].to(v.device, v.dtype).expand(v.shape) for k, v in like.items()}
+        same = lambda k, v: self.nothing[k].to(v.device, v.dtype).expand(v.shape)
+        return {k: same(k, v) if k in self.nothing else torch.zeros_like(v) for k, v in like.items()}
+
+    def draw_negatives(self, draws: Draws, count: int) -> dict[str, Tensor]:
+        """Conditions of `count` of the negative prompts."""
+        return self.negatives.pick(draws.integers("negatives", 0, len(self.negatives) - 1, count))
+
+    def without(self, cond: Mapping[str, Tensor], negative: Mapping[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
+        """A condition of texts less negative ones, as many or one, by scales (B,); a scale of 0 subtracts nothing.
+
+        Its further columns "negative" (B, L, D) and "negative_scale" (B,) are for networks/nasa.py.
+        """
+        text = negative["text"].expand(len(scale), *negative["text"].shape[1:])
+        return {**cond, "negative": text, "negative_scale": scale.float()}
+
+    def listing_without(self, negative: Mapping[str, Tensor], scale: float) -> Texts:
+        """The same conditions, whose listed samples are less a negative prompt (1, ...), by column."""
+        old = self._listed()
+        columns = self.without(old.columns, negative, torch.full((len(old),), scale))
+        return replace(self, listing=Prompts(columns, old.words))
 
     def listed(self, numbers: Tensor) -> dict[str, Tensor]:
         return self._listed().pick(numbers % len(self._listed()))

@@ -36,6 +36,7 @@ PROMPTS = ("a red apple", "")  # of the images that are compared
 LORA = "pytorch_lora_weights.safetensors"
 KOHYA = "kohya.safetensors"
 KEPT = (".json", ".safetensors", ".txt", ".model")  # files of the teacher's folder that a student's has, too
+NEGATIVES = Path(__file__).with_name("nasa.py")  # which an export of a network that subtracts has a copy of
 CFG_FREE = ("FluxPipeline",)  # guidance_scale is an input of the network there, not a second pass
 
 CHECK = """
@@ -67,7 +68,9 @@ def scheduler_of(net: Denoiser, calls: Sequence[Call]) -> tuple[Any, dict[str, A
     """
     import diffusers
 
-    if any(call.then != "renoise" or call.takes != "x" or call.extra or call.t is None for call in calls):
+    if any(
+        call.then != "renoise" or call.takes != "x" or call.routes or call.extra or call.t is None for call in calls
+    ):
         raise ExportError("export: stock schedulers noise anew between calls, and this student's calls are others")
     schedule, count = net.schedule, len(calls)
     if isinstance(schedule, Flow):
@@ -146,7 +149,10 @@ def _write(net: Denoiser, teacher: Path, folder: Path, calls: Sequence[Call], ca
         asked["guidance_scale"] = 1.0  # the student has its teacher's guidance in its weights
     numbers = entries(net, calls)
     (folder / INFERENCE).write_text(json.dumps({"call": asked, "calls": numbers}, indent=1) + "\n")
-    (folder / "README.md").write_text(write_card(card, numbers, None, None, stock=asked))
+    if net.backbone.subtracts:
+        shutil.copyfile(NEGATIVES, folder / NEGATIVES.name)
+    text = write_card(card, numbers, None, None, stock=asked, negatives=net.backbone.subtracts)
+    (folder / "README.md").write_text(text)
 
 
 def _unwanted(folder: str, names: list[str]) -> list[str]:

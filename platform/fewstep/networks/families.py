@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .backbones import Backbone, Tokens, Transformer, UNet, mean_of, size_of, unet_taps
 from .conditions import Texts
+from .nasa import subtracting
 
 Cond = dict[str, Tensor]
 JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -24,8 +25,11 @@ class TextUNet(Backbone):
     """UNet2DConditionModel: Stable Diffusion 1.5 and 2.1, and SDXL.
 
     cond: "text" (B, L, D), and for SDXL "pooled" (B, P). SDXL is also told the size before and after a crop; here that
-    is always the image's own, without a crop, as published.
+    is always the image's own, without a crop, as published. Negative prompts ("negative", "negative_scale") are
+    subtracted as networks/nasa.py has it.
     """
+
+    subtracts = True
 
     def __init__(self, model: nn.Module):
         config = model.config
@@ -42,7 +46,9 @@ class TextUNet(Backbone):
         added = None
         if "pooled" in cond:
             added = {"text_embeds": cond["pooled"], "time_ids": self.time_ids.to(x.device).expand(len(x), -1)}
-        return self.model(x, time, encoder_hidden_states=cond["text"], added_cond_kwargs=added, return_dict=False)[0]
+        given = {"encoder_hidden_states": cond["text"], "added_cond_kwargs": added, "return_dict": False}
+        with subtracting(self.model, cond.get("negative"), cond.get("negative_scale")):
+            return self.model(x, time, **given)[0]
 
     @property
     def conditions(self) -> Texts:
