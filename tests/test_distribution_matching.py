@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from test_every_method import in_this_process, student
 from test_methods import Calls, a_batch, a_team, gradient
 from torch.nn import functional as F
 
-from fewstep.build import check_data
+from fewstep.build import check_data, make_nets
 from fewstep.config import resolve
 from fewstep.data.feed import open_feed
 from fewstep.data.noise import noise
@@ -40,9 +43,16 @@ from fewstep.networks.conditions import Labels
 from fewstep.networks.lora import Lora, fingerprint
 from fewstep.networks.passes import Passes
 from fewstep.networks.pretrained import open_teacher
+from fewstep.recipe import open_recipe
 from fewstep.students import open_sampler
 
 DMD2, SwiftBrush = METHODS["dmd2"], METHODS["swiftbrush"]
+RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
+SMALL = {
+    "sample_size": 14, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "block_out_channels": [16, 32],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": 16, "norm_num_groups": 8,
+}  # fmt: skip
 
 
 def a_labelled_batch(count: int = 8, step: int = 0) -> Batch:
@@ -557,6 +567,61 @@ def test_rewards_move_the_student_towards_what_is_rewarded():
     torch.testing.assert_close(preference(better, worse, 5.0), expected)
 
 
+class RewardAlone(METHODS["flash_dmd"]):
+    """The rewarded updates without distillation.
+
+    Made for the curves (Chen et al. 2025, arXiv:2511.20549).
+    """
+
+    name: Literal["test_reward_alone"] = "test_reward_alone"
+
+    def phases(self):
+        _, reward, _ = super().phases()
+        return (replace(reward, every=1, unless=None),)
+
+
+def rewarded(kind, start: dict, steps: int) -> list[tuple[float, float]]:
+    """(reward, diversity) before and along a run from trained networks: the mean reward of samples, and their standard
+    deviation about their class's mean as a share of the data's."""
+    data = toy.Mixture(std=0.3, labelled=True)
+    method = kind(reward_updates=5, reference="a", student_steps=4, reward_beta=0.02, gan_weight=0)
+    rates, often = {"student": 5e-4, "fake": 2e-3}, {"steps": steps, "report_every": steps // 4, "save_every": steps}
+    engine = toy.make_engine(
+        method, teacher=data, start=toy.denoiser(classes=4), batch=256, lr=rates, average_decay=None, **often
+    )
+    for role, weights in start.items():
+        engine.nets[role].load_state_dict(weights)
+    engine.nets["reference"] = deepcopy(engine.nets["student"])
+
+    def look() -> tuple[float, float]:
+        labels = torch.arange(2000) % 4
+        z = torch.randn(2000, 2, 1, 1, generator=torch.Generator().manual_seed(4))
+        with torch.no_grad():
+            x = run_calls(engine.sampling, method.calls(engine.student), z, labels, Draws(0, 0))
+        spread = torch.stack([x[labels == k].flatten(1).std(0) for k in range(4)]).mean() / 0.3
+        return toy.Reward()(x, labels).mean().item(), spread.item()
+
+    return [look()] + [look() for _ in engine.run()]
+
+
+@pytest.mark.slow
+def test_reward_alone_buys_reward_with_diversity_and_with_distillation_it_does_not():
+    """The reward's best sample is its class's mean. Curves of (reward, diversity) stand in fashion_mnist_flash_dmd."""
+    data = toy.Mixture(std=0.3, labelled=True)
+    method = METHODS["flash_dmd"](student_steps=4, gan_weight=0)
+    often = {"steps": 400, "report_every": 400, "save_every": 400}
+    rates = {"student": 1e-3, "fake": 2e-3}
+    distilled = toy.make_engine(
+        method, teacher=data, start=toy.denoiser(classes=4), batch=256, lr=rates, average_decay=None, **often
+    )
+    toy.finish(distilled)
+    start = {role: toy.weights(distilled.nets[role]) for role in ("student", "fake")}
+    alone, joint = (rewarded(kind, start, 400) for kind in (RewardAlone, METHODS["flash_dmd"]))
+    print({"alone": alone, "joint": joint})
+    assert alone[-1][0] > joint[-1][0] > joint[0][0]  # both gain reward
+    assert alone[-1][1] < 0.6 and joint[-1][1] > 0.8
+
+
 # HiPA
 
 
@@ -592,15 +657,110 @@ def test_the_loss_on_high_frequencies_spends_a_small_students_capacity_there():
 # MSD
 
 
+MSD = METHODS["msd"]
+
+
 def test_a_student_of_a_part_generates_its_own_classes_alone():
-    method = METHODS["msd"](part=(1, 3))
-    nets, counts = a_labelled_team(method), torch.zeros(4)
+    method = MSD(parts=toy.PARTS, number=1, others=("a",))
+    nets, counts = a_labelled_team(MSD(parts=toy.PARTS, number=1)), torch.zeros(4)
     for step in range(20):
         batch = method.prepare(nets, a_labelled_batch(32, step), ())
         counts += batch.cond.bincount(minlength=4)
     assert counts[0] == counts[2] == 0 and abs(counts[1] - 320) < 70
-    with pytest.raises(ValueError, match=r"method.part: 7 is no class; the teacher has 4"):
-        METHODS["msd"](part=(7,)).nets(toy.Make(toy.denoiser(0, classes=4), toy.denoiser(1, classes=4)))
+
+
+def test_parts_hold_every_class_once_and_other_runs_have_the_same_parts():
+    make = toy.Make(toy.denoiser(0, classes=4), toy.denoiser(1, classes=4))
+    for wrong, message in (
+        ({"parts": ((0, 1), (1, 2, 3))}, "class 1 is given twice"),
+        ({"parts": ((0, 1), (2, 3)), "number": 2}, "number: 2, but parts are counted from 0 to 1"),
+        ({"parts": toy.PARTS, "others": ("a", "b")}, "others: 2 runs, but 1 other parts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MSD(**wrong)
+    for parts, message in (
+        (((0, 1), (2,)), "method.parts: 3 is in no part"),
+        (((0, 1), (2, 3, 7)), "method.parts: 7 is no class; the teacher has 4"),
+        (((0, 1), (2, 3)), None),
+    ):
+        method = MSD(parts=parts)
+        if message is None:
+            assert set(method.nets(make)) == {"teacher", "student", "fake", "disc"}
+        else:
+            with pytest.raises(ValueError, match=message):
+                method.nets(make)
+    with pytest.raises(ValueError, match="method.others: 'a' is no run of part 1 of these parts"):
+        MSD(parts=((0, 1), (2, 3)), others=("a",)).nets(make)  # that run has others
+
+
+def test_each_class_is_answered_by_its_own_student_exactly(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "_in_fresh_process", in_this_process)
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    parts = ((0, 1, 2, 3, 9), (4, 5, 6, 7, 8))
+    method = MSD(parts=parts, number=1, others=("a",), student_steps=2)
+    nets = {"student": student(1), "student1": student(2)}
+    calls, z, cond = method.calls(nets["student"]), torch.randn(8, 1, 16, 16), torch.tensor([4, 0, 9, 5, 5, 1, 2, 8])
+    assert [role for role, _ in zip(calls[0].routes, range(10), strict=True)] == 4 * ["student1"] + 5 * ["student"] + [
+        "student1"
+    ]
+    noise = torch.randn(1, 8, 1, 16, 16)
+    with torch.no_grad():
+        ours = run_calls(nets, calls, z, cond, toy.Given(noise))
+        for role, part in (("student1", parts[0]), ("student", parts[1])):
+            own = torch.tensor([label in part for label in cond.tolist()])
+            alone = MSD(student_steps=2).calls(nets[role])
+            expected = run_calls({"student": nets[role]}, alone, z[own], cond[own], toy.Given(noise[:, own]))
+            assert torch.equal(ours[own], expected)
+    worst = exporting.export(nets["student"], tmp_path / "out", calls=calls, card=Card(name="x"), others=nets)
+    assert worst <= exporting.TOLERANCE
+    again = open_sampler(str(tmp_path / "out"))
+    with torch.no_grad():
+        theirs = again.sample(z, cond, toy.Given(noise))
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    other = student(3)
+    other.data_std = 0.4
+    with pytest.raises(exporting.ExportError, match="networks of different classes differ in schedule or prediction"):
+        exporting.entries(nets["student"], calls, {"student1": other})
+
+
+def test_score_matching_is_the_distance_to_the_teachers_x0_by_edms_weight():
+    method, nets = METHODS["msd_score"](drop_labels=0), {"teacher": toy.denoiser(1, classes=4)}
+    small, batch = toy.denoiser(2, classes=4, width=12), a_labelled_batch(64)
+    calls = Calls(nets | {"student": small})
+    loss = method.loss(nets | {"student": small}, batch)[0]["mse"]
+    (call,) = calls.of("student")
+    x_t, level, cond = call.args[:3]
+    with torch.no_grad():
+        error = small(x_t, level, cond) - nets["teacher"](x_t, level, cond)
+    d, sigma = toy.DATA_STD, level.sigma
+    expected = ((sigma**2 + d**2) / (sigma * d) ** 2 * error**2).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-6)
+    assert method.loss(nets | {"student": nets["teacher"]}, batch)[0]["mse"] < 1e-8
+
+
+def test_a_roles_new_network_has_its_own_size_and_the_teachers_samples(tmp_path):
+    network = {
+        "model": "UNet2DModel",
+        "config": SMALL,
+        "prediction": "edm",
+        "time_scale": 100,
+        "classes": 10,
+        "patch": 2,
+    }
+    given = {"roles.student.network": network, "method.gan_weight": 0.003}
+    nets = make_nets(open_recipe("fashion_mnist_msd", RECIPES, given))
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    assert 0.1 < count(nets["student"]) / count(nets["teacher"]) < 0.4 and count(nets["fake"]) == count(nets["teacher"])
+    assert nets["student"].shape == nets["teacher"].shape
+    for wrong, message in (
+        ({"roles.student.network": network | {"patch": 1}}, "roles.student.network: its shape"),
+        ({"roles.student.network": network | {"classes": 9}}, "roles.student.network: its classes 9 differ"),
+        ({"roles.disc.network": network}, "roles.disc.network: msd makes this network anew"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_nets(open_recipe("fashion_mnist_msd", RECIPES, given | wrong))
+    with pytest.raises(ValueError, match="roles.student.network: an adapter changes the teacher"):
+        open_recipe("fashion_mnist_msd", RECIPES, given | {"roles.student.lora": {"rank": 4}})
 
 
 # Jobs over several runs

@@ -145,16 +145,16 @@ def test_health_and_headline_have_their_names(tag, whole):
         assert "health/d_accuracy" in names
 
 
-def student(seed: int) -> Denoiser:
-    """Ten classes and a null class, grey images of 16 x 16 in patches of 2 x 2, EDM."""
-    model = unet(seed, num_class_embeds=11, in_channels=4, out_channels=4)
-    return Denoiser(UNet(model, 10, 2), EDM(), "edm", time_scale=100.0)
+def student(seed: int, classes: int = 10) -> Denoiser:
+    """Classes and a null class, grey images of 16 x 16 in patches of 2 x 2, EDM."""
+    model = unet(seed, num_class_embeds=classes + 1, in_channels=4, out_channels=4)
+    return Denoiser(UNet(model, classes, 2), EDM(), "edm", time_scale=100.0)
 
 
 def exported(tag: str, folder: Path) -> float:
     """The largest difference of an export's images to those of the method's untrained generator."""
-    chosen, start = method(tag), student(1)
-    nets = chosen.nets(toy.Make(start, student(2)))
+    chosen, start = method(tag), student(1, classes=4)
+    nets = chosen.nets(toy.Make(start, student(2, classes=4)))
     calls = chosen.calls(nets["student"])
     if not calls:
         pytest.skip("a diffusion model, which a solver samples")

@@ -67,6 +67,7 @@ class Call:
     kept: share of the noise in x_t that "renoise" takes along, in [0, 1]; with fresh noise for the rest the level stays
     what it is (TCD's stochastic sampling, Zheng et al. 2024).
     takes: "x", what the earlier calls led to, or "noise", the first noise at this call's own level.
+    routes: roles by class label, where each class has a network of its own (MSD, Song et al. 2024) in place of `role`.
     extra: further scalars that the network is given, by name. schedule, t: where the level comes from, if from a
     schedule; its networks are then asked at t itself.
     """
@@ -77,6 +78,7 @@ class Call:
     then: Literal["renoise", "step"] = "renoise"
     kept: float = 0.0
     takes: Literal["x", "noise"] = "x"
+    routes: tuple[str, ...] = ()
     extra: Mapping[str, float] = field(default_factory=dict)
     schedule: Schedule | None = None
     t: float | None = None
@@ -89,12 +91,27 @@ class Call:
         shape = (len(like), *[1] * (like.ndim - 1))
         return Level(*(torch.full(shape, v, device=like.device) for v in (self.alpha, self.sigma)))
 
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles of its networks."""
+        return tuple(dict.fromkeys(self.routes)) or (self.role,)
+
     def denoise(self, nets: Mapping[str, Any], x_t: Tensor, level: Level, cond: Any) -> Tensor:
-        """x0 (B, ...) by the network of this call."""
+        """x0 (B, ...) by the network of this call, or of each sample's class."""
+        if not self.routes:
+            return self._ask(nets[self.role], x_t, level, cond)
+        x0 = torch.empty_like(x_t)
+        for role in self.roles:
+            own = torch.tensor([theirs == role for theirs in self.routes], device=cond.device)[cond]
+            if own.any():
+                x0[own] = self._ask(nets[role], x_t[own], level.map(lambda v, own=own: v[own]), cond[own])
+        return x0
+
+    def _ask(self, net: Any, x_t: Tensor, level: Level, cond: Any) -> Tensor:
         if not self.extra:
-            return nets[self.role](x_t, level, cond)
+            return net(x_t, level, cond)
         extra = {k: torch.full((len(x_t),), float(v), device=x_t.device) for k, v in self.extra.items()}
-        return nets[self.role](x_t, level, cond, extra=extra)
+        return net(x_t, level, cond, extra=extra)
 
 
 @lru_cache(maxsize=256)

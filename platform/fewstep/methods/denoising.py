@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..diffusion.draws import lognormal_level
 from ..diffusion.guidance import choose
+from ..diffusion.level import Level
 from .base import Batch, Make, Method, Nets, Phase, Terms
 
 
@@ -49,8 +51,15 @@ class Denoising(Method):
             drop = draws.uniform("drop", x0.shape[0]) < self.drop_labels
             cond = choose(drop, null, cond)
         eps = draws.normal("eps", x0.shape)
-        raw = net(level.noise(x0, eps), level, cond, "raw")
-        return {"mse": F.mse_loss(raw, net.target(level, x0, eps))}, {}
+        x_t = level.noise(x0, eps)
+        raw = net(x_t, level, cond, "raw")
+        return {"mse": F.mse_loss(raw, net.target(level, *self.targets(nets, x_t, level, cond, x0, eps)))}, {}
+
+    def targets(
+        self, nets: Nets, x_t: Tensor, level: Level, cond: Any, x0: Tensor, eps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The clean images and the noise in x_t that the network learns: here the true ones."""
+        return x0, eps
 
     @property
     def heun_steps(self) -> int:

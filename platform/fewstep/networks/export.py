@@ -57,7 +57,7 @@ class ExportError(ValueError):
 
 def names(calls: Sequence[Call]) -> dict[str, str]:
     """Names of the networks in an export by role: "unet" is the student, the others follow as "unet_2", "unet_3"."""
-    others = dict.fromkeys(call.role for call in calls if call.role != "student")
+    others = dict.fromkeys(role for call in calls for role in call.roles if role != "student")
     return {"student": "unet"} | {role: f"unet_{i}" for i, role in enumerate(others, 2)}
 
 
@@ -69,34 +69,46 @@ def entries(
     calls: from noise to clean. others: networks of roles that are not the student's. Keys: unet (the network's name);
     alpha, sigma (of the noising); start (factor on the first noise); rescale (to the network's own schedule), input
     (factor on what enters it), time (its noise conditioning), skip and out (x0 = skip x + out F); then, kept and takes,
-    as in diffusion/samplers.py; shift (the sum that extra scalars add to the time embedding, or null).
+    as in diffusion/samplers.py; shift (the sum that extra scalars add to the time embedding, or null); routes (the
+    networks' names by class, or null). Raises ExportError for classes whose networks differ in these numbers.
     """
     out, nets, unets = [], {"student": denoiser, **others}, names(calls)
     for call in calls:
-        denoiser, level = nets[call.role], call.level(torch.empty(1, 1, 1, 1))
-        own, t = denoiser.own(level, level.alpha.ndim)
-        skip, factor = PREDICTIONS[denoiser.prediction](own.alpha, own.sigma, denoiser.data_std)
-        scale, time = denoiser.conditioning(own, t)
-        entry = {
-            "alpha": level.alpha,
-            "sigma": level.sigma,
-            "start": level.start,
-            "rescale": own.norm / level.norm,
-            "input": scale,
-            "time": time,
-            "skip": skip,
-            "out": factor,
-        }
-        shift = denoiser.shift({name: torch.full((1,), float(v)) for name, v in call.extra.items()})
+        first, *more = (_numbers(nets[role], call) for role in call.roles)
+        if any(numbers != first for numbers in more):
+            raise ExportError("export: networks of different classes differ in schedule or prediction; give them one")
         words = {
-            "unet": unets[call.role],
+            "unet": unets[call.roles[0]],
             "then": call.then,
             "kept": call.kept,
             "takes": call.takes,
-            "shift": None if shift is None else shift[0].tolist(),
+            "routes": [unets[role] for role in call.routes] or None,
         }
-        out.append({key: float(value) for key, value in entry.items()} | words)
+        out.append(first | words)
     return out
+
+
+def _numbers(denoiser: Denoiser, call: Call) -> dict[str, Any]:
+    """One network's part of an entry."""
+    level = call.level(torch.empty(1, 1, 1, 1))
+    own, t = denoiser.own(level, level.alpha.ndim)
+    skip, factor = PREDICTIONS[denoiser.prediction](own.alpha, own.sigma, denoiser.data_std)
+    scale, time = denoiser.conditioning(own, t)
+    entry = {
+        "alpha": level.alpha,
+        "sigma": level.sigma,
+        "start": level.start,
+        "rescale": own.norm / level.norm,
+        "input": scale,
+        "time": time,
+        "skip": skip,
+        "out": factor,
+    }
+    shift = denoiser.shift({name: torch.full((1,), float(v)) for name, v in call.extra.items()})
+    return {key: float(value) for key, value in entry.items()} | {"shift": None if shift is None else shift[0].tolist()}
+
+
+UNetName = Annotated[str, Field(pattern="^unet(_[2-4])?$")]
 
 
 class Entry(Strict):
@@ -114,7 +126,8 @@ class Entry(Strict):
     kept: Annotated[float, Field(ge=0, le=1)] = 0.0
     takes: Literal["x", "noise"] = "x"
     shift: list[float] | None = None
-    unet: Annotated[str, Field(pattern="^unet(_[2-4])?$")] = "unet"
+    unet: UNetName = "unet"
+    routes: list[UNetName] | None = None
 
 
 class _Sampling(Strict):
@@ -143,9 +156,9 @@ def exported_calls(folder: Path) -> tuple[Call, ...] | None:
         raise ValueError(f"{index}: sampling.{'; '.join(str(error).splitlines())}") from None
     if any(entry.shift is not None for entry in found):
         raise ValueError(f"{index}: its calls take further scalars, which only its own pipeline.py knows; give the run")
-    roles = {"unet": "student"}
+    role = lambda unet: "student" if unet == "unet" else unet
     return tuple(
-        Call(e.alpha, e.sigma, roles.get(e.unet, e.unet), then=e.then, kept=e.kept, takes=e.takes) for e in found
+        Call(e.alpha, e.sigma, role(e.unet), e.then, e.kept, e.takes, tuple(map(role, e.routes or ()))) for e in found
     )
 
 

@@ -29,8 +29,9 @@ class FewStepPipeline(DiffusionPipeline):
     x was noised to alpha x0 + sigma eps and rescaled. An entry says too how it leads to the next (`then`: "renoise"
     with fresh noise but for the share `kept`, "step" without), what it takes ("x", or the first "noise"), what it adds
     to the time embedding (`shift`, or null), and which network it calls (`unet`, or one of unet_2 to unet_4 that a
-    model may have). sampling: "calls", "classes" (or null), "class_names" (or null), "patch" (side of the pixel blocks
-    folded into channels), "network" (what fewstep.json says of the unet, for the tools that made it).
+    model may have; or `routes`, the networks' names by class).
+    sampling: "calls", "classes" (or null), "class_names" (or null), "patch" (side of the pixel blocks folded into
+    channels), "network" (what fewstep.json says of the unet, for the tools that made it).
     """
 
     _optional_components = ["unet_2", "unet_3", "unet_4"]
@@ -61,7 +62,8 @@ class FewStepPipeline(DiffusionPipeline):
         index["_class_name"] = ["pipeline", type(self).__name__]
         (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         if network := self.config.sampling.get("network"):
-            used = {call.get("unet", "unet") for call in self.config.sampling["calls"]}
+            calls = self.config.sampling["calls"]
+            used = {name for call in calls for name in (call.get("routes") or [call.get("unet", "unet")])}
             for place in [folder, *(folder / name for name in used - {"unet"})]:
                 (place / "fewstep.json").write_text(json.dumps(network, indent=1) + "\n", encoding="utf-8")
 
@@ -98,7 +100,6 @@ class FewStepPipeline(DiffusionPipeline):
         z = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         x0 = x_t = before = None
         for call in sampling["calls"]:
-            unet = getattr(self, call.get("unet", "unet"))
             if before is None or call["takes"] == "noise":
                 x_t = z * call["start"]
             elif before["then"] == "step":  # to this level along the noise that was there (DDIM)
@@ -110,12 +111,14 @@ class FewStepPipeline(DiffusionPipeline):
                     old = (x_t - before["alpha"] * x0) / before["sigma"]
                     eps = kept * old + (1 - kept**2) ** 0.5 * eps
                 x_t = call["alpha"] * x0 + call["sigma"] * eps
-            x = x_t * call["rescale"]
-            folded = F.pixel_unshuffle(x * call["input"], patch).to(unet.dtype)
-            time = torch.full((count,), call["time"], device=device)
-            with _shifted(unet, call["shift"]):
-                out = unet(folded, time, class_labels=cond, return_dict=False)[0][:, : folded.shape[1]]
-            x0 = call["skip"] * x + call["out"] * F.pixel_shuffle(out.float(), patch)
+            x, x0 = x_t * call["rescale"], torch.empty_like(x_t)
+            for name, rows in _routed(call, labels):
+                unet, own = getattr(self, name), None if cond is None else cond[rows]
+                folded = F.pixel_unshuffle(x[rows] * call["input"], patch).to(unet.dtype)
+                time = torch.full((len(folded),), call["time"], device=device)
+                with _shifted(unet, call["shift"]):
+                    out = unet(folded, time, class_labels=own, return_dict=False)[0][:, : folded.shape[1]]
+                x0[rows] = call["skip"] * x[rows] + call["out"] * F.pixel_shuffle(out.float(), patch)
             before = call
         return x0
 
@@ -148,6 +151,14 @@ class FewStepPipeline(DiffusionPipeline):
             pixels = ((x0 + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
             images = [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _routed(call: dict, labels: list[Any]) -> list[tuple[str, Any]]:
+    """Names of the networks of a call, and the samples of each."""
+    if not (routes := call.get("routes")):
+        return [(call.get("unet", "unet"), slice(None))]
+    names = [routes[label] for label in labels]
+    return [(name, [i for i, own in enumerate(names) if own == name]) for name in dict.fromkeys(names)]
 
 
 @contextmanager
