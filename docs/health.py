@@ -56,13 +56,14 @@ def train(changes: dict[str, Any]) -> tuple[list[int], dict[str, list[float]], n
     sampler = build.student_sampler(recipe.method, engine.sampling)
     samples = build.make_samples(sampler, images=2000)
     (score,) = [s for s in evaluate(build.make_metrics(recipe), samples) if s.name == "fd_fashion"]
-    return steps, curves, build.grid(build.make_samples(sampler, images=20).images, columns=10), score.value
+    return steps, curves, build.grid(build.make_samples(sampler, images=20).images, columns=5), score.value
 
 
 def main() -> None:
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 11), layout="constrained")
-        axes = figure.subplots(len(SIGNALS) + 1, len(RUNS), sharex="col", squeeze=False)
+        figure = Figure(figsize=(11, 13), layout="constrained")
+        heights = [1.0] * len(SIGNALS) + [1.6]
+        axes = figure.subplots(len(SIGNALS) + 1, len(RUNS), squeeze=False, height_ratios=heights)
         for column, (name, changes) in enumerate(RUNS.items()):
             steps, curves, grid, score = train(changes)
             print(f"{name}: fd_fashion {score:.3f} (n = 2,000, last checkpoint) after {steps[-1]} steps", flush=True)
@@ -72,6 +73,8 @@ def main() -> None:
                 ax.plot(steps, curves[signal], color=BEST, linewidth=1.2)
                 for y in guard:
                     ax.axhline(y, color=QUIET, linewidth=0.7, linestyle=":")
+                ax.set_xlim(0, BASE["train.steps"])
+                ax.tick_params(labelbottom=False)
                 if limits:
                     ax.set_ylim(*limits)
                 if column == 0:
