@@ -9,6 +9,7 @@ The last line is a JSON object with every score and what it depends on.
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -54,7 +55,7 @@ class Evaluate(Metrics):
 def main(job: Evaluate) -> None:
     import torch
 
-    from fewstep.build import make_samples
+    from fewstep.build import make_samples, make_teacher
     from fewstep.cluster.progress import table
     from fewstep.engine.world import World, device_of
     from fewstep.metrics.base import check_samples, evaluate
@@ -64,7 +65,9 @@ def main(job: Evaluate) -> None:
     torch.set_num_threads(job.threads)
     world = World(device=device_of(job.device))
     recipe = recipe_of(job.model)
-    metrics = job.build(world.device, None if recipe is None else job.seen_by(recipe.loss_networks))
+    seen = None if recipe is None else job.seen_by(recipe.loss_networks)
+    teacher = None if recipe is None or recipe.teacher is None else partial(make_teacher, recipe)
+    metrics = job.build(world.device, seen, teacher)
     samplers = [open_sampler(job.model, steps, job.guidance, world.device) for steps in job.steps]
     for sampler in samplers:
         check_samples(metrics, sampler.shape, sampler.conditions.classes, job.images)

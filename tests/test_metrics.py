@@ -13,13 +13,14 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+import toy
 from cleanfid import fid as clean_fid
 from job import job
 from safetensors.torch import load_file, save_file
 from scipy.linalg import sqrtm
 from torch import nn
 
-from fewstep.build import make_metrics
+from fewstep.build import few_step_sampler, make_metrics, make_samples
 from fewstep.checks import Check
 from fewstep.cluster.progress import table as closing_table
 from fewstep.cluster.train import localized
@@ -28,10 +29,22 @@ from fewstep.compare import scores as compare_runs
 from fewstep.config import ConfigError, resolve
 from fewstep.data.feed import open_feed
 from fewstep.data.shards import ShardWriter
-from fewstep.diffusion.samplers import to_uint8
+from fewstep.diffusion.samplers import calls_at, to_uint8
+from fewstep.diffusion.schedules import EDM
 from fewstep.files import sha256_of
 from fewstep.metrics import METRICS, Metric, better, find_metric, inception, kid, prdc
-from fewstep.metrics.base import File, Files, Measure, Outputs, Samples, Score, compare, evaluate, score
+from fewstep.metrics.base import (
+    File,
+    Files,
+    Measure,
+    Outputs,
+    Samples,
+    Score,
+    check_samples,
+    compare,
+    evaluate,
+    score,
+)
 from fewstep.metrics.build import Metrics
 from fewstep.metrics.build import check as check_files
 from fewstep.metrics.classes import Diversity
@@ -445,6 +458,44 @@ def test_scores_compare_by_value_and_refuse_unlike_measurements():
     best = str(replace(a, checkpoint="best of 12"))
     assert "1.5" in best and "100 images" in best and "best of 12" in best
     assert json.loads(json.dumps(a.to_dict()))["value"] == 1.5
+
+
+class Gaussian(toy.Mixture):
+    """A teacher of one Gaussian, whose map from noise to the end of the trajectory is known."""
+
+    codec = None
+
+    def __init__(self):
+        super().__init__([[0.3, -0.2]], 0.25)
+
+    pictures = staticmethod(lambda x0: x0)
+
+
+def test_the_map_error_of_the_exact_map_is_nothing_and_of_the_teachers_own_steps_one():
+    teacher, exact, opened = Gaussian(), toy.ExactMap([0.3, -0.2], 0.25), []
+    exact.shape, exact.conditions, exact.pictures = teacher.shape, teacher.conditions, teacher.pictures
+    measure = find_metric("map_error")(name="map_error").build(Files(open_teacher=lambda: opened.append(1) or teacher))
+    assert not opened  # a check before a run reads no weights
+
+    def map_error(net, *shares: float, shift: float = 0.0) -> Score:
+        calls = [replace(call, then="step") for call in calls_at(EDM(), shares, on_ramp=True)]
+        sampler = replace(few_step_sampler({"student": net}, calls), pictures=lambda x0: x0 + shift)
+        return measure(make_samples(sampler, 250, batch=50))
+
+    found = map_error(exact, 1.0)
+    assert found.value < 0.02 and (found.images, found.reference_images) == (100, 100)
+    one, four = map_error(teacher, 1.0), map_error(teacher, 1.0, 0.75, 0.5, 0.25)
+    assert (one.value, four.value) == (1.0, 1.0) and one.reference == found.reference and len(opened) == 1
+    # one call of the teacher gives its mean, so that the error is over the data's deviation
+    assert map_error(exact, 1.0, shift=0.1).value == pytest.approx(0.1 / 0.25, rel=0.1)
+
+
+def test_a_map_error_needs_the_teacher_and_says_that_a_loss_had_it():
+    with pytest.raises(ValueError, match="map_error needs the teacher, and only a run's recipe says which"):
+        build(["map_error"])
+    recipe = load_recipe(["evaluate.metrics=[map_error]"], RECIPES, "fashion_mnist")
+    assert recipe.seen_by_loss == ["map_error"]
+    check_samples(make_metrics(recipe), (1, 28, 28), 10, 20)
 
 
 def test_features_are_computed_once_for_all_metrics(tmp_path):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -605,9 +606,16 @@ def make_samples(
     whole = _interleave(torch.cat(mine), batch, world)
     if whole is None:
         return None
-    labels = sampler.conditions.listed(torch.arange(images)) if sampler.conditions.classes else None
-    words = sampler.conditions.words(images) if isinstance(sampler.conditions, Texts) else ()
-    return Samples(whole[:images], labels, sampler.name, sampler.calls, seconds, seed, checkpoint, words)
+    shape, conditions = sampler.shape, sampler.conditions
+    labels = conditions.listed(torch.arange(images)) if conditions.classes else None
+    words = conditions.words(images) if isinstance(conditions, Texts) else ()
+
+    def starts(count: int) -> tuple[Tensor, Any]:
+        parts = [Draws(fold(seed, "samples"), i, device=world.device) for i in range(0, count, batch)]
+        z = torch.cat([draws.normal("z", (batch, *shape)) for draws in parts])[:count]
+        return z, conditions.listed(torch.arange(count, device=world.device))
+
+    return Samples(whole[:images], labels, sampler.name, sampler.calls, seconds, seed, checkpoint, words, starts)
 
 
 def _interleave(mine: Tensor, batch: int, world: World) -> Tensor | None:
@@ -623,7 +631,8 @@ def _interleave(mine: Tensor, batch: int, world: World) -> Tensor | None:
 
 def make_metrics(recipe: Recipe, device: torch.device | str = "cpu") -> list[Measure]:
     """The functions that score the recipe's samples. Raises ValueError for an unknown name or a missing file."""
-    return recipe.evaluate.build(device, recipe.seen_by_loss)
+    teacher = None if recipe.teacher is None else partial(make_teacher, recipe)
+    return recipe.evaluate.build(device, recipe.seen_by_loss, teacher)
 
 
 def grid(images: Tensor, columns: int) -> Tensor:

@@ -71,7 +71,8 @@ class Samples:
     images: uint8 (N, C, H, W), CPU. labels: int64 (N,), the classes asked for; None for an unconditional sampler.
     sampler: the sampler and its settings in words. calls: network calls an image. seconds: time to make all of them.
     checkpoint: "last", or "best of n" where the checkpoint was chosen by its score among n. words: the prompts asked
-    for, N of them, or () of a sampler that takes none.
+    for, N of them, or () of a sampler that takes none. starts: unit noises and conditions of the first n samples, by n;
+    None where they are not known.
     Raises ValueError naming the field when types or counts do not fit.
     """
 
@@ -83,6 +84,7 @@ class Samples:
     seed: int
     checkpoint: str = "last"
     words: tuple[str, ...] = ()
+    starts: Callable[[int], tuple[Tensor, Any]] | None = field(default=None, repr=False, compare=False)
     features: Features = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -221,6 +223,8 @@ class Metric(Strict):
     """Names of its scores; `fd_*` stands for every name that starts with fd_."""
     better: ClassVar[Better]
     """The direction in which its scores improve."""
+    of_teacher: ClassVar[bool] = False
+    """It compares with the run's teacher, which a loss of the run used."""
 
     name: str
     """Name of the score, as the recipe gives it."""
@@ -237,10 +241,13 @@ class Metric(Strict):
 
 
 class Files:
-    """Opens the files of metrics, each once however many metrics use it. device: where their networks run."""
+    """Opens the files of metrics, each once however many metrics use it. device: where their networks run.
 
-    def __init__(self, device: Device = "cpu"):
-        self.device = device
+    open_teacher: opens the run's teacher, a denoiser; None where no run or no teacher is known.
+    """
+
+    def __init__(self, device: Device = "cpu", open_teacher: Callable[[], Any] | None = None):
+        self.device, self.open_teacher = device, open_teacher
         self._opened: dict[tuple[File, Path], Any] = {}
 
     def open(self, metric: Metric, name: str) -> Any:
@@ -299,7 +306,7 @@ def score(
 
 
 class _Reached(Exception):
-    """A metric asked for the features of the samples, so all that it checks before that is in order."""
+    """A metric asked for the features or the noises of the samples, so all that it checks before that is in order."""
 
 
 class _OneImage(Features):
@@ -308,6 +315,10 @@ class _OneImage(Features):
     def of(self, extractor: Extractor) -> Outputs:
         extractor(self._images[:1])
         raise _Reached
+
+
+def _no_starts(count: int) -> Any:
+    raise _Reached
 
 
 def check_samples(
@@ -325,7 +336,7 @@ def check_samples(
     pixels = torch.zeros(1, *shape, dtype=torch.uint8).expand(images, *shape)
     labels = torch.arange(images) % classes if classes else None
     texts = tuple(words[i % len(words)] for i in range(images)) if words else ()
-    samples = Samples(pixels, labels, "none", 0, 0.0, 0, words=texts)
+    samples = Samples(pixels, labels, "none", 0, 0.0, 0, words=texts, starts=_no_starts)
     object.__setattr__(samples, "features", _OneImage(pixels))
     for metric in metrics:
         with contextlib.suppress(_Reached):

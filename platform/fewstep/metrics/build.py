@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -64,13 +64,19 @@ class Metrics(Strict):
             lines = str(error).splitlines()
             raise ConfigError("\n".join(f"settings.{name}.{line}" for line in lines)) from None
 
-    def build(self, device: Device = "cpu", seen_by_loss: Sequence[str] | None = None) -> list[Measure]:
+    def build(
+        self,
+        device: Device = "cpu",
+        seen_by_loss: Sequence[str] | None = None,
+        open_teacher: Callable[[], Any] | None = None,
+    ) -> list[Measure]:
         """The functions that score samples, in order; only files that a metric needs are opened, each once.
 
         seen_by_loss: the metrics whose network a loss of the run used, as `seen_by` finds them; None where no run is
-        known. Raises ConfigError as `chosen` does, OSError or ValueError for a file that is not given or not usable.
+        known. open_teacher: see `Files`. Raises ConfigError as `chosen` does, OSError or ValueError for a file that is
+        not given or not usable.
         """
-        files = Files(device)
+        files = Files(device, open_teacher)
         known = seen_by_loss is not None
         return [_marked(m.build(files), m.name in seen_by_loss if known else None) for m in self.chosen()]
 
@@ -94,7 +100,10 @@ class Metrics(Strict):
         return list(found.values())
 
     def seen_by(self, networks: Iterable[Path]) -> list[str]:
-        """The metrics whose network is one of these files, byte for byte. networks: files, or folders of files."""
+        """The metrics whose network is one of these files, byte for byte, and those of the teacher.
+
+        networks: files, or folders of files.
+        """
         own: dict[Path, list[str]] = {}
         for need in self.needs():
             if need.kind.suffix:
@@ -105,7 +114,7 @@ class Metrics(Strict):
         files = [path for ref in networks for path in _files(ref) if path.stat().st_size in sizes] if own else []
         hashes = {sha256_of(path) for path in files}
         seen = [name for path, names in own.items() if hashes and sha256_of(path) in hashes for name in names]
-        return [name for name in self.metrics if name in seen]
+        return [name for name in self.metrics if name in seen or find_metric(name).of_teacher]
 
 
 @dataclass(frozen=True)
