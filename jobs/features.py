@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
@@ -21,7 +22,7 @@ from fewstep.metrics import METRICS
 from fewstep.metrics.base import Extractor, File, file_fields
 from fewstep.metrics.features import Info, SmallNetwork, accuracy, open_features, save_features, train_features
 from fewstep.metrics.frechet import frechet_distance
-from fewstep.metrics.reference import moments, save_reference
+from fewstep.metrics.reference import KEPT, moments, save_reference
 
 BATCH = 128
 
@@ -38,10 +39,14 @@ class Features(Strict):
     extractor: str | None = None
     """Describe the images with this network of a metric: a file, such as features.safetensors or Inception's .pt, or
     the name of a network that is looked for, such as inception."""
+    network: Literal["plain", "residual"] = "plain"
+    """Architecture of the network: five convolutions with batch norm, or a residual network with group norm."""
     name: str = "fashion"
     """Name of the network; its Frechet distance is called fd_<name>."""
     images: int | None = Field(None, ge=2)
     """Number of images to describe; null is all."""
+    keep: int = Field(KEPT, ge=2, le=KEPT)
+    """Features to keep of single images, for the metrics that compare neighbours and for kid."""
     epochs: int = Field(5, ge=1)
     """Passes over the images in training."""
     seed: int = Field(0, ge=0)
@@ -76,10 +81,11 @@ def read(feed: Feed, images: int) -> tuple[torch.Tensor, torch.Tensor]:
 def train(job: Features, feed: Feed, test: tuple[torch.Tensor, torch.Tensor] | None, path: Path) -> SmallNetwork:
     """Trains the network, writes it, and opens what was written."""
     channels, size, _ = feed.shape
-    info = Info(job.name, feed.classes, channels, size, trained_on=describe(feed, feed.rows))
+    info = Info(job.name, feed.classes, channels, size, trained_on=describe(feed, feed.rows), network=job.network)
     steps = job.epochs * feed.rows // BATCH
     batches = ((rows["real"], rows["label"]) for rows in feed.batches(0, BATCH))
-    net = train_features(batches, steps, classes=feed.classes, channels=channels, seed=job.seed, device=job.device)
+    options = {"seed": job.seed, "device": job.device, "network": job.network}
+    net = train_features(batches, steps, classes=feed.classes, channels=channels, **options)
     if test:
         outputs = SmallNetwork(net, info, hash="", device=job.device)(test[0])
         info = replace(info, test_accuracy=accuracy(outputs, test[1].numpy()))
@@ -134,6 +140,7 @@ def run(job: Features) -> dict:
         extractor(images),
         extractor,
         labels.numpy() if feed.classes else None,
+        job.keep,
     )
     report = {"extractor": extractor.hash, "reference": reference.hash, "images": reference.images, "out": str(out)}
     if test:

@@ -48,7 +48,16 @@ from fewstep.metrics.base import (
 from fewstep.metrics.build import Metrics
 from fewstep.metrics.build import check as check_files
 from fewstep.metrics.classes import Diversity
-from fewstep.metrics.features import FeatureNet, Info, SmallNetwork, open_features, save_features, train_features
+from fewstep.metrics.features import (
+    NETWORKS,
+    FeatureMaps,
+    FeatureNet,
+    Info,
+    SmallNetwork,
+    open_features,
+    save_features,
+    train_features,
+)
 from fewstep.metrics.frechet import Frechet, frechet_distance
 from fewstep.metrics.inception import Inception
 from fewstep.metrics.kid import Kernel, kernel_distance
@@ -338,22 +347,24 @@ def toy_batches(seed: int):
         yield (torch.rand(32, 1, 8, 8, generator=generator) - 1 + labels.view(-1, 1, 1, 1)), labels
 
 
-def test_training_learns_is_repeatable_and_leaves_the_random_state_alone():
-    state = torch.random.get_rng_state()
-    nets = [train_features(toy_batches(0), 20, classes=2, channels=1, seed=seed) for seed in (1, 1, 2)]
+@pytest.mark.parametrize("network", NETWORKS)
+def test_training_learns_is_repeatable_and_leaves_the_random_state_alone(network):
+    state, options = torch.random.get_rng_state(), {"classes": 2, "channels": 1, "network": network}
+    nets = [train_features(toy_batches(0), 20, seed=seed, **options) for seed in (1, 1, 2)]
     assert torch.equal(torch.random.get_rng_state(), state)
     weights = [torch.cat([p.flatten() for p in net.parameters()]) for net in nets]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     images, labels = next(toy_batches(7))
-    outputs = SmallNetwork(nets[0], Info("toy", 2, 1, 8), "")(to_uint8(images))
+    outputs = SmallNetwork(nets[0], Info("toy", 2, 1, 8, network=network), "")(to_uint8(images))
     assert (outputs.logits.argmax(1) == labels.numpy()).all()
     with pytest.raises(ValueError, match="classes: 0"):
         train_features(toy_batches(0), 1, classes=0, channels=1)
 
 
-def test_a_saved_network_gives_the_same_features_in_any_batch_and_its_hash_is_the_files(tmp_path):
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_saved_network_gives_the_same_features_in_any_batch_and_its_hash_is_the_files(tmp_path, network):
     torch.manual_seed(0)
-    net, info = FeatureNet(3, 1).eval(), Info("toy", 3, 1, 28, "noise", 0.5)
+    net, info = NETWORKS[network](3, 1).eval(), Info("toy", 3, 1, 28, "noise", 0.5, network)
     save_features(tmp_path / "f.safetensors", net, info)
     opened = open_features(tmp_path / "f.safetensors", batch=7)
     assert (opened.info, opened.hash, opened.name) == (info, sha256_of(tmp_path / "f.safetensors"), "toy")
@@ -363,6 +374,9 @@ def test_a_saved_network_gives_the_same_features_in_any_batch_and_its_hash_is_th
     outputs = opened(images)
     assert np.allclose(outputs.features, features.numpy(), atol=1e-5)
     assert np.allclose(outputs.logits, logits.numpy(), atol=1e-5)
+    maps = FeatureMaps(opened)(images[:2] / 127.5 - 1)
+    assert [m.shape[-1] for m in maps] == ([28, 14, 7] if network == "plain" else [14, 7, 7])
+    assert np.allclose(maps[-1].mean((2, 3)).numpy(), outputs.features[:2], atol=1e-5)
 
 
 def test_open_features_says_what_is_wrong_with_a_file(tmp_path):
@@ -384,6 +398,9 @@ def test_open_features_says_what_is_wrong_with_a_file(tmp_path):
         open_features(path)
     for part in ("body.0.0.weight missing", "extra unknown", "classifier.weight (3, 128) instead of (4, 128)"):
         assert part in str(error.value)
+    save_file(weights, path, metadata={"info": info.replace("}", ', "network": "vast"}')})
+    with pytest.raises(ValueError, match="network: 'vast' is not one of plain, residual"):
+        open_features(path)
 
 
 @pytest.mark.parametrize("name", ["inception", "inception_v3", "two words", ""])
@@ -791,6 +808,20 @@ def test_shipped_network_is_the_one_described():
     assert (extractor.name, extractor.info.classes, extractor.info.size) == ("fashion", 10, 28)
     assert (reference.images, reference.features.shape, reference.extractor) == (60000, (10_000, 128), extractor.hash)
     assert resolve(STATISTICS).stat().st_size < 2.7e6
+
+
+def test_the_second_shipped_network_is_of_another_kind_and_sees_real_images_as_real(real):
+    place = "shipped:fashion_mnist/residual/{}"
+    extractor = open_features(resolve(place.format("features.safetensors")))
+    reference = open_reference(resolve(place.format("statistics.npz")))
+    assert extractor.info.network == "residual" and extractor.info.test_accuracy > 0.89
+    assert (extractor.name, reference.extractor, reference.images) == ("fashion_residual", extractor.hash, 60000)
+    assert sum(resolve(place.format(name)).stat().st_size for name in ("features.safetensors", "statistics.npz")) < 8e5
+    files = {"features": place.format("features.safetensors"), "reference": place.format("statistics.npz")}
+    name = "fd_fashion_residual"
+    own = build([name], settings={name: files})
+    (near,), (far,) = evaluate(own, samples_of(*real)), evaluate(own, samples_of(noise(500), torch.arange(500) % 10))
+    assert near.name == name and 100 * near.value < far.value
 
 
 # The job

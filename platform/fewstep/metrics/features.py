@@ -1,6 +1,7 @@
-"""The small classifier whose penultimate features stand in for Inception's on small images: seconds on a CPU core.
+"""Small classifiers whose penultimate features stand in for Inception's on small images: seconds on a CPU core.
 
-Its Frechet distance is reported as `fd_<name>`, never as `fid`.
+There are two architectures, so that a score can be repeated by a network of another kind. Their Frechet distance is
+reported as `fd_<name>`, never as `fid`.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ REMAKE = "make one with: python jobs/features.py data=<shards> test=<shards> out
 
 @dataclass(frozen=True)
 class Info:
-    """Facts about a small feature network: its shape, training data and test result.
+    """Facts about a small feature network: its shape, training data, test result, and which of `NETWORKS` it is.
 
-    Raises ValueError for a name that would let its scores pass for Inception's.
+    Raises ValueError for a name that would let its scores pass for Inception's, and for an unknown architecture.
     """
 
     name: str
@@ -39,10 +40,13 @@ class Info:
     size: int
     trained_on: str = ""
     test_accuracy: float | None = None
+    network: str = "plain"
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier() or self.name.startswith("inception"):
             raise ValueError(f"name: {self.name!r}; expected a word such as 'fashion' or 'cifar10', and not inception")
+        if self.network not in NETWORKS:
+            raise ValueError(f"network: {self.network!r} is not one of {', '.join(NETWORKS)}")
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
@@ -57,6 +61,9 @@ class FeatureNet(nn.Module):
     x: (B, channels, H, W) in [-1, 1]. Returns the features (B, 128) and the logits (B, classes). 279 k parameters for
     one channel and ten classes; any size that can be halved twice fits.
     """
+
+    stages = ((0, 1), (1, 4), (4, 7))
+    """Parts of `body` after which `FeatureMaps` reads."""
 
     def __init__(self, classes: int, channels: int, dropout: float = 0.2):
         super().__init__()
@@ -77,6 +84,46 @@ class FeatureNet(nn.Module):
         return features, self.classifier(self.dropout(features))
 
 
+class _Residual(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        half = lambda: (nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
+        self.body = nn.Sequential(*half(), *half())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class ResidualNet(nn.Module):
+    """Two strided convolutions with a residual block behind each, group norm, no pooling but the last: 64 features.
+
+    x: (B, channels, H, W) in [-1, 1]. Returns the features (B, 64) and the logits (B, classes). 102 k parameters for
+    one channel and ten classes; any size that can be halved twice fits.
+    """
+
+    stages = ((0, 2), (2, 4), (4, 6))
+
+    def __init__(self, classes: int, channels: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, 32, 4, stride=2, padding=1),
+            _Residual(32),
+            nn.Conv2d(32, 64, 2, stride=2),
+            _Residual(64),
+            nn.GroupNorm(8, 64),
+            nn.SiLU(),
+        )
+        self.classifier = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.body(x).float().mean((2, 3))
+        return features, self.classifier(features)
+
+
+Net = FeatureNet | ResidualNet
+NETWORKS: dict[str, type[Net]] = {"plain": FeatureNet, "residual": ResidualNet}
+
+
 def train_features(
     batches: Iterable[tuple[Tensor, Tensor]],
     steps: int,
@@ -86,8 +133,9 @@ def train_features(
     seed: int = 0,
     lr: float = 6e-3,
     device: str | torch.device = "cpu",
-) -> FeatureNet:
-    """A FeatureNet trained for `steps` batches of (images (B, C, H, W) in [-1, 1], labels (B,)), in eval mode.
+    network: str = "plain",
+) -> Net:
+    """A network of `NETWORKS` trained for `steps` batches of (images (B, C, H, W) in [-1, 1], labels (B,)); eval mode.
 
     AdamW under a one-cycle rate with peak `lr`, label smoothing 0.05, bfloat16 autocast.
     The global random state is left as it was found. Raises ValueError for fewer than 2 classes.
@@ -96,7 +144,7 @@ def train_features(
         raise ValueError(f"classes: {classes}; the network learns its features by classifying, so images need labels")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = FeatureNet(classes, channels).to(device, memory_format=torch.channels_last).train()
+        net = NETWORKS[network](classes, channels).to(device, memory_format=torch.channels_last).train()
         optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
         for images, labels in islice(batches, steps):
@@ -112,7 +160,7 @@ def train_features(
     return net.eval()
 
 
-def save_features(path: str | Path, net: FeatureNet, info: Info) -> None:
+def save_features(path: str | Path, net: Net, info: Info) -> None:
     """Writes the weights with `info` as metadata, as safetensors."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,12 +169,12 @@ def save_features(path: str | Path, net: FeatureNet, info: Info) -> None:
 
 
 class SmallNetwork:
-    """A trained FeatureNet as an extractor: float32, eval mode, `batch` images at a time on `device`.
+    """A trained network as an extractor: float32, eval mode, `batch` images at a time on `device`.
 
     On CUDA, PyTorch's own setting decides whether convolutions may round to TF32.
     """
 
-    def __init__(self, net: FeatureNet, info: Info, hash: str, device: str | torch.device = "cpu", batch: int = 500):
+    def __init__(self, net: Net, info: Info, hash: str, device: str | torch.device = "cpu", batch: int = 500):
         self.net = net.float().eval().requires_grad_(False).to(device)
         self.info, self.hash, self.device, self.batch = info, hash, torch.device(device), batch
 
@@ -136,7 +184,7 @@ class SmallNetwork:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Outputs:
-        """Features (N, 128) and logits (N, classes) of uint8 images (N, C, H, W). Raises ValueError on other shapes."""
+        """Features (N, D) and logits (N, classes) of uint8 images (N, C, H, W). Raises ValueError on other shapes."""
         expected = (self.info.channels, self.info.size, self.info.size)
         if images.dtype != torch.uint8 or images.shape[1:] != expected:
             shape, kind = tuple(images.shape[1:]), "" if images.dtype == torch.uint8 else f"{images.dtype} "
@@ -172,7 +220,7 @@ def open_features(path: str | Path, device: str | torch.device = "cpu", batch: i
         info = Info(**json.loads(metadata["info"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"features: {str(path)!r} has no readable 'info' metadata ({error!r}); {REMAKE}") from None
-    net = FeatureNet(info.classes, info.channels)
+    net = NETWORKS[info.network](info.classes, info.channels)
     expected = net.state_dict()
     wrong = [f"{key} missing" for key in expected.keys() - weights.keys()]
     wrong += [f"{key} unknown" for key in weights.keys() - expected.keys()]
@@ -203,7 +251,7 @@ class ClassReward(nn.Module):
 
 
 class FeatureMaps(nn.Module):
-    """The small network's maps before its two poolings and at its end, to compare images by; called with images."""
+    """The small network's maps at its three resolutions, to compare images by; called with images."""
 
     def __init__(self, network: SmallNetwork):
         super().__init__()
@@ -211,7 +259,7 @@ class FeatureMaps(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         body, maps = self.net.body, []
-        for first, last in ((0, 1), (1, 4), (4, 7)):
+        for first, last in self.net.stages:
             x = body[first:last](x)
             maps.append(x)
         return tuple(maps)

@@ -34,8 +34,8 @@ def class_variances(features: np.ndarray, labels: np.ndarray, classes: int) -> n
 class Reference:
     """Statistics of real images under one extractor.
 
-    mean (D,), covariance (D, D): float64, of all `images`. features (min(images, 10,000), D): float16 of the first, a
-    random subset when the images came shuffled. variances (classes,): within each class, empty without labels.
+    mean (D,), covariance (D, D): float64, of all `images`. features (at most 10,000, D): float16 of the first, a random
+    subset when the images came shuffled. variances (classes,): within each class, empty without labels.
     extractor: hash of the network. hash: digest of this file.
     """
 
@@ -62,9 +62,17 @@ FIELDS = ("name", "images", "mean", "covariance", "features", "variances", "extr
 
 
 def save_reference(
-    path: str | Path, name: str, outputs: Outputs, extractor: Extractor, labels: np.ndarray | None = None
+    path: str | Path,
+    name: str,
+    outputs: Outputs,
+    extractor: Extractor,
+    labels: np.ndarray | None = None,
+    keep: int = KEPT,
 ) -> Reference:
-    """Writes the statistics of an extractor's outputs on real images, in the order given; returns them as read back."""
+    """Writes the statistics of an extractor's outputs on real images, in the order given; returns them as read back.
+
+    keep: images whose features are kept, the first ones.
+    """
     mean, covariance = moments(outputs.features)
     classes = 0 if labels is None or outputs.logits is None else outputs.logits.shape[1]
     variances = class_variances(outputs.features, labels, classes) if classes else np.zeros(0)
@@ -76,7 +84,7 @@ def save_reference(
         images=np.array(len(outputs.features)),
         mean=mean,
         covariance=covariance,
-        features=outputs.features[:KEPT].astype(np.float16),
+        features=outputs.features[:keep].astype(np.float16),
         variances=variances,
         extractor=np.array(extractor.hash),
     )
