@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .denoiser import Denoiser
-from .lora import Lora
+from .lora import Lora, active
 
 ENCODER = 0.4  # of a pass that leaves at a tap; 0.27 to 0.43 of the published UNets
 
@@ -33,6 +33,8 @@ class Passes:
             handle.remove()
 
     def _note(self, net: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
+        if isinstance(net, Denoiser) and active() is not None:
+            return  # the adapter's own pass, which counts as the adapter's
         mode = args[3] if len(args) > 3 else kwargs.get("mode", "x0")
         first = out
         while isinstance(first, tuple):
