@@ -66,6 +66,7 @@ CELLS = {
     "snoopi": Cell({}, {"guidance_spread": 0.0}, ("swiftbrush", {"guidance": 2.25})),
     "regression": Cell({"steps": 3}),
     "denoising": Cell(generates=False),
+    "preparation": Cell({"time_scale": 0.5}, generates=False),
     "scm": Cell({"warmup_steps": 2, "weighting": "learned", "guidance_range": (1, 3)}, generates=False),
     "lcm": Cell({"guidance": 2, "guidance_range": (1, 3)}),
     "pcm": Cell({"solver_steps": 20}),

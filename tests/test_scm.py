@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import toy
+from tiny import FAMILIES
 
 from fewstep.diffusion.draws import Draws, lognormal_level
 from fewstep.diffusion.samplers import run_calls
 from fewstep.diffusion.tangent import TRIG, tangent, velocity
 from fewstep.methods import METHODS, Batch
 from fewstep.networks.conditions import Nothing
+from fewstep.networks.pretrained import open_teacher, save_denoiser
 
 SCM = METHODS["scm"]
 MEAN, STD = (0.3, -0.2), 0.25
@@ -118,3 +120,50 @@ def test_a_student_that_is_told_the_guidance_scale_starts_as_the_teacher_at_ever
     assert 1 <= scales.min() and scales.max() < 3 and abs(scales.mean() - 2) < 0.05
     with pytest.raises(ValueError, match="give the lower one first"):
         SCM(guidance_range=(3, 1))
+
+
+# SANA-Sprint's preparation of the teacher
+
+
+def test_a_teacher_keeps_its_answers_when_its_time_is_told_otherwise(pretrained):
+    method = METHODS["preparation"](time_scale=0.25, mean=-0.5)
+    train = {"steps": 400, "batch": 96, "report_every": 20, "save_every": 400}
+    options = {"data": toy.OVERLAPPING, "lr": {"student": 4e-3}, "optim": {"decay_from": 0.3}}
+    before = toy.weights(pretrained)
+    engine = toy.make_engine(method, teacher=pretrained, start=pretrained, **options, **train)
+    reports = toy.finish(engine)
+    first, *_, last = ((r["student/mse"] / r["health/teacher_square"]) ** 0.5 for r in reports)
+    print(f"relative error of the outputs: {first:.3f} in the first steps, {last:.3f} at the end")
+    assert (pretrained.time_scale, engine.student.time_scale) == (1.0, 0.25)
+    assert last < 0.15 < 0.35 < first and toy.same(toy.weights(pretrained), before)
+    sprint = METHODS["sana_sprint"]().nets(toy.Make(engine.student, engine.student))
+    x, extra = torch.randn(8, 2, 1, 1), {"guidance": torch.full((8,), 4.5)}
+    level = TRIG.level(torch.linspace(0.1, 1.5, 8), 4)
+    assert torch.equal(sprint["student"](x, level, extra=extra), sprint["teacher"](x, level))
+
+
+def test_a_prepared_transformer_has_the_norms_and_is_stock_diffusers_again(tmp_path):
+    family = FAMILIES["sana"]
+    teacher = open_teacher(family.save(tmp_path / "sana"))
+    prepared = METHODS["preparation"](qk_norm=True).nets(toy.Make(teacher, teacher))["student"]
+    own, theirs = prepared.state_dict(), teacher.state_dict()
+    added = own.keys() - theirs.keys()
+    assert (teacher.time_scale, prepared.time_scale) == (1000.0, 1.0)
+    assert added and all(".norm_q." in name or ".norm_k." in name for name in added)
+    assert all(torch.equal(own[name], value) for name, value in theirs.items())
+
+    save_denoiser(prepared, tmp_path / "prepared")
+    again, cond = open_teacher(tmp_path / "prepared"), family.cond(2)
+    x, level = torch.randn(2, *teacher.shape), prepared.schedule.level(torch.tensor([0.3, 0.9]), 4)
+    sprint = METHODS["sana_sprint"]().nets(toy.Make(again, again))
+    with torch.no_grad():
+        expected = prepared(x, level, cond)
+        assert torch.equal(again(x, level, cond), expected) and not torch.equal(teacher(x, level, cond), expected)
+        student = sprint["student"](x, level, cond, extra={"guidance": torch.tensor([1.0, 4.5])})
+        assert torch.equal(student, expected)
+
+
+def test_a_network_without_a_norm_of_queries_and_keys_says_which_ones_have_it(tmp_path):
+    teacher = open_teacher(FAMILIES["pixart"].save(tmp_path / "pixart"))
+    with pytest.raises(ValueError, match="qk_norm: PixArtTransformer2DModel has no norm of queries and keys; Sana"):
+        METHODS["preparation"](qk_norm=True).nets(toy.Make(teacher, teacher))

@@ -25,7 +25,7 @@ from fewstep.engine.world import World
 from fewstep.methods import METHODS, Method
 from fewstep.networks.conditions import Labels, Nothing
 from fewstep.networks.denoiser import Denoiser
-from fewstep.networks.pretrained import new_head
+from fewstep.networks.pretrained import new_head, variant_of
 
 CORNERS = [[0.6, 0.6], [-0.6, 0.6], [0.6, -0.6], [-0.6, -0.6]]
 DATA_STD = 0.6
@@ -192,6 +192,9 @@ class Make:
 
     def copy(self, role: str, extra: tuple[str, ...] = ()) -> nn.Module:
         return deepcopy(self.start).add_extra(*extra)
+
+    def variant(self, role: str, time_scale: float, qk_norm: bool) -> nn.Module:
+        return variant_of(self.start, time_scale, qk_norm)
 
     def head(self, role: str, at: tuple[str, ...] = ("middle",)) -> nn.Module:
         return head() if isinstance(self.start.backbone, MLP) else new_head(self.start, at)

@@ -40,7 +40,16 @@ from .networks.denoiser import Denoiser
 from .networks.latents import FOLDER as CODEC
 from .networks.latents import find_latents
 from .networks.lora import Lora, merge
-from .networks.pretrained import Network, empty_denoiser, locate, network_of, new_denoiser, new_head, open_teacher
+from .networks.pretrained import (
+    Network,
+    empty_denoiser,
+    locate,
+    network_of,
+    new_denoiser,
+    new_head,
+    open_teacher,
+    variant_of,
+)
 from .networks.prompts import open_encoder, pipeline_class
 from .networks.text import Clip, new_clip
 from .recipe import Data, Recipe, Role, check_secrets, read_run
@@ -212,6 +221,10 @@ class Maker:
                 raise ValueError(f"roles.{role}.network: its {what} {own} differ from the teacher's {wanted}")
         net.codec, net.conditions = teacher.codec, teacher.conditions
         return net
+
+    def variant(self, role: str, time_scale: float, qk_norm: bool) -> nn.Module:
+        """A whole copy of the teacher with another factor on its time, and with an RMS norm of queries and keys."""
+        return variant_of(self.teacher, time_scale, qk_norm)
 
     def head(self, role: str, at: tuple[str, ...] = ("middle",)) -> nn.Module:
         """A GAN head over the teacher's taps."""

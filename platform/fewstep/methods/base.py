@@ -45,6 +45,12 @@ class Make(Protocol):
         extra: names of further scalars that it is given, such as a guidance scale; they have no effect at first.
         """
 
+    def variant(self, role: str, time_scale: float, qk_norm: bool) -> nn.Module:
+        """A whole copy of the teacher with another factor on its time, and with an RMS norm of queries and keys.
+
+        Raises ValueError for a network that has no such norm.
+        """
+
     def head(self, role: str, at: tuple[str, ...] = ("middle",)) -> nn.Module:
         """A GAN head, (maps of the taps `at`) -> logits (B,)."""
 

@@ -8,6 +8,7 @@ a recipe's to choose.
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,6 +44,8 @@ from .weights import (
 
 DESCRIPTION = "fewstep.json"
 FLUX = "FluxTransformer2DModel"
+QK_NORMS = {"SanaTransformer2DModel": "rms_norm_across_heads", "SD3Transformer2DModel": "rms_norm"}
+"""The RMS norm of queries and keys that a model of diffusers has, by the value of its `qk_norm`."""
 
 
 class Network(Strict):
@@ -186,6 +189,27 @@ def network_of(denoiser: Denoiser) -> Network:
         patch=getattr(backbone, "patch", 1),
         size=getattr(backbone, "size", None),
     )
+
+
+def variant_of(denoiser: Denoiser, time_scale: float, qk_norm: bool = False) -> Denoiser:
+    """A copy of a network with another factor on its time, and with an RMS norm of queries and keys; the norm's scales
+    are one at first. Raises ValueError for a model without such a norm."""
+    net = deepcopy(denoiser)
+    if qk_norm:
+        network = network_of(denoiser)
+        if network.model not in QK_NORMS:
+            raise ValueError(
+                f"qk_norm: {network.model} has no norm of queries and keys; {', '.join(QK_NORMS)} have one"
+            )
+        config = network.config | {"qk_norm": QK_NORMS[network.model]}
+        meta = next(denoiser.parameters()).is_meta
+        net = new_denoiser(network.model_copy(update={"config": config}), denoiser.precision, weights=not meta)
+        if not meta:
+            net.load_state_dict(net.state_dict() | denoiser.state_dict())
+        net.codec, net.conditions = denoiser.codec, denoiser.conditions
+        net.train(denoiser.training)
+    net.time_scale = time_scale
+    return net
 
 
 def save_denoiser(denoiser: Denoiser, folder: Path, name: str | None = None) -> None:
