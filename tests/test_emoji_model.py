@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from toy import same, weights
 
 from fewstep import build
 from fewstep.config import ConfigError, read_json, resolve
@@ -20,6 +21,7 @@ from fewstep.data.emoji import COLOURS, STYLES
 from fewstep.data.feed import open_feed
 from fewstep.data.manifest import Column
 from fewstep.data.shards import ShardWriter
+from fewstep.diffusion.draws import Draws
 from fewstep.methods.codec import edge_loss, kl_divergence
 from fewstep.networks.latents import find_latents
 from fewstep.networks.parts import SCORER
@@ -128,6 +130,21 @@ def test_the_recipes_train_one_part_after_the_other_up_to_a_stock_pipeline(tmp_p
 @pytest.mark.parametrize("variant", ["emoji_teacher_eps", "emoji_teacher_flow"])
 def test_the_teachers_variants_train(tmp_path, variant):
     run(variant, tmp_path, **{"data.path": str(encoded(tmp_path / "encoded"))})
+
+
+@pytest.mark.parametrize("name", ["sana_sprint", "rcm", "hyper_sd", "twinflow"])
+def test_the_trajectory_recipes_start_and_train_on_the_shipped_teacher(tmp_path, name):
+    given = SHORT | {"train.batch": 1, "out": str(tmp_path), "data.path": str(encoded(tmp_path / "encoded"))}
+    short = open_recipe(f"emoji_{name}", RECIPES, given)
+    with build.make_feed(short.data, 0) as feed:
+        engine = build.make_engine(short, feed)
+        before = weights(engine.nets["student"])
+        assert all(np.isfinite(list(report.metrics.values())).all() for report in engine.run())
+    assert not same(weights(engine.nets["student"]), before)
+    sampler = build.student_sampler(short.method, engine.sampling)
+    with torch.no_grad():
+        x0 = sampler.sample(torch.randn(1, *sampler.shape), sampler.conditions.listed(torch.arange(1)), Draws(0, 0))
+    assert sampler.calls == 4 and x0.shape == (1, 4, 16, 16) and x0.isfinite().all()
 
 
 # What is shipped
