@@ -776,6 +776,12 @@ def test_passes_are_those_of_the_published_step_without_a_gan():
     engine.nets["teacher"](torch.randn(3, 2, 1, 1), Level(torch.ones(3, 1, 1, 1), torch.ones(3, 1, 1, 1)))
     assert passes.count == 48  # not entered any more
 
+    x, level = torch.randn(3, 1, 28, 28), Level(torch.ones(3, 1, 1, 1), torch.ones(3, 1, 1, 1))
+    base = open_teacher("shipped:fashion_mnist/teacher").requires_grad_(False)
+    with Passes({"teacher": base, "student": (adapter := Lora(base, 2))}) as passes:
+        adapter(x, level, torch.zeros(3, dtype=torch.int64))
+    assert passes.count == 9  # the adapter's pass and its gradient, and none of the base beside it
+
 
 def test_the_mean_of_two_students_lies_between_them():
     a, b = toy.denoiser(1), toy.denoiser(2)
@@ -787,10 +793,35 @@ def test_the_mean_of_two_students_lies_between_them():
         between(a, toy.denoiser(1, classes=4), 0.5)
 
 
+def league(tmp_path, *more: str) -> list[dict]:
+    """Rows of a small league in a folder, after one more start of the job."""
+    scores = {"metrics": ["fd_fashion", "class_consistency", "map_error"]}
+    scores["settings.map_error"] = {"images": 4, "steps": 2}
+    words = [f"evaluate={json.dumps(scores)}", "images=20", f"out={tmp_path / 'league'}"]
+    command("league")([*words, *more])
+    return json.loads((tmp_path / "league" / "rows.json").read_text())
+
+
 def test_a_league_pays_each_recipe_with_the_same_budget(tmp_path):
-    words = ["recipes=[fashion_mnist]", "budget=120", "images=20", f"out={tmp_path / 'league'}"]
-    command("league")(words)
-    (row,) = json.loads((tmp_path / "league" / "rows.json").read_text())
+    given = ["recipes=[fashion_mnist]", "chains=[]"]
+    (row,) = league(tmp_path, *given, "budget=120")
     assert row["method"] == "dmd2" and row["calls"] == 1 and 60 < row["passes"] < 400 and row["steps"] >= 1
-    assert {"fd_fashion", "class_consistency", "diversity", "cpu_s"} <= row.keys()
+    assert {"fd_fashion", "class_consistency", "map_error", "cpu_s"} <= row.keys() and row["seen_by_loss"] == []
     assert (tmp_path / "league" / "table.md").read_text().count("\n") == 3
+    assert league(tmp_path, *given, "budget=120") == [row]  # which has run is not run again
+    with pytest.raises(SystemExit):
+        league(tmp_path, *given, "budget=121")
+
+
+@pytest.mark.slow
+def test_a_leagues_pairs_count_and_the_stages_of_a_chain_share_its_budget(tmp_path):
+    (tmp_path / "two.yaml").write_text(
+        "stages:\n- {recipe: fashion_mnist_instaflow, set: {method.teacher_steps: 3}}\n"
+        "- {recipe: fashion_mnist_instaflow, set: {teacher: '{1}', method.stage: distil, method.teacher_steps: 2}}\n"
+    )
+    chains = f"chains=[{tmp_path / 'two.yaml'}]"
+    pairs, chain = league(tmp_path, "recipes=[fashion_mnist_hipa]", chains, "budget=600")
+    # 33 pairs of nine calls, then the adapter's pass with its gradient and three of the encoder, 0.4 of a pass each
+    assert pairs["method"] == "hipa" and pairs["passes"] == pytest.approx(33 * 9 + pairs["steps"] * 32 * 4.2)
+    # three and two passes of the teacher a sample, and in both stages three of the student
+    assert chain["method"] == "instaflow" and chain["passes"] == 2 * 32 * 6 + 2 * 32 * 5 and chain["steps"] == 4

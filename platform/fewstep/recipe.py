@@ -6,7 +6,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -485,3 +485,38 @@ def open_recipe(ref: str, folder: Path, overrides: Mapping[str, Any]) -> Recipe:
     recipe = with_secrets(recipe)
     check_secrets(recipe)
     return recipe
+
+
+class Stage(Strict):
+    """One run of a chain."""
+
+    recipe: str
+    """Name of a file of jobs/recipes, or the path of a .yaml file."""
+    set: dict[str, Any] = {}
+    """Dotted keys of the recipe, and their values, in which "{1}" stands for the folder of the first stage's run."""
+
+    def given(self, folders: Sequence[str]) -> dict[str, Any]:
+        """Returns `set` with "{1}", "{2}", ... replaced by the folders of those stages."""
+        return _filled(self.set, folders)
+
+
+class Stages(Strict):
+    """A chain's file."""
+
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    """The runs, in order."""
+
+
+def open_chain(ref: str, folder: Path) -> list[Stage]:
+    """Reads the stages of a chain, which is found as `find_recipe` finds a recipe. Raises ConfigError."""
+    return validate(Stages, read(find_recipe(ref, folder))).stages
+
+
+def _filled(value: Any, folders: Sequence[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _filled(inner, folders) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_filled(inner, folders) for inner in value]
+    for i, folder in enumerate(folders, 1):
+        value = value.replace(f"{{{i}}}", folder) if isinstance(value, str) else value
+    return value

@@ -13,8 +13,11 @@ import torch
 
 from . import build
 from .config import ConfigError, read_json, resolve, resolve_out
-from .data.shards import ShardError, open_shards
-from .diffusion.samplers import Call
+from .data.manifest import Column
+from .data.noise import noise
+from .data.shards import ShardError, ShardWriter, open_shards
+from .diffusion.draws import Draws, fold
+from .diffusion.samplers import Call, to_uint8
 from .engine.folder import complete
 from .engine.manifest import read_manifest
 from .folders import EXPORT, PIPELINE, replaceable
@@ -148,6 +151,33 @@ def open_sampler(
     for each in (net, *others.values()):
         each.to(device)
     return sampler()
+
+
+@torch.no_grad()
+def write_pairs(
+    sampler: build.Sampler,
+    out: Path,
+    pairs: int,
+    seed: int = 0,
+    batch: int = 250,
+    device: torch.device | str = "cpu",
+    overwrite: bool = False,
+    **source: Any,
+) -> None:
+    """Writes a shard set of pairs: a sample as an image, its class, and the number of its noise, from which training
+    makes the noise again. source: facts of the teacher, for the manifest. Raises ShardError."""
+    classes = sampler.conditions.classes or 0
+    column = Column(name="noise", kind="noise", shape=(1,), dtype="int64")
+    source = {"source": "pairs", "sampler": sampler.name, "seed": seed} | source
+    options = {"classes": classes, "columns": [column], "source": source, "seed": seed, "overwrite": overwrite}
+    with ShardWriter(out, sampler.shape, **options) as writer:
+        for first in range(0, pairs, batch):
+            rows = torch.arange(first, min(first + batch, pairs))
+            numbers = torch.tensor([fold(seed, "pairs", row) for row in rows.tolist()])
+            labels, z = sampler.conditions.listed(rows), noise(numbers.numpy(), sampler.shape).to(device)
+            x0 = sampler.sample(z, labels.to(device) if classes else None, Draws(seed, first, device=device))
+            for i, image in enumerate(to_uint8(x0).cpu().numpy()):
+                writer.add(image, int(labels[i]) if classes else None, noise=numbers[i : i + 1].numpy())
 
 
 def few_step_calls(method: Any, net: Denoiser) -> tuple[Call, ...]:
