@@ -30,7 +30,7 @@ METHODS = (
     *("scm", "sana_sprint", "rcm", "tbcm", "lcm", "pcm", "ladd", "sid", "boot", "twinflow", "mdt"),
 )
 RECIPES = ["fashion_mnist" + (f"_{name}" if name != "dmd2" else "") for name in METHODS]
-CHAINS = [f"fashion_mnist_{name}" for name in ("phased_dmd", "hyper_sd", "instaflow")]
+CHAINS = [f"fashion_mnist_{name}" for name in ("phased_dmd", "hyper_sd", "instaflow", "msd")]
 SECOND = "shipped:fashion_mnist/residual"
 SCORES = {
     "metrics": ["fd_fashion", "fd_fashion_residual", "class_consistency", "diversity", "recall", "map_error"],
