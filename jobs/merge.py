@@ -23,7 +23,7 @@ class Merge(Strict):
     """Exports the mean of two runs' students."""
 
     first: str
-    """Folder of a run or a checkpoint; its method says how the merged network is called."""
+    """Folder of a run or a checkpoint; its method says how the merged network is called, and with which others."""
     second: str
     """Folder of another with the same network."""
     weight: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -48,7 +48,8 @@ def main(job: Merge) -> None:
     method = one.recipe.method
     training = f"{job.weight:g} of {one.recipe.name} and {1 - job.weight:g} of {other.recipe.name}"
     card = Card(name=out.name, method=method.tag, training=training)
-    worst = export(net, out, calls=few_step_calls(method, net), card=card, overwrite=job.overwrite)
+    options = {"calls": few_step_calls(method, net), "others": one.others, "overwrite": job.overwrite}
+    worst = export(net, out, card=card, **options)
     print(json.dumps({"folder": str(out), "weight": job.weight, "max_difference": worst}))
 
 
