@@ -18,7 +18,8 @@ class Passes:
     """Counts the passes of denoisers while it is entered, in units of one sample's forward pass.
 
     A pass whose output has a graph counts its backward pass, too: twice the forward one where the network trains, once
-    where the graph only runs through it. A pass for features alone counts `ENCODER`. Heads and helpers count nothing.
+    where the graph only runs through it. A pass for features alone counts `ENCODER`. Heads and helpers count nothing. A
+    network of another size than the teacher's counts as one of its size.
     """
 
     def __init__(self, nets: Mapping[str, nn.Module]):
