@@ -10,14 +10,12 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
 
-from fewstep.build import Sampler, grid, make_samples, read_prompts
+from fewstep.build import Sampler, grid, make_samples, png, read_prompts
 from fewstep.config import Strict, command, resolve_out
 from fewstep.engine.world import World, device_of
-from fewstep.folders import MADE_HERE, overwritable
+from fewstep.folders import overwritable
 from fewstep.students import open_sampler
 
 Count = Annotated[int, Field(ge=1)]
@@ -78,11 +76,9 @@ def prompts_of(given: list[str] | str | None) -> list[str] | None:
 
 
 def write(picture: torch.Tensor, path: Path) -> None:
-    """uint8 (H, W, C) as a PNG that says that it was made here."""
+    """uint8 (H, W, C) as a PNG file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = PngInfo()
-    made.add_text("Software", MADE_HERE)
-    Image.fromarray(picture.squeeze(-1).numpy()).save(path, "PNG", pnginfo=made)
+    path.write_bytes(png(picture))
 
 
 @command(Sample)

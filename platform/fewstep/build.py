@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,12 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from .config import ConfigError, Strict, read_json, resolve, resolve_ref, validate
 from .data.feed import Feed, open_feed
 from .data.shards import Shards, captions, latents, numbers, open_shards
-from .diffusion.draws import Draws, fold
+from .diffusion.draws import Draws, Joined, fold
 from .diffusion.guidance import guided
 from .diffusion.level import Level
 from .diffusion.samplers import Call, ddim, heun, run_calls, to_uint8
@@ -30,7 +33,7 @@ from .engine.manifest import read_manifest
 from .engine.train import Engine, NoData
 from .engine.world import World
 from .files import sha256_of
-from .folders import write_private
+from .folders import MADE_HERE, write_private
 from .methods import Method
 from .metrics.base import Measure, Samples
 from .metrics.features import ClassReward, FeatureMaps, open_features
@@ -588,7 +591,18 @@ def teacher_sampler(net: nn.Module, steps: int, guidance: float = 1.0) -> Sample
     return (ddim_sampler if isinstance(net.conditions, Texts) else heun_sampler)(net, steps, guidance)
 
 
+def sample_draws(seed: int, world: World, first: int = 0) -> Draws:
+    """The random numbers of the batch of samples that begins with number `first`."""
+    return Draws(fold(seed, "samples"), first, world.rank, world.size, world.device)
+
+
 @torch.no_grad()
+def draw(sampler: Sampler, draws: Draws | Joined, images: int, cond: Any) -> Tensor:
+    """uint8 (images, C, H, W) on the CPU: one batch of samples. cond: a condition for each of them."""
+    z = draws.normal("z", (images, *sampler.shape))
+    return to_uint8(sampler.pictures(sampler.sample(z, cond, draws))).cpu()  # waits for the device
+
+
 def make_samples(
     sampler: Sampler,
     images: int,
@@ -609,11 +623,9 @@ def make_samples(
     for first in range(0, images, batch):
         alive()
         start = time.perf_counter()
-        draws = Draws(fold(seed, "samples"), first, world.rank, world.size, world.device)
-        z = draws.normal("z", (batch // world.size, *sampler.shape))
         numbers = torch.arange(first, first + batch, device=world.device)[world.rank :: world.size]
         cond = sampler.conditions.listed(numbers)
-        mine.append(to_uint8(sampler.pictures(sampler.sample(z, cond, draws))).cpu())  # waits for the device
+        mine.append(draw(sampler, sample_draws(seed, world, first), batch // world.size, cond))
         laps.append(time.perf_counter() - start)
     seconds = median(laps) * images / batch
     whole = _interleave(torch.cat(mine), batch, world)
@@ -655,3 +667,11 @@ def grid(images: Tensor, columns: int) -> Tensor:
     canvas = torch.zeros(rows * columns, c, h, w, dtype=torch.uint8)
     canvas[:n] = images
     return canvas.view(rows, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)
+
+
+def png(picture: Tensor) -> bytes:
+    """A uint8 picture (H, W, C) as a PNG file that says that it was made here."""
+    made, file = PngInfo(), BytesIO()
+    made.add_text("Software", MADE_HERE)
+    Image.fromarray(picture.squeeze(-1).numpy()).save(file, "PNG", pnginfo=made)
+    return file.getvalue()

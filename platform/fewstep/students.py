@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from .networks.card import Card
 from .networks.codec import Codec
 from .networks.conditions import Texts
 from .networks.denoiser import Denoiser
-from .networks.export import INFERENCE, check_exportable, export, exported_calls
+from .networks.export import INFERENCE, check_exportable, export, exported_calls, exported_class_names
 from .networks.export_pipeline import export_pipeline, scheduler_of
 from .networks.parts import save_part
 from .networks.pretrained import locate, open_teacher
@@ -111,6 +111,44 @@ def recipe_of(ref: str) -> Recipe | None:
     return read_run(path.parent) if path.is_file() else None
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A generator whose networks are open: a student as it was distilled, or a teacher.
+
+    sampler: made from the solver's steps and guidance, which count for a teacher alone. others: the further networks
+    that it calls. pipeline: the folder with its codec and text encoders, if it has one. class_names: () if not known.
+    """
+
+    net: Denoiser
+    sampler: Callable[[int, float], build.Sampler]
+    others: dict[str, Denoiser] = field(default_factory=dict)
+    pipeline: Path | None = None
+    class_names: tuple[str, ...] = ()
+    distilled: bool = True
+
+
+def open_generator(ref: str | Path, device: torch.device | str = "cpu") -> Opened:
+    """The generator of a run, a checkpoint or an export, or a teacher. Raises ValueError naming the file at fault."""
+    folder = locate(ref)
+    if (folder / "recipe.yaml").is_file() or complete(folder):
+        student = open_student(folder)
+        names = _class_names(student) or ()
+        sampler = lambda steps, guidance: student.sampler
+        opened = Opened(student.net, sampler, student.others, build.pipeline_folder(student.recipe), names)
+    else:
+        net, calls = open_teacher(folder).requires_grad_(False), exported_calls(folder)
+        names = {role for call in calls or () for role in call.roles} - {"student"}
+        others = {name: open_teacher(folder / name).requires_grad_(False) for name in names}
+        if calls is None:
+            sampler = lambda steps, guidance: build.teacher_sampler(net, steps, guidance)
+        else:
+            sampler = lambda steps, guidance: build.few_step_sampler({"student": net} | others, calls)
+        opened = Opened(net, sampler, others, folder, exported_class_names(folder, net.classes), calls is not None)
+    for each in (opened.net, *opened.others.values()):
+        each.to(device)
+    return opened
+
+
 def open_sampler(
     ref: str,
     steps: int = 18,
@@ -126,31 +164,17 @@ def open_sampler(
     None takes those of a run's recipe. negative: a text to subtract from them in cross-attention, by `negative_scale`.
     Raises ValueError naming the file at fault.
     """
-    folder = locate(ref)
-    if (folder / "recipe.yaml").is_file() or complete(folder):
-        student = open_student(folder)
-        net, others, pipeline = student.net, student.others, build.pipeline_folder(student.recipe)
-        sampler = lambda: student.sampler
-    else:
-        net, calls, pipeline = open_teacher(folder).requires_grad_(False), exported_calls(folder), folder
-        names = {role for call in calls or () for role in call.roles} - {"student"}
-        others = {name: open_teacher(folder / name).requires_grad_(False) for name in names}
-        if calls is None:
-            sampler = lambda: build.teacher_sampler(net, steps, guidance)
-        else:
-            sampler = lambda: build.few_step_sampler({"student": net} | others, calls)
-    texts = isinstance(net.conditions, Texts)
+    opened = open_generator(ref, device)
+    net, texts = opened.net, isinstance(opened.net.conditions, Texts)
     if prompts is not None and not texts:
         raise ValueError("prompts: this model takes no texts; leave them out")
     if prompts is not None:
-        build.with_pipeline(net, pipeline, listing=prompts)
+        build.with_pipeline(net, opened.pipeline, listing=prompts)
     elif texts and net.conditions.listing is None and net.conditions.prompts is None:
         raise ValueError("prompts: missing; this model generates for texts: give one, a list, or a text file")
     if negative is not None:
-        build.subtract(net, pipeline, negative, negative_scale)
-    for each in (net, *others.values()):
-        each.to(device)
-    return sampler()
+        build.subtract(net, opened.pipeline, negative, negative_scale)
+    return opened.sampler(steps, guidance)
 
 
 @torch.no_grad()
@@ -283,6 +307,6 @@ def _class_names(student: Student) -> tuple[str, ...] | None:
         return None
     try:
         manifest = open_shards(resolve(student.recipe.data.path), verify="size").manifest
-    except ShardError:
+    except (ShardError, ConfigError):  # it is gone, or not on this machine
         return None
     return manifest.class_names if len(manifest.class_names) == student.net.classes else None

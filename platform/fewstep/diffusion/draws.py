@@ -69,6 +69,20 @@ class Draws:
         return fold(self.seed, self.step, name) % options
 
 
+@dataclass(frozen=True)
+class Joined:
+    """The draws of several small batches that are sampled as one: each gets the numbers that it would get alone.
+
+    parts: draws and number of samples of each batch, in order.
+    """
+
+    parts: tuple[tuple[Draws, int], ...]
+
+    def normal(self, name: str, shape: tuple[int, ...] | torch.Size) -> Tensor:
+        """N(0, I) of `shape` (B, ...), float32; B is the number of samples of all batches."""
+        return torch.cat([draws.normal(name, (count, *shape[1:])) for draws, count in self.parts])
+
+
 INDICES = 1000  # the published methods count noise levels in thousandths of the schedule's ramp
 
 

@@ -162,6 +162,16 @@ def exported_calls(folder: Path) -> tuple[Call, ...] | None:
     )
 
 
+def exported_class_names(folder: Path, classes: int | None) -> tuple[str, ...]:
+    """Names of the classes in an export, in order; () where it has none, or not one for each class."""
+    index = folder / INDEX
+    sampling = read_json(index).get("sampling") if index.is_file() else None
+    found = sampling.get("class_names") if isinstance(sampling, dict) else None
+    if not isinstance(found, list) or len(found) != classes or not all(isinstance(name, str) for name in found):
+        return ()
+    return tuple(found)
+
+
 def check_exportable(denoiser: Denoiser, calls: Sequence[Call]) -> None:
     """Raises ExportError for a generator without a pipeline here. The weights are not looked at."""
     if not isinstance(denoiser.backbone, UNet):
