@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from PIL import Image
 from test_every_method import in_this_process
 from test_networks import unet
 
+from fewstep.config import UserError
 from fewstep.diffusion.samplers import calls_at
 from fewstep.diffusion.schedules import EDM
 from fewstep.networks import export as exporting
@@ -31,6 +33,7 @@ from fewstep.networks.card import Card
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.export import export
 from fewstep.tracking import Tracker
+from fewstep.tracking.runs import exported, inside
 
 LOAD = """
 import base64, json, sys
@@ -81,6 +84,39 @@ def test_a_model_loads_by_its_alias_and_gives_the_images_of_its_pipeline(registe
     assert rows == [0, 1, 1] and error == "count: [1000000]; give 1 or more a row, and at most 1000 together"
     for got, wanted in zip(images, expected(folder), strict=True):
         assert np.array_equal(decoded(got), wanted)
+
+
+def test_its_export_is_found_by_alias_and_by_version(registered):
+    folder, env = registered
+    for ref in ("models:/two@newest", "models:/two/1"):
+        with exported(ref, env["MLFLOW_TRACKING_URI"]) as found:
+            names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+            assert [(found / name).read_bytes() for name in names] == [(folder / name).read_bytes() for name in names]
+        assert not found.exists()
+
+
+@pytest.mark.parametrize(
+    ("ref", "says"),
+    [
+        ("models:/two@older", "'models:/two@older' is not in"),
+        ("models:/three/1", "'models:/three/1' is not in"),
+        ("models:/two", "is no registered model"),
+        ("models:/../two@newest", "is no registered model"),
+        ("models:/..@newest", "is no registered model"),
+        ("models:/two@newest/../..", "is no registered model"),
+    ],
+)
+def test_a_reference_to_no_model_is_an_error_of_one_line(registered, ref, says):
+    with pytest.raises((UserError, ValueError), match=re.escape(says)) as error:
+        with exported(ref, registered[1]["MLFLOW_TRACKING_URI"]):
+            pass
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_does_not_point_out_of_its_folder(tmp_path):
+    (tmp_path / "MLmodel").write_text("flavors:\n  python_function:\n    data: ../..\n    loader_module: x\n")
+    with pytest.raises(ValueError, match="it holds no export of ours"):
+        inside(tmp_path)
 
 
 @pytest.mark.slow

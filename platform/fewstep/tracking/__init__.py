@@ -1,7 +1,7 @@
 """Tracking of runs with MLflow. A report is written to disk at once, and sent as soon as the server answers."""
 
 from .provenance import Provenance, provenance
-from .runs import Point, Run, Store, find_run
+from .runs import Point, Run, Store, exported, find_run
 from .store import prepare_store, tracking_uri
 from .tracker import Sent, Tracker, send
 
@@ -12,6 +12,7 @@ __all__ = [
     "Sent",
     "Store",
     "Tracker",
+    "exported",
     "find_run",
     "prepare_store",
     "provenance",

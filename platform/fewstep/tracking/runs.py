@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import mlflow
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
+from ..config import UserError
+from ..texts import quoted
 from .store import database, prepare_store, store_errors, tracking_uri, without_password
 
 NEWEST = ["attributes.start_time DESC"]
@@ -146,6 +151,49 @@ class Store:
 def find_run(uri: str | None, ref: str, experiment: str | None = None) -> Run:
     """Finds a run. Arguments and errors are those of `Store` and `Store.find`."""
     return Store(uri, experiment).find(ref)
+
+
+@contextlib.contextmanager
+def exported(ref: str, uri: str | None = None) -> Iterator[Path]:
+    """The export in a registered model, copied to this machine while the context lasts.
+
+    ref: models:/NAME@ALIAS or models:/NAME/VERSION. uri: see `tracking_uri`. Raises ValueError for another form, and
+    TrackingError or UserError for a model that is not there or is none of ours.
+    """
+    form = re.fullmatch(r"models:/([^/:@%'\"]+)(?:@([\w-]+)|/(\d+))", ref)
+    if form is None or set(form[1]) == {"."}:
+        raise ValueError(f"model: {quoted(ref)} is no registered model; give models:/NAME@ALIAS, or models:/NAME/1")
+    name, alias, version = form.groups()
+    store = Store(uri)
+    client = store._client
+    with tempfile.TemporaryDirectory() as folder:
+        with store_errors(store.uri):
+            try:
+                if alias is not None:
+                    version = client.get_model_version_by_alias(name, alias).version
+                source = client.get_model_version_download_uri(name, version)
+            except MlflowException as error:
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
+                raise UserError(f"model: {quoted(ref)} is not in {store.uri}; mlflow ui shows what is there") from None
+            options = {"dst_path": folder, "tracking_uri": client.tracking_uri}
+            place = Path(mlflow.artifacts.download_artifacts(source, **options))
+            try:
+                found = inside(place)
+            except ValueError as error:
+                raise UserError(f"model: {quoted(ref)}: {error}") from None
+        yield found
+
+
+def inside(folder: Path) -> Path:
+    """The export in the folder of a downloaded model. Raises ValueError where it has none, or points elsewhere."""
+    from mlflow.models import Model
+
+    path = folder / "MLmodel"
+    data = Model.load(str(path)).flavors.get("python_function", {}).get("data") if path.is_file() else None
+    if not isinstance(data, str) or not (found := (folder / data).resolve()).is_relative_to(folder.resolve()):
+        raise ValueError("it holds no export of ours; register one with tracking.model of a run")
+    return found
 
 
 def _run(run: MlflowRun) -> Run:
