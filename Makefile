@@ -9,7 +9,7 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
-.PHONY: demo sweep league test chromium faults slow lint bench docs clean
+.PHONY: demo sweep league test chromium faults slow lint bench bench-serve docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make slow       the tests that make test leaves out"
 	@echo "make lint       ruff"
 	@echo "make bench      the ratios the README quotes"
+	@echo "make bench-serve  what a server stands: answers a second, and their times below, at and above that (5 minutes)"
 	@echo "make docs       write docs/keys.md, the page of all keys, from the settings models"
 	@echo "make clean      remove caches and build products; runs and .venv stay"
 
@@ -60,6 +61,9 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python tests/bench.py
+
+bench-serve: $(VENV)/.ready
+	$(BIN)/python tests/bench_serve.py
 
 docs: $(VENV)/.ready
 	$(BIN)/python docs/keys.py

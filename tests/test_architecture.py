@@ -27,7 +27,7 @@ FLOORS = [
     {"recipe"},
     {"build"},
     {"students", "tracking", "watchdog"},
-    {"run", "compare"},
+    {"run", "compare", "serving"},
     {"dryrun", "sweeps", "diagnosis"},
     {"cluster"},
 ]
@@ -44,6 +44,7 @@ ONLY = {
     "optuna": {"sweeps"},
     "matplotlib": {"sweeps"},
     "jinja2": {"page"},
+    "starlette": {"serving"},
     "pyarrow": {"data", "cluster"},
     "torchvision": {"data"},
     "resvg_py": {"data"},

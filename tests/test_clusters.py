@@ -22,9 +22,13 @@ import pytest
 import ray
 import yaml
 from demo import ROOT, words
+from ray._common.utils import import_attr
+from ray.serve.schema import ServeDeploySchema
 
+from fewstep.config import validate
 from fewstep.config import words as parsed
 from fewstep.recipe import open_recipe
+from fewstep.serving.settings import TOKEN, Settings
 
 CLUSTERS = ROOT / "jobs" / "clusters"
 LOCK = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().split())
@@ -48,11 +52,43 @@ def test_a_rayjob_runs_the_locked_ray_and_a_command_line_that_is_valid(name):
     recipe = open_recipe(given["recipe"], ROOT / "jobs" / "recipes", {k: v for k, v in given.items() if k not in own})
     most = sum(group["maxReplicas"] for group in cluster["workerGroupSpecs"])
     assert recipe.cluster.workers <= most and recipe.cluster.wait_s >= 600  # nodes of an autoscaler take minutes
-    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    for pod in (group["template"]["spec"] for group in groups):
+    check_pods(cluster)
+
+
+def check_pods(cluster):
+    """No pod runs as root, and what is mounted is there."""
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
         assert pod["securityContext"]["runAsNonRoot"]
         mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_the_rayservice_runs_the_locked_ray_and_an_application_that_wants_a_token(tmp_path, monkeypatch):
+    service = yaml.safe_load((CLUSTERS / "rayservice.yaml").read_text())
+    assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
+    cluster = service["spec"]["rayClusterConfig"]
+    assert cluster["rayVersion"] == LOCK["ray"] and cluster["authOptions"] == {"mode": "token"}
+    check_pods(cluster)
+    config = ServeDeploySchema(**yaml.safe_load(service["spec"]["serveConfigV2"]))
+    [app] = config.applications
+    settings = validate(Settings, app.args)
+    assert (config.http_options.host, config.http_options.port) == (settings.host, settings.port)
+    assert config.http_options.request_timeout_s > settings.timeout_s
+    [workers] = cluster["workerGroupSpecs"]
+    assert settings.replicas == workers["maxReplicas"] and settings.device == "cuda"
+    for group in (cluster["headGroupSpec"], workers):
+        env = {e["name"]: e for e in group["template"]["spec"]["containers"][0]["env"]}
+        assert env["PYTHONPATH"]["value"] == "/app" and "secretKeyRef" in env[TOKEN]["valueFrom"]
+    monkeypatch.syspath_prepend(str(ROOT))
+    build = import_attr(app.import_path)
+    monkeypatch.delenv(TOKEN, raising=False)
+    with pytest.raises(ValueError, match="set a token in the environment variable FEWSTEP_TOKEN"):
+        build(app.args)
+    monkeypatch.setenv(TOKEN, "0" * 64)
+    built = build(app.args | {"model": "shipped:fashion_mnist/teacher"})
+    options = built._bound_deployment
+    assert (options.num_replicas, options.ray_actor_options["num_gpus"]) == (settings.replicas, 1)
 
 
 def test_the_image_has_the_locked_python_and_runs_as_nobody_special():

@@ -33,7 +33,7 @@ GRAFANA = ROOT / "dashboards" / "grafana"
 WITH_CUDA = {"ray_fewstep_cuda_memory_bytes", "ray_node_gpus_utilization", "ray_node_gram_used"}
 BY_PROMETHEUS = {"ALERTS"}
 FUNCTIONS = {"abs", "and", "by", "clamp_max", "count", "delta", "max", "max_over_time", "min", "min_over_time", "sum"}
-FUNCTIONS |= {"label_values", "on", "time"}
+FUNCTIONS |= {"clamp_min", "label_values", "on", "time"}
 
 Samples = dict[str, list[tuple[dict[str, str], float]]]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import re
@@ -14,15 +15,22 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+import torch
 from job import job
 from mlflow import MlflowClient
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from served import application, exported, over_http, student, teacher
+from served import page as serving_page
 from test_compare import EVIL, STEPS, Built, build
+
+from fewstep.build import png as build_png
+from fewstep.serving.app import Application
+from fewstep.serving.generator import About, Ask, Drawn
 
 WIDTHS = (1280, 390)
 
@@ -159,6 +167,95 @@ def test_the_page_fits_the_screen_and_every_control_has_a_name(opened, width):
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
     named = "e => [...(e.labels || []), e.getAttribute('aria-label'), e.textContent.trim()].some(Boolean)"
     assert [c for c in opened.locator("input, button, [tabindex]").all() if not c.evaluate(named)] == []
+
+
+# The page of a server
+
+
+@pytest.fixture
+def visit(browser) -> Iterator[Callable[..., Page]]:
+    """Opens the page of a server; at the end, only that server was asked and nothing was complained of."""
+    asked, said, opened = [], [], []
+
+    def go(address: str, width: int = WIDTHS[0]) -> Page:
+        context = browser.new_context(viewport={"width": width, "height": 900})
+        page = context.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: said.append(dialog.message))
+        page.goto(address)
+        opened.append((context, address))
+        return page
+
+    yield go
+    for context, _ in opened:
+        context.close()
+    assert [text for text in said if "with a status of 40" not in text] == []  # which the browser notes itself
+    assert {url.split("/v1/")[0].rstrip("/") for url in asked if not url.startswith("data:")} == {opened[0][1]}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory) -> Application:
+    return application(student(exported(tmp_path_factory.mktemp("served"))), teacher())
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page_of_a_server_draws_by_keyboard_alone(visit, served, width):
+    with over_http(served) as address:
+        page = visit(address, width)
+        expect(page.locator("#facts")).to_contain_text("two-teacher: heun-3, 5 network calls an image, 16x16")
+        for keys in (("Sn",), ("3",), ("7",), ()):  # a class by its name, images, seed, and the button
+            page.keyboard.press("Tab")
+            for key in keys:
+                page.keyboard.type("7" if key == "Sn" else key)
+        assert page.evaluate("document.activeElement.id") == "draw"
+        assert page.locator("#class").evaluate("e => e.selectedOptions[0].textContent") == "7  Sneaker"
+        page.keyboard.press("Enter")
+        expect(page.locator("figure")).to_have_count(2, timeout=20_000)
+        for role in ("student", "teacher"):
+            images = page.locator(f"figure[data-role={role}] img")
+            expect(images).to_have_count(3)
+            assert images.nth(2).get_attribute("alt") == f"{role}: 7  Sneaker, image 3"
+            assert images.evaluate_all("all => all.every(image => image.naturalWidth === 16)")
+        expect(page.locator("figcaption").first).to_contain_text(re.compile("3 images in .+s, 2 network calls each"))
+        expect(page.get_by_role("status")).to_contain_text(re.compile("times as fast|3 images drawn"))
+        expect(page.locator("#draw")).to_be_focused()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        named = "e => [...(e.labels || []), e.getAttribute('aria-label'), e.textContent.trim()].some(Boolean)"
+        assert [c for c in page.locator("input, select, button").all() if not c.evaluate(named)] == []
+        images = page.locator("#count")
+        images.evaluate("e => { e.max = 99 }")
+        images.fill("17")
+        images.press("Enter")
+        expect(page.get_by_role("alert")).to_have_text("n: 17 images, but a request may ask for 16")
+
+
+def test_the_page_of_a_server_asks_for_the_token_and_keeps_prompts_as_text(visit):
+    evil, token = "<img src=x onerror=alert(1)>", "a-token-of-thirty-two-characters"
+    file = build_png(torch.zeros(1, 1, 1, dtype=torch.uint8))
+
+    class Texts:
+        about = About("texts", "student", "text", (1, 1), "few-step-4", 4)
+
+        async def draw(self, ask: Ask) -> Drawn:
+            return Drawn((file,), 0.1, 1)
+
+    app = Application([Texts()], serving_page(), token=hashlib.sha256(token.encode()).digest())
+    with over_http(app) as address:
+        page = visit(address)
+        expect(page.locator("#token")).to_be_focused()
+        page.keyboard.type("wrong")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("alert")).to_contain_text("Authorization: missing or wrong")
+        page.locator("#token").fill(token)
+        page.locator("#token").press("Enter")
+        expect(page.locator("#text")).to_be_focused()
+        page.keyboard.type(evil)
+        page.keyboard.press("Enter")
+        expect(page.locator("figure img")).to_have_attribute("alt", f"student: {evil}, image 1")
+        assert page.locator("img").count() == 1
+        assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
 
 
 # MLflow's own page

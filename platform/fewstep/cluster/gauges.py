@@ -1,4 +1,5 @@
-"""A run's gauges in Ray's Prometheus endpoints. Workers set theirs at each report, the driver at any time.
+"""Gauges of a run, or of a server, in Ray's Prometheus endpoints. Workers set theirs at each report, the driver at any
+time, a server's replicas every second.
 
 Ray puts `ray_` before the names. Counts are gauges, too: a counter of Ray does not exist before its first event, so a
 rate would miss that event, and it outlives its process. A process that ends exports its last values, unless it was
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from ..engine.guard import signals_of
 from ..engine.train import Engine, Report
+from ..serving.meter import Meter
+from ..serving.queue import Queue
 
 ABOUT = {
     "step": "Steps done; a step is one critic update",
@@ -31,6 +34,12 @@ ABOUT = {
     "events": "Number of events of the run since its driver started, by kind",
     "last_report_timestamp_seconds": "Unix time of the last report; before the first, of the driver's start",
 }
+SERVING = {
+    "serve_requests": "Answers to requests for images since the replica started, by HTTP status",
+    "serve_images": "Images sent since the replica started",
+    "serve_waiting_images": "Images that wait in a replica or are drawn there",
+    "serve_latency_seconds": "Seconds from a request to its images, quantile over the last minute of a replica",
+}
 REFRESH_S = 1.0  # Ray forgets a gauge that was not set for two of its export intervals, 20 s by default
 EVENTS = ("collapse", "roll_back", "non_finite", "not_saved", "stall", "lost", "restart", "stopped", "failed")
 
@@ -41,6 +50,8 @@ class Gauges:
     Use as a context manager: the gauges keep their values inside it and disappear some seconds after it, so a gauge
     that exists belongs to a living process.
     """
+
+    about = ABOUT
 
     def __init__(self, run: str):
         self.run = run
@@ -58,18 +69,41 @@ class Gauges:
         self._thread.join()
 
     def set(self, name: str, value: float, **tags: str) -> None:
-        """Sets the gauge of these tags. Raises KeyError for a name that ABOUT does not explain."""
+        """Sets the gauge of these tags. Raises KeyError for a name that `about` does not explain."""
         from ray.util.metrics import Gauge
 
         if name not in self._gauges:
-            self._gauges[name] = Gauge(f"fewstep_{name}", ABOUT[name], ("run", *tags))
+            self._gauges[name] = Gauge(f"fewstep_{name}", self.about[name], ("run", *tags))
         self._values[name, tuple(tags.items())] = value
         self._gauges[name].set(value, {"run": self.run, **tags})
 
     def _refresh(self) -> None:
         while not self._done.wait(REFRESH_S):
-            for name, tags in list(self._values):
-                self._gauges[name].set(self._values[name, tags], {"run": self.run, **dict(tags)})
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Sets all gauges again."""
+        for name, tags in list(self._values):
+            self._gauges[name].set(self._values[name, tags], {"run": self.run, **dict(tags)})
+
+
+class ServeGauges(Gauges):
+    """The gauges of a server's replica, read from its meter and its queue. `run` is the name of the served model."""
+
+    about = SERVING
+
+    def __init__(self, run: str, replica: str, meter: Meter, queue: Queue):
+        super().__init__(run)
+        self.replica, self.meter, self.queue = replica, meter, queue
+
+    def refresh(self) -> None:
+        """Sets all gauges to what they are now."""
+        for status, count in list(self.meter.requests.items()):
+            self.set("serve_requests", count, replica=self.replica, status=str(status))
+        self.set("serve_images", self.meter.images, replica=self.replica)
+        self.set("serve_waiting_images", self.queue.images, replica=self.replica)
+        for q, seconds in self.meter.quantiles().items():
+            self.set("serve_latency_seconds", seconds, replica=self.replica, quantile=f"{q:g}")
 
 
 class WorkerGauges(Gauges):
