@@ -30,7 +30,7 @@ def main(job: Settings) -> None:
 
 
 def application(args: dict[str, Any]) -> Any:
-    """What a Serve configuration names as jobs.serve:application, such as jobs/clusters/rayservice.yaml does."""
+    """The application for a Serve configuration, as jobs.serve:application; see jobs/clusters/rayservice.yaml."""
     from fewstep.cluster.serve import application
 
     return application(validate(Settings, args), PAGE)[0]

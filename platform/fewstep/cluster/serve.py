@@ -113,7 +113,10 @@ def describe(settings: Settings) -> tuple[About, About | None]:
 
 
 def application(settings: Settings, template: Path) -> tuple[serve.Application, About, About | None]:
-    """What Ray Serve runs. template: of the page. Raises ValueError for a mistake in the settings, or in a model."""
+    """The application that Ray Serve runs, and its models.
+
+    template: of the page. Raises ValueError for a mistake in the settings, or in a model.
+    """
     token = token_digest()
     check(settings, token)
     student, teacher = describe(settings)

@@ -1,4 +1,4 @@
-"""Who may ask: the token, the address that was asked for, and pages of other sites."""
+"""Admission of requests: the token, the address that was asked for, and pages of other sites."""
 
 from __future__ import annotations
 
