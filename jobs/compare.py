@@ -45,9 +45,9 @@ class Compare(Strict):
 @command(Compare)
 def main(job: Compare) -> None:
     from fewstep.compare import collect, compare
-    from fewstep.engine.storage import writable
     from fewstep.folders import overwritable
     from fewstep.page import render
+    from fewstep.storage.place import writable
     from fewstep.tracking import Store
 
     if bool(job.runs) == bool(job.sweep):

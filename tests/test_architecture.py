@@ -21,7 +21,9 @@ PACKAGE = ROOT / "platform" / "fewstep"
 FLOORS = [
     {"texts"},
     {"files", "locks", "checks", "seeds", "page"},
-    {"config", "folders", "diffusion"},
+    {"config", "diffusion"},
+    {"storage"},
+    {"folders"},
     {"networks", "data", "methods", "metrics"},
     {"engine"},
     {"recipe"},
@@ -48,6 +50,7 @@ ONLY = {
     "pyarrow": {"data", "cluster"},
     "torchvision": {"data"},
     "resvg_py": {"data"},
+    "fsspec": {"storage"},
 }
 
 # The engine knows what a method is and no particular one; of networks it knows the average, the blocks and adapters.

@@ -28,9 +28,9 @@ from fewstep.engine.folder import checkpoints, complete, newest, step_of
 from fewstep.engine.manifest import CheckpointError, covers, read_manifest, signature
 from fewstep.engine.retention import Keep
 from fewstep.engine.saver import Saver
-from fewstep.engine.storage import Place, writable
 from fewstep.engine.world import Layout, World, full
 from fewstep.methods import METHODS
+from fewstep.storage.place import Place, writable
 from fewstep.texts import quoted
 
 GAN = METHODS["dmd2"](critic_updates_per_student_update=2, gan_weight=0.05)
@@ -612,25 +612,6 @@ def store_round(folder: str) -> None:
 
 def test_a_store_without_renames():
     store_round("memory:///bucket/run")
-
-
-@pytest.fixture
-def bucket(monkeypatch) -> str:
-    """A bucket of an S3 server on this machine."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    fs = fsspec.filesystem("s3", skip_instance_cache=True)
-    fs.mkdir("bucket")
-    yield "s3://bucket"
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    server.stop()
 
 
 def test_checkpoints_in_s3(bucket):

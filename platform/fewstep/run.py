@@ -26,7 +26,6 @@ from .diffusion.samplers import to_uint8
 from .engine.checkpoint import check_recipe
 from .engine.folder import checkpoints, complete, foreign
 from .engine.manifest import CheckpointError, read_manifest
-from .engine.storage import writable
 from .engine.train import Collapsed, Engine, NoData, NonFinite, Report
 from .engine.world import World
 from .folders import EXPORT, NETWORK, PIPELINE, FolderError, append_private, claim, replaceable, usable, write_private
@@ -36,6 +35,7 @@ from .networks.conditions import Texts
 from .networks.denoiser import Denoiser
 from .networks.export import INFERENCE
 from .recipe import Recipe, check_secrets
+from .storage.place import writable
 from .students import check_export, export_run
 from .texts import masked, one_line
 from .tracking.nodes import SystemMetrics

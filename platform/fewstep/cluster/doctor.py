@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.requirements import Requirement
 
 from ..checks import LOCK, Check
-from ..engine.storage import Place
+from ..storage.place import Place
 from ..texts import one_line, reason
 from .session import asks_for_token, connect
 
@@ -48,7 +48,7 @@ assert kept == [1, 2], f"nms kept boxes {kept} of three, and [1, 2] is right"
 
 
 PARTS = (  # each has check(recipe)
-    "fewstep.engine.storage",
+    "fewstep.storage.place",
     "fewstep.tracking.store",
     "fewstep.metrics.build",
     "fewstep.networks.pretrained",

@@ -26,7 +26,7 @@ for _name, _value in {
 
 import ray  # noqa: E402
 
-from ..engine.storage import reason  # noqa: E402
+from ..texts import reason  # noqa: E402
 
 SOURCE = Path(__file__).resolve().parents[2]
 

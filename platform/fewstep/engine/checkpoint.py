@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from ..config import differences, fingerprint
 from ..files import sha256_of
+from ..storage.place import Place, Ref
 from ..texts import reason
 from .folder import MANIFEST, clear, discard, remove
 from .manifest import (
@@ -47,7 +48,6 @@ from .manifest import (
     not_there,
     read_manifest,
 )
-from .storage import Place, Ref
 from .tensor_file import DTYPE_NAMES, DTYPES, write_tensors
 from .world import World
 

@@ -10,7 +10,7 @@ import os
 import re
 
 from ..files import REPLACED
-from .storage import Place, Ref
+from ..storage.place import Place, Ref
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")

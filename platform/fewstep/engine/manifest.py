@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ..config import ConfigError, fingerprint, parse_json
+from ..storage.place import Place, Ref
 from ..texts import quoted
 from .folder import MANIFEST, NAME, RANK_FILE
-from .storage import Place, Ref
 from .tensor_file import DTYPES
 
 FORMAT = 2

@@ -13,12 +13,12 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ..storage.place import Place, Ref
 from ..texts import reason
 from .checkpoint import Planner, Stager, Writer, named, tensors_of
 from .folder import checkpoints, clear, remove, step_of
 from .manifest import CheckpointError, read_manifest
 from .retention import Keep
-from .storage import Place, Ref
 from .world import World
 
 

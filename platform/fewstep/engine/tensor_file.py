@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from .storage import Place
+from ..storage.place import Place
 
 # safetensors' names
 DTYPES = {

@@ -18,6 +18,7 @@ from ..diffusion.draws import Draws
 from ..diffusion.losses import finite
 from ..methods.base import Batch, Method, Phase, Terms
 from ..networks.average import Constant, Exponential, Power, Profile, average
+from ..storage.place import Ref
 from ..texts import one_line, quoted
 from .checkpoint import load
 from .folder import checkpoints, step_of
@@ -26,7 +27,6 @@ from .manifest import AGAIN, CheckpointError
 from .optim import Optim, grad_norms
 from .retention import Keep
 from .saver import Saver
-from .storage import Ref
 from .world import Kind, World
 
 

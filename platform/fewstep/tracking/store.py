@@ -16,7 +16,7 @@ from urllib.parse import quote, urlsplit
 
 from ..checks import Check
 from ..config import UserError, home
-from ..engine.storage import probe
+from ..storage.place import probe
 from ..texts import has_masked, masked, quoted, reason, revealed
 
 # MLflow reads these when it is imported (telemetry) and at each call (the rest). With MLflow's defaults the sender
