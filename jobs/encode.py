@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
 from pydantic import Field
 
-from fewstep.config import Strict, command, resolve_out
+from fewstep.config import Strict, command
+from fewstep.storage.place import located_out
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -24,11 +25,11 @@ class EncodeJob(Strict):
     """Writes a shard set of latents and embedded captions from images with captions, by a teacher's own encoders."""
 
     data: str
-    """Folder of shards with images and captions."""
+    """Folder of shards with images and captions, or its URL (s3://bucket/x)."""
     teacher: str
-    """Folder of a diffusers pipeline with a codec and text encoders, or hub:owner/name."""
+    """Folder of a diffusers pipeline with a codec and text encoders, its URL, or hub:owner/name."""
     out: str
-    """Folder to write."""
+    """Folder to write, or its URL."""
     workers: Count = 1
     """Actors; each has a CPU, or a GPU, and one shard at a time."""
     device: str = "cpu"
@@ -45,7 +46,7 @@ class EncodeJob(Strict):
 def main(job: EncodeJob) -> None:
     from fewstep.cluster.encode import encode
 
-    out = resolve_out(job.out)
+    out = located_out(job.out)
     settings = job.model_dump(include={"seed", "batch", "workers", "device", "overwrite"})
     manifest = encode(job.data, job.teacher, out, **settings)
     columns = [column.name for column in manifest.columns]

@@ -61,6 +61,7 @@ def main(job: Evaluate) -> None:
     from fewstep.metrics.base import check_samples, evaluate
     from fewstep.run import Row
     from fewstep.students import open_sampler, recipe_of
+    from fewstep.texts import masked
 
     torch.set_num_threads(job.threads)
     world = World(device=device_of(job.device))
@@ -78,7 +79,7 @@ def main(job: Evaluate) -> None:
         rows.append(Row.of("", samples, found).to_dict() | {"who": ""})
         scores += [score.to_dict() for score in found]
     print(table(rows))
-    print(json.dumps({"model": job.model, "scores": scores}))
+    print(json.dumps({"model": masked(job.model), "scores": scores}))
 
 
 if __name__ == "__main__":

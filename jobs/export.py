@@ -18,7 +18,7 @@ class Export(Strict):
     run: str
     """Folder of a run, or one of its checkpoints/step-*."""
     out: str | None = None
-    """Folder to write; null is <run>/export."""
+    """Folder to write, or its URL (s3://bucket/x); null is <run>/export."""
     average: bool | None = None
     """Export the averaged weights (true) or the raw ones (false); null takes the average where the run kept one."""
     licence: str | None = None
@@ -31,7 +31,11 @@ class Export(Strict):
 def main(job: Export) -> None:
     report = export_run(job.run, out=job.out, average=job.average, licence=job.licence, overwrite=job.overwrite)
     print(f"loaded again in a fresh process: its images differ by at most {report['max_difference']:.2g}\n")
-    print(snippet(report["folder"], stock=report["call"]) + "\n")
+    folder = report["folder"]
+    if "://" in folder:  # diffusers reads folders
+        folder = folder.rpartition("/")[2]
+        print(f"copy {report['folder']} to a folder {folder}; then:")
+    print(snippet(folder, stock=report["call"]) + "\n")
     print(json.dumps(report))
 
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 import torch
 from pydantic import Field
 
-from fewstep.config import Strict, command, resolve, resolve_out
+from fewstep.config import Strict, command, resolve_out
 from fewstep.data.feed import Feed, open_feed
 from fewstep.diffusion.samplers import to_uint8
 from fewstep.engine.world import device_of
@@ -23,6 +23,7 @@ from fewstep.metrics.base import Extractor, File, file_fields
 from fewstep.metrics.features import Info, SmallNetwork, accuracy, open_features, save_features, train_features
 from fewstep.metrics.frechet import frechet_distance
 from fewstep.metrics.reference import KEPT, moments, save_reference
+from fewstep.storage.cache import local
 
 BATCH = 128
 
@@ -57,7 +58,7 @@ class Features(Strict):
 
 def open_images(path: str, seed: int = 0) -> Feed:
     """A feed of square images. Raises ValueError naming the folder for anything else."""
-    feed = open_feed(resolve(path), seed=seed)
+    feed = open_feed(path, seed=seed)
     if feed.shards.manifest.kind != "image" or feed.shape[1] != feed.shape[2]:
         raise ValueError(f"{path}: {feed.shards.manifest.kind}s of shape {feed.shape}; features need square images")
     return feed
@@ -108,7 +109,7 @@ def open_extractor(ref: str, device: str) -> Extractor:
     errors = []
     for kind in dict.fromkeys(kind for kind in known.values() if ref.endswith(kind.suffix)):
         try:
-            return kind.open(resolve(ref), device)
+            return kind.open(local(ref), device)
         except (OSError, ValueError) as error:
             errors.append(str(error))
     names = [name for name, kind in known.items() if kind.find is not None]

@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
 from pydantic import Field
 
-from fewstep.config import Strict, command, resolve_out
+from fewstep.config import Strict, command
 from fewstep.engine.world import device_of
+from fewstep.storage.place import located_out
 from fewstep.students import open_sampler, write_pairs
 
 Count = Annotated[int, Field(ge=1)]
@@ -26,9 +27,9 @@ class Pairs(Strict):
     """Writes pairs of a noise and a teacher's sample of it as a shard set."""
 
     teacher: str
-    """Folder of a teacher, or hub:owner/name; the folder of a run gives that student's samples."""
+    """Folder of a teacher, its URL, or hub:owner/name; the folder of a run gives that student's samples."""
     out: str
-    """Folder to write."""
+    """Folder to write, or its URL (s3://bucket/x)."""
     pairs: Count = 2000
     """Number of pairs."""
     steps: Count = 18
@@ -48,7 +49,7 @@ class Pairs(Strict):
 @command(Pairs)
 def main(job: Pairs) -> None:
     device = device_of(job.device)
-    sampler, out = open_sampler(job.teacher, job.steps, job.guidance, device=device), resolve_out(job.out)
+    sampler, out = open_sampler(job.teacher, job.steps, job.guidance, device=device), located_out(job.out)
     write_pairs(sampler, out, job.pairs, job.seed, job.batch, device, job.overwrite, teacher=job.teacher)
     print(f"{out}: {job.pairs} pairs by {sampler.name}")
     print(json.dumps({"out": str(out), "rows": job.pairs, "sampler": sampler.name}))

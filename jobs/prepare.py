@@ -17,10 +17,11 @@ from pydantic import Field, model_validator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
-from fewstep.config import Strict, command, resolve, resolve_out
+from fewstep.config import Strict, command, resolve
 from fewstep.data.decode import MAX_PIXELS
 from fewstep.data.source import Reading
 from fewstep.data.sources import SOURCES, pack
+from fewstep.storage.place import located_out
 
 FILES = ("folder", "webdataset", "parquet")
 # Settings that only some sources have; anywhere else they would change nothing, in silence.
@@ -38,7 +39,7 @@ class Prepare(Strict):
     source: Literal["fashion_mnist", "cifar10", "emoji", "folder", "webdataset", "parquet"]
     """Kind of the source: a known set, a folder of pictures, tars of webdataset, or Parquet files as hubs have them."""
     out: str
-    """Folder to write; `shipped:name` is in the package."""
+    """Folder to write, or its URL (s3://bucket/x); `shipped:name` is in the package."""
     path: str | None = None
     """The source's file or folder; fashion_mnist and emoji find or download their own."""
     split: Literal["train", "test", "validation", "all"] = "train"
@@ -85,15 +86,16 @@ class Prepare(Strict):
 @command(Prepare)
 def main(job: Prepare) -> None:
     started = time.perf_counter()
+    out = located_out(job.out)
     reading = Reading(job.encoding, job.follow_links, job.classes, job.columns, tuple(job.groups))
     source = SOURCES[job.source](resolve(job.path) if job.path else None, job.split, reading)
     manifest = pack(
-        source, resolve_out(job.out), limit=job.limit, seed=job.seed, size=job.size, channels=job.channels,
+        source, out, limit=job.limit, seed=job.seed, size=job.size, channels=job.channels,
         format=job.format, background=job.background, max_pixels=job.max_pixels, max_corrupt=job.max_corrupt,
         overwrite=job.overwrite,
     )  # fmt: skip
     summary = {
-        "out": str(resolve_out(job.out)),
+        "out": str(out),
         "rows": manifest.rows,
         "shards": len(manifest.shards),
         "mb": round(sum(shard.bytes for shard in manifest.shards) / 1e6, 2),

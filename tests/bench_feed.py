@@ -1,5 +1,7 @@
 """Images a second of the cluster's feeds, against a plain torch DataLoader on the same shards. Run by `make bench`.
 
+The feed of shards in an object store, an S3 server on this machine, is measured against the same feed of the folder.
+
 Each figure is the median over rounds of a ratio of neighbours in time: a window of our feed, then one of the
 DataLoader, each after as many batches as it keeps ready, so that only the steady state is counted. A materialised set
 is decoded when it is opened; that time is printed beside. The last line is JSON.
@@ -23,8 +25,10 @@ SOURCE = Path(__file__).resolve().parents[1] / "platform"
 sys.path.insert(0, str(SOURCE))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
 
+import fsspec  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from moto.server import ThreadedMotoServer  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
@@ -35,7 +39,7 @@ from fewstep.data.shards import Shards, ShardWriter, labels, open_shards  # noqa
 
 ROUNDS = 5
 AHEAD = 17  # batches before the clock starts: more than either side keeps ready
-TARGETS = {"materialised_28": 1.0, "streaming_28": 0.6, "streaming_512": 0.6}
+TARGETS = {"materialised_28": 1.0, "streaming_28": 0.6, "store_28": 0.6, "streaming_512": 0.6}
 
 
 class Plain(Dataset):
@@ -71,15 +75,23 @@ def rate(batches: Iterator[tuple[torch.Tensor, torch.Tensor]], count: int) -> fl
     return images / (time.perf_counter() - started)
 
 
-def compare(name: str, ours: Iterator, theirs: Iterator, count: int) -> dict[str, float]:
+def compare(name: str, ours: Iterator, theirs: Iterator, count: int, who: str = "DataLoader") -> dict[str, float]:
     """The medians of both rates and of their ratios; printed as a line."""
     pairs = [(rate(ours, count), rate(theirs, count)) for _ in range(ROUNDS)]
     us, them = (statistics.median(side) for side in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
     met = "met" if ratio >= TARGETS[name] else "NOT met"
-    print(f"{name:16s} {us:10,.0f} images/s, DataLoader {them:10,.0f}: ratio {ratio:6.2f} "
+    print(f"{name:16s} {us:10,.0f} images/s, {who} {them:10,.0f}: ratio {ratio:6.2f} "
           f"(target {TARGETS[name]:.1f} {met})", flush=True)  # fmt: skip
-    return {"ratio": round(ratio, 3), "images_per_s": round(us), "dataloader_images_per_s": round(them)}
+    return {"ratio": round(ratio, 3), "images_per_s": round(us), f"{who.lower()}_images_per_s": round(them)}
+
+
+def in_store(folder: Path) -> Shards:
+    """The set of a folder, copied to the S3 server."""
+    fs = fsspec.filesystem("s3")
+    fs.mkdir("bucket")
+    fs.put(f"{folder}/", "bucket/set/", recursive=True)
+    return open_shards("s3://bucket/set")
 
 
 def photographs(out: Path, count: int = 1000, size: int = 512) -> Shards:
@@ -99,6 +111,14 @@ def photographs(out: Path, count: int = 1000, size: int = 512) -> Shards:
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="fb", dir="/tmp"))
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    os.environ |= {
+        "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
+        **dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "none"),
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "FEWSTEP_CACHE": str(folder / "cache"),
+    }
     start(4, _temp_dir=str(folder / "ray"), object_store_memory=400 << 20)
     try:
         found = {}
@@ -111,6 +131,8 @@ def main() -> None:
         with RayFeed(shards) as feed:
             found["streaming_28"] = compare("streaming_28", feed.batches(0, 256), theirs, 100)
         theirs.close()
+        with RayFeed(in_store(shards.path)) as feed, RayFeed(shards) as disk:
+            found["store_28"] = compare("store_28", feed.batches(0, 256), disk.batches(0, 256), 100, "folder")
         shards = photographs(folder / "jpeg")
         mean = shards.manifest.shards[0].bytes / shards.manifest.shards[0].rows
         print(f"1000 JPEGs of 512x512, {mean / 1e3:.0f} kB each", flush=True)
@@ -120,6 +142,7 @@ def main() -> None:
         theirs.close()
     finally:
         ray.shutdown()
+        server.stop()
         shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps(found))
 

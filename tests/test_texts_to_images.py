@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from fewstep import build, dryrun, run
 from fewstep.cluster.encode import Encode
+from fewstep.cluster.session import Sealed
 from fewstep.config import ConfigError
 from fewstep.data.decode import decode_all
 from fewstep.data.manifest import Column
@@ -139,7 +140,8 @@ def test_columns_are_added_shard_by_shard_and_a_second_start_goes_on(tmp_path, s
         for i in range(6):
             writer.add(draw(0, 256, (3, 64, 64)).astype(np.uint8), caption=f"thing {i}")
     assert len(writer.manifest.shards) == 2
-    make = lambda: Encode(str(tmp_path / "pictures"), str(sd), tmp_path / "parts", 0, 2, "cpu")
+    encoder = lambda source: Encode(Sealed((str(source), str(sd), tmp_path / "parts")), 0, 2, "cpu")
+    make = lambda: encoder(tmp_path / "pictures")
     first = make()
     assert first({"part": np.array([0])})["rows"].tolist() == [3]
     stamp = (tmp_path / "parts" / "00000" / "manifest.json").stat().st_mtime_ns
@@ -163,10 +165,11 @@ def test_columns_are_added_shard_by_shard_and_a_second_start_goes_on(tmp_path, s
 def test_what_cannot_be_encoded_is_refused(tmp_path, sd):
     with ShardWriter(tmp_path / "small", (3, 32, 32), captions=True) as writer:
         writer.add(np.zeros((3, 32, 32), np.uint8), caption="a")
+    encoder = lambda source: Encode(Sealed((str(source), str(sd), tmp_path / "parts")), 0, 2, "cpu")
     with pytest.raises(ValueError, match=r"pictures of shape \(3, 32, 32\), but the teacher takes pictures of shape"):
-        Encode(str(tmp_path / "small"), str(sd), tmp_path / "parts", 0, 2, "cpu")
+        encoder(tmp_path / "small")
     with pytest.raises(ValueError, match="has no images with captions, of which columns are made"):
-        Encode(str(shards(tmp_path / "latents")), str(sd), tmp_path / "parts", 0, 2, "cpu")
+        encoder(shards(tmp_path / "latents"))
 
 
 # A run

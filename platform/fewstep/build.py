@@ -56,6 +56,7 @@ from .networks.pretrained import (
 from .networks.prompts import open_encoder, pipeline_class
 from .networks.text import Clip, new_clip
 from .recipe import Data, Recipe, Role, check_secrets, read_run
+from .storage.cache import local
 from .texts import one_line, quoted
 
 log = logging.getLogger("fewstep.build")
@@ -76,11 +77,11 @@ def make_teacher(recipe: Recipe, weights: bool = True) -> Denoiser | Codec | Cli
         if network.model == "AutoencoderKL":
             return new_codec(network.config, weights)
         if network.model == "CLIPModel":
-            return new_clip(network.config, captions(resolve(recipe.data.path)), weights)
+            return new_clip(network.config, captions(recipe.data.path), weights)
         net = new_denoiser(network, recipe.precision, weights)
         net.codec = None if network.parts is None else find_latents(locate(network.parts))
-    elif (resolve_ref(recipe.teacher) / "recipe.yaml").is_file():  # a run's student is a teacher, too
-        net = open_net(recipe.teacher) if weights else make_teacher(read_run(resolve(recipe.teacher)), weights=False)
+    elif ((folder := locate(recipe.teacher)) / "recipe.yaml").is_file():  # a run's student is a teacher, too
+        net = open_net(folder) if weights else make_teacher(read_run(folder), weights=False)
     else:
         net = open_teacher(recipe.teacher, recipe.precision, weights)
     return furnish(net, recipe) if weights else net
@@ -111,7 +112,7 @@ def furnish(net: Denoiser, recipe: Recipe) -> Denoiser:
     negatives = None if recipe.negatives is None else read_prompts(recipe.negatives, "negatives")
     with_pipeline(net, folder, prompts, listing, negatives)
     if prompts is None and listing is None and recipe.data is not None:
-        shards = open_shards(resolve(recipe.data.path), "size")
+        shards = open_data(recipe.data)
         net.conditions = replace(net.conditions, listing=prompts_of(shards, tuple(net.conditions.shapes)))
     return net
 
@@ -174,7 +175,7 @@ def listed_words(recipe: Recipe) -> list[str]:
     for field, ref in (("evaluate.prompts", recipe.evaluate.prompts), ("prompts", recipe.prompts)):
         if ref is not None:
             return read_prompts(ref, field)
-    if recipe.data is None or not (shards := open_shards(resolve(recipe.data.path), "size")).manifest.captions:
+    if recipe.data is None or not (shards := open_data(recipe.data)).manifest.captions:
         return []
     return list(prompts_of(shards, ()).words)
 
@@ -238,7 +239,7 @@ class Maker:
         if name not in self.recipe.helpers:
             raise ValueError(f"helpers.{name}: missing; {self.recipe.method.tag} needs it: give its folder or file")
         if name in SMALL:
-            return SMALL[name](open_features(resolve(self.recipe.helpers[name])))
+            return SMALL[name](open_features(local(self.recipe.helpers[name])))
         return open_teacher(self.recipe.helpers[name], self.recipe.precision)
 
     def run(self, folder: str) -> nn.Module:
@@ -247,7 +248,7 @@ class Maker:
 
     def method(self, folder: str) -> Method:
         """The method of another run."""
-        return read_run(resolve(folder)).method
+        return read_run(locate(folder)).method
 
 
 def make_nets(recipe: Recipe, teacher: Denoiser | None = None) -> dict[str, nn.Module]:
@@ -287,13 +288,12 @@ def _start(ref: str, role: str) -> tuple[Path | str, str]:
     return path, source
 
 
-def open_net(folder: str) -> Denoiser:
+def open_net(folder: str | Path) -> Denoiser:
     """The student of a run, or of one of its checkpoints: averaged weights where it has them. Raises ValueError."""
-    place = resolve_ref(folder)
-    inside = isinstance(place, Path) and complete(place)
-    path, run = (place, place.parents[1]) if inside else (latest(place), resolve(folder))
+    place = locate(folder)
+    path, run = (place, place.parents[1]) if complete(place) else (latest(place), place)
     if path is None:
-        raise ValueError(f"run: no checkpoint below {folder!r}; give the folder of a run")
+        raise ValueError(f"run: no checkpoint below {quoted(str(folder))}; give the folder of a run")
     return student_net(read_run(run), path, folder=run)
 
 
@@ -415,15 +415,20 @@ def fingerprints(recipe: Recipe, shards: Shards | None) -> dict[str, str]:
     return marks
 
 
+def open_data(data: Data) -> Shards:
+    """The recipe's shard set, of which sizes are compared and not every byte. Raises ShardError and StoreError."""
+    return open_shards(data.path, "size", data.cache_mib << 20)
+
+
 def make_feed(data: Data | None, seed: int, captions: bool = False) -> Feed | NoData:
     """The recipe's data, read in this process without Ray; a feed without columns where the recipe has no data.
 
-    captions: rows have their captions, too. Raises ShardError naming the file at fault.
+    captions: rows have their captions, too. Raises ShardError naming the file at fault, and StoreError.
     """
     if data is None:
         return NoData()
     return open_feed(
-        resolve(data.path),
+        open_shards(data.path, cache_bytes=data.cache_mib << 20),
         memory_bytes=data.memory_mib << 20,
         seed=seed,
         flip=data.flip,

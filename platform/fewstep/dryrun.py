@@ -12,8 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import build, run
-from .config import resolve, to_yaml
-from .data.shards import open_shards
+from .config import to_yaml
 from .diffusion.level import Level
 from .diffusion.schedules import DDPM
 from .engine.world import Layout, World
@@ -66,7 +65,7 @@ def memory(recipe: Recipe) -> list[dict[str, Any]]:
     if not isinstance(teacher.conditions, Texts):
         return _rows(recipe, build.make_nets(recipe))
     if recipe.data is not None:
-        shards = open_shards(resolve(recipe.data.path), "size")
+        shards = build.open_data(recipe.data)
         teacher.conditions = Texts({name: shards.column(name).shape for name in teacher.conditions.shapes})
     if isinstance(teacher.schedule, DDPM):
         teacher.schedule.angles()  # a table that is kept, and must hold numbers

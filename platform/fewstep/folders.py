@@ -12,12 +12,15 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+import shutil
+import tempfile
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .files import put_in_place, write_file
+from .storage.place import Place
 from .texts import quoted
 
 NAME_BYTES = 128
@@ -66,41 +69,41 @@ class Kind:
     """
 
     what: str
-    proof: Callable[[Path], bool]
+    proof: Callable[[Path | Place], bool]
     files: re.Pattern[str]
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path | Place) -> Any:
     """Returns the content of a JSON file, or None if it is missing or damaged."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read() if isinstance(path, Place) else path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
 
 
-def _is_shards(folder: Path) -> bool:
+def _is_shards(folder: Path | Place) -> bool:
     manifest = _json(folder / "manifest.json")
     return isinstance(manifest, dict) and {"format", "kind", "rows", "shards"} <= manifest.keys()
 
 
-def _is_network(folder: Path) -> bool:
+def _is_network(folder: Path | Place) -> bool:
     described = _json(folder / "fewstep.json")
     return isinstance(described, dict) and {"model", "schedule", "prediction"} <= described.keys()
 
 
-def _is_export(folder: Path) -> bool:
+def _is_export(folder: Path | Place) -> bool:
     index = _json(folder / "model_index.json")
     return isinstance(index, dict) and "sampling" in index and _is_network(folder)
 
 
 _WEIGHTS = r"(unet(_[2-4])?|transformer)/(config\.json|diffusion_pytorch_model[\w.-]*\.(safetensors|json))"
 
-SHARDS = Kind("a shard set", _is_shards, re.compile(r"manifest\.json|shard-\d{5,}\.parquet"))
+SHARDS = Kind("a shard set", _is_shards, re.compile(r"manifest\.json|shard-\d{5,}(-[0-9a-f]{8})?\.parquet"))
 _PARTS = r"(scheduler|vae|(text_encoder|tokenizer)(_[23])?|feature_extractor|image_encoder|scorer)/[\w.-]+"
 NETWORK = Kind("a network written here", _is_network, re.compile(rf"(fewstep|model_index)\.json|{_WEIGHTS}|{_PARTS}"))
 
 
-def _is_pipeline(folder: Path) -> bool:
+def _is_pipeline(folder: Path | Place) -> bool:
     inference = _json(folder / "inference.json")
     return isinstance(inference, dict) and "calls" in inference and _is_network(folder)
 
@@ -113,45 +116,66 @@ PIPELINE = Kind(
 )
 
 
-def _foreign(folder: Path, kind: Kind) -> str | None:
-    """A file in a folder that no folder of this kind has; None where there is none. A link counts as a file."""
+def _files(folder: Path | Place) -> Iterator[str]:
+    """The relative paths of a folder's files. A link counts as a file."""
+    if isinstance(folder, Place):
+        yield from folder.files()
+        return
     for top, folders, files in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(top, name))]
         for name in sorted([*files, *links]):
-            path = os.path.relpath(os.path.join(top, name), folder)
-            if not kind.files.fullmatch(path):
-                return path
-    return None
+            yield os.path.relpath(os.path.join(top, name), folder)
+
+
+def _contains(folder: Path | Place, other: Path | Place) -> bool:
+    """True if `other` is the folder itself or lies in it."""
+    if isinstance(folder, Place) or isinstance(other, Place):
+        both = type(folder) is type(other) and folder.fs == other.fs
+        return both and f"{other.path}/".startswith(f"{folder.path}/")
+    return Path(os.path.realpath(other)).is_relative_to(os.path.realpath(folder))
 
 
 def replaceable(
-    folder: Path, kind: Kind, *, overwrite: bool, field: str = "out", apart: Iterable[Path | None] = ()
+    folder: Path | Place,
+    kind: Kind,
+    *,
+    overwrite: bool,
+    field: str = "out",
+    apart: Iterable[Path | Place | None] = (),
+    own: Container[str] = (),
 ) -> None:
     """Raises FolderError where `folder` may not be made, or replaced by a new one of its kind.
 
     It may where nothing has its name; with `overwrite` also where it is empty, or where it holds a whole of its kind
-    and no other file. apart: files and folders of the job's own input, which it may neither be nor contain.
+    and no other file. apart: files and folders of the job's own input, which it may neither be nor contain. own: files
+    of a store that the job itself has written there. Raises StoreError where a store does not answer.
     """
     choose = f"choose another folder with {field}=..."
     for other in filter(None, apart):
-        if Path(os.path.realpath(other)).is_relative_to(os.path.realpath(folder)):
+        if _contains(folder, other):
             raise FolderError(f"{field}: {str(folder)!r} is or contains {str(other)!r}, which is read; {choose}")
-    if not os.path.lexists(folder):
+    if isinstance(folder, Place):
+        is_file, is_link = folder.is_file(), False
+        there = is_file or any(name not in own for name in folder.files())
+    else:
+        is_file, is_link, there = not folder.is_dir(), folder.is_symlink(), os.path.lexists(folder)
+    if not there:
         return
-    if folder.is_symlink() or not folder.is_dir():
-        what = "a link; give the folder that it leads to" if folder.is_symlink() else f"a file; {choose}"
+    if is_link or is_file:
+        what = "a link; give the folder that it leads to" if is_link else f"a file; {choose}"
         raise FolderError(f"{field}: {str(folder)!r} is {what}")
     if not overwrite:
         raise FolderError(f"{field}: {str(folder)!r} exists; choose another folder, or replace it with overwrite=true")
-    if not any(folder.iterdir()):
+    if isinstance(folder, Path) and not any(folder.iterdir()):
         return
     if not kind.proof(folder):
         raise FolderError(f"{field}: {str(folder)!r} is not {kind.what}, so it is not replaced; {choose}")
-    if (name := _foreign(folder, kind)) is not None:
-        raise FolderError(
-            f"{field}: {str(folder)!r} also holds {quoted(name)}, which is no part of {kind.what}, so it is not "
-            f"replaced; move that away, or {choose}"
-        )
+    for name in _files(folder):
+        if not kind.files.fullmatch(name):
+            raise FolderError(
+                f"{field}: {str(folder)!r} also holds {quoted(name)}, which is no part of {kind.what}, so it is not "
+                f"replaced; move that away, or {choose}"
+            )
 
 
 def replace(new: Path, folder: Path, kind: Kind, *, overwrite: bool, field: str = "out") -> None:
@@ -161,6 +185,43 @@ def replace(new: Path, folder: Path, kind: Kind, *, overwrite: bool, field: str 
     """
     replaceable(folder, kind, overwrite=overwrite, field=field)
     put_in_place(new, folder)
+
+
+@contextlib.contextmanager
+def appearing(folder: Path | Place, kind: Kind, *, overwrite: bool, field: str = "out") -> Iterator[Path]:
+    """Yields a new folder of this machine to fill, which then appears whole as `folder`. What was there is replaced.
+
+    A store gets the JSON files at the top, by which a folder is known, after all others; before that it has none of
+    them, so that a reader finds a whole folder or none.
+    Raises FolderError as `replaceable` does, before the work and after it, and StoreError.
+    """
+    replaceable(folder, kind, overwrite=overwrite, field=field)
+    beside = folder.parent if isinstance(folder, Path) else None
+    if beside is not None:
+        beside.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{folder.name[:NAME_BYTES]}.", dir=beside))
+    try:
+        yield new
+        if isinstance(folder, Path):
+            new.chmod(0o755)
+            replace(new, folder, kind, overwrite=overwrite, field=field)
+        else:
+            replaceable(folder, kind, overwrite=overwrite, field=field)
+            _send(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _send(new: Path, folder: Place) -> None:
+    last = lambda name: "/" not in name and name.endswith(".json")
+    former, files = list(_files(folder)), sorted(_files(new), key=last)
+    for name in filter(last, former):
+        (folder / name).unlink()
+    for name in files:
+        (folder / name).put(new / name)
+    for name in former:
+        if name not in files and not last(name):
+            (folder / name).unlink()
 
 
 # Folders that grow

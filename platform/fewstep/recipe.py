@@ -43,6 +43,7 @@ from .methods import METHODS
 from .metrics.base import MODES, better
 from .metrics.build import Metrics
 from .networks.pretrained import Network, locate
+from .storage.cache import CACHE_BYTES
 from .texts import has_masked, masked, revealed
 
 # keys that do not change a run's numbers: ASIDE at the top of a recipe, REPORTING below `train`
@@ -75,14 +76,18 @@ AnyMethod = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")
 class Data(Strict):
     """Real images."""
 
-    path: LocalPath
-    """Folder of shards written by jobs/prepare.py; shipped:fashion_mnist/shards is embedded."""
+    path: PathOrURL
+    """Folder of shards written by jobs/prepare.py, or its URL (s3://bucket/x); shipped:fashion_mnist/shards is
+    embedded."""
     flip: bool = False
     """Mirror half of the images."""
     max_corrupt: Annotated[float, Field(ge=0, le=1)] = 0.001
     """Share of rows that may be corrupt, alone or with their shard, before the run stops; they are replaced."""
     memory_mib: Annotated[int, Field(ge=0)] = 512
     """Memory in MiB for decoded images. Each worker keeps a set that fits in memory; a larger set streams."""
+    cache_mib: Annotated[int, Field(ge=0)] = CACHE_BYTES >> 20
+    """Disk space in MiB of each node for copies of shards from an object store, in FEWSTEP_CACHE (~/.cache/fewstep).
+    The rows of a larger set are read from the store in every epoch."""
 
 
 class Adapter(Strict):
@@ -183,7 +188,8 @@ class Recipe(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of all randomness: weights, draws, data order, samples."""
     teacher: str | None = None
-    """Folder of a diffusers pipeline or of a network of this project. shipped:fashion_mnist/teacher is embedded."""
+    """Folder of a diffusers pipeline or of a network of this project, its URL (s3://bucket/x), or hub:owner/name.
+    shipped:fashion_mnist/teacher is embedded."""
     licence: str | None = None
     """Licence of the teacher's weights, an SPDX name or a word of your own, for the card of the student. A teacher that
     takes texts needs one."""
@@ -371,6 +377,7 @@ class Recipe(Strict):
         """The settings that change a run's numbers: all but names, places and reporting."""
         data = masked(self.model_dump(mode="json", exclude=set(ASIDE)))
         data["train"] = {key: value for key, value in data["train"].items() if key not in REPORTING}
+        (data["data"] or {}).pop("cache_mib", None)
         return data
 
     @property
@@ -379,9 +386,9 @@ class Recipe(Strict):
         return self.tracking.model or cleaned_name(self.recipe)
 
     @property
-    def urls(self) -> tuple[str | None, ...]:
+    def urls(self) -> tuple[str, ...]:
         """URLs with their secrets, as arguments of `with_secrets` for another recipe with the same places."""
-        return self.tracking.uri, self.storage, self.resume, *self.start.values()
+        return tuple(_urls(self).values())
 
     @property
     def written(self) -> dict[str, Any]:
@@ -416,25 +423,22 @@ def with_secrets(recipe: Recipe, *known: str | None) -> Recipe:
     without a known secret is not changed, and `check_secrets` refuses it.
     """
     known = (*known, *map(os.environ.get, SECRETS))
-    tracking = recipe.tracking.model_copy(update={"uri": revealed(recipe.tracking.uri, *known)})
-    return recipe.model_copy(
-        update={
-            "tracking": tracking,
-            "storage": revealed(recipe.storage, *known),
-            "resume": revealed(recipe.resume, *known),
-            "start": {role: revealed(path, *known) for role, path in recipe.start.items()},
-        }
-    )
+    hidden = {key: revealed(url, *known) for key, url in _urls(recipe).items() if has_masked(url)}
+    return Recipe.model_validate(override_all(recipe.model_dump(mode="json"), hidden)) if hidden else recipe
+
+
+def _urls(recipe: Recipe) -> dict[str, str]:
+    """The settings of a recipe that are URLs, by their dotted keys."""
+    settings = flatten(recipe.model_dump(mode="json"))
+    return {key: value for key, value in settings.items() if isinstance(value, str) and "://" in value}
 
 
 def check_secrets(recipe: Recipe) -> None:
     """Raises ConfigError for a URL without its secret. The message says how to give the secret."""
-    urls = {"tracking.uri": recipe.tracking.uri, "storage": recipe.storage, "resume": recipe.resume}
-    urls |= {f"start.{role}": path for role, path in recipe.start.items()}
     wrong = [
         f"{key}: {url} lacks its secret, which is never written to disk; give the whole URL as {key}=... or in the "
         f"environment variable {SECRETS[key != 'tracking.uri']}"
-        for key, url in urls.items()
+        for key, url in _urls(recipe).items()
         if has_masked(url)
     ]
     if wrong:

@@ -18,9 +18,8 @@ from typing import Any, TypeVar
 import torch
 
 from . import build
-from .config import ConfigError, read_json_lines, resolve, resolve_out, resolve_ref, to_yaml
+from .config import ConfigError, read_json_lines, resolve_out, resolve_ref, to_yaml
 from .data.feed import Feed
-from .data.shards import open_shards
 from .diffusion.draws import INDICES, Draws, fold
 from .diffusion.samplers import to_uint8
 from .engine.checkpoint import check_recipe
@@ -254,7 +253,8 @@ def run(
         tracker.rewind(engine.step)
         if recipe.data is not None and checkpoint is None:
             digest = origin.tags.get("fingerprint.data", "unknown")
-            tracker.data(Path(recipe.data.path).name, digest, recipe.data.path, rows=feed.rows)
+            name = Path(masked(recipe.data.path)).name
+            tracker.data(name, digest, recipe.data.path, rows=feed.rows)
         book = Book(recipe, tracker, Scorer(recipe, tracker, reports, engine, services), reports)
         try:
             with Watchdog(engine, folder, 60 * recipe.failure.stall_minutes):
@@ -502,7 +502,7 @@ def check(recipe: Recipe) -> None:
         tried(lambda: _check_resume(recipe))
     net = tried(lambda: build.check_network(recipe, build.make_teacher(recipe, weights=False)))
     if recipe.data is not None:
-        shards = tried(lambda: open_shards(resolve(recipe.data.path), "size"))
+        shards = tried(lambda: build.open_data(recipe.data))
         if net is not None and shards is not None:
             tried(lambda: build.check_data(shards, net, recipe.method.needs))
     tried(lambda: build.check_start(recipe))

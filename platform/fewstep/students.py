@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from . import build
-from .config import ConfigError, read_json, resolve, resolve_out
+from .config import ConfigError, read_json, resolve
 from .data.manifest import Column
 from .data.noise import noise
-from .data.shards import ShardError, ShardWriter, open_shards
+from .data.shards import ShardError, ShardWriter
 from .diffusion.draws import Draws, fold
 from .diffusion.samplers import Call, to_uint8
 from .engine.folder import complete
@@ -31,6 +31,9 @@ from .networks.export_pipeline import export_pipeline, scheduler_of
 from .networks.parts import save_part
 from .networks.pretrained import locate, open_teacher
 from .recipe import Recipe, read_run
+from .storage.cache import local
+from .storage.place import Place, StoreError, located_out
+from .texts import masked
 
 SCALED = 1000  # pictures on which a codec's latents are measured
 
@@ -180,7 +183,7 @@ def open_sampler(
 @torch.no_grad()
 def write_pairs(
     sampler: build.Sampler,
-    out: Path,
+    out: Path | Place,
     pairs: int,
     seed: int = 0,
     batch: int = 250,
@@ -192,7 +195,7 @@ def write_pairs(
     makes the noise again. source: facts of the teacher, for the manifest. Raises ShardError."""
     classes = sampler.conditions.classes or 0
     column = Column(name="noise", kind="noise", shape=(1,), dtype="int64")
-    source = {"source": "pairs", "sampler": sampler.name, "seed": seed} | source
+    source = {"source": "pairs", "sampler": sampler.name, "seed": seed} | masked(source)
     options = {"classes": classes, "columns": [column], "source": source, "seed": seed, "overwrite": overwrite}
     with ShardWriter(out, sampler.shape, **options) as writer:
         for first in range(0, pairs, batch):
@@ -236,6 +239,7 @@ def export_run(
 ) -> dict[str, Any]:
     """Exports a run's student, by default to `<run>/export`, where an earlier export is replaced.
 
+    out: another folder, or a URL.
     rows: of the closing table, for the model card; without any, those in `<run>/scores.json` if the run kept them.
     known: URLs with their secrets, see `with_secrets`.
     Returns what a job prints: folder, step, averaged, calls, max_difference, and call, the arguments of a stock
@@ -243,8 +247,9 @@ def export_run(
     """
     overwrite = (out is None) if overwrite is None else overwrite
     if out is not None:
-        kind = PIPELINE if (resolve_out(out) / INFERENCE).is_file() else EXPORT
-        replaceable(resolve_out(out), kind, overwrite=overwrite)
+        target = located_out(out)
+        kind = PIPELINE if (target / INFERENCE).is_file() else EXPORT
+        replaceable(target, kind, overwrite=overwrite)
     student = open_student(run, average, known=known)
     recipe, folder = student.recipe, student.folder
     scores = folder / "scores.json"
@@ -253,7 +258,7 @@ def export_run(
         for i, row in enumerate(rows):
             if not isinstance(row, dict) or not {"sampler", "nfe", "images"} <= row.keys():
                 raise ConfigError(f"{scores}: row {i + 1} is no line of a closing table; remove the file, or mend it")
-    target = folder / "export" if out is None else resolve_out(out)
+    target = folder / "export" if out is None else target
     calls = few_step_calls(recipe.method, student.net)
     elsewhere = "export to another folder with out=..."
     card, stock = _card(student, rows, licence), None
@@ -264,7 +269,7 @@ def export_run(
                 adapter = build.trained_student(recipe, student.checkpoint, student.averaged)
             options = {"calls": calls, "card": card, "adapter": adapter, "overwrite": overwrite}
             worst = export_pipeline(student.net, build.pipeline_folder(recipe), target, **options)
-            stock = read_json(target / INFERENCE)["call"]
+            stock = read_json(local(target) / INFERENCE)["call"]
         else:
             options = {"others": student.others, "class_names": _class_names(student), "overwrite": overwrite}
             worst = export(student.net, target, calls=calls, card=card, **options)
@@ -297,8 +302,8 @@ def _card(student: Student, rows: Sequence[dict[str, Any]], licence: str | None)
 
 
 def _word(ref: str | None) -> str:
-    """A reference as others can read it: a path of this machine is only its last name."""
-    return "" if ref is None else Path(ref).name if Path(ref).is_absolute() else ref
+    """A reference as others can read it: a path of this machine is only its last name, a URL is without its secrets."""
+    return "" if ref is None else Path(ref).name if Path(ref).is_absolute() else masked(ref)
 
 
 def _class_names(student: Student) -> tuple[str, ...] | None:
@@ -306,7 +311,7 @@ def _class_names(student: Student) -> tuple[str, ...] | None:
     if student.recipe.data is None:
         return None
     try:
-        manifest = open_shards(resolve(student.recipe.data.path), verify="size").manifest
-    except (ShardError, ConfigError):  # it is gone, or not on this machine
+        manifest = build.open_data(student.recipe.data).manifest
+    except (ShardError, StoreError, ConfigError):  # it is gone, or not to be had from this machine
         return None
     return manifest.class_names if len(manifest.class_names) == student.net.classes else None

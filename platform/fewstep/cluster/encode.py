@@ -1,7 +1,8 @@
 """Columns that a teacher reads, made once: latents of pictures and embeddings of captions, by Ray Data actors.
 
 Each shard of the source becomes a set of its own in a folder beside `out`, whole or not there, so that a second start
-goes on where the first one stopped. At the end their files become one set, and the folder goes.
+goes on where the first one stopped. At the end their files become one set, and the folder goes. All of these may be at
+URLs of an object store.
 """
 
 from __future__ import annotations
@@ -14,20 +15,23 @@ import numpy as np
 import torch
 
 from ..data.decode import decode_all
-from ..data.manifest import Column, Manifest, ShardError
+from ..data.manifest import MANIFEST, Column, Manifest, ShardError
 from ..data.shards import Shards, ShardWriter, join, open_shards
 from ..diffusion.draws import Draws, fold
 from ..folders import SHARDS, replaceable
 from ..networks.latents import find_latents
 from ..networks.pretrained import locate, open_teacher
 from ..networks.prompts import network_class, open_encoder
-from .session import connect, ray
+from ..storage.place import Place
+from ..texts import masked
+from .session import Sealed, connect, ray
 
 
 class Encode:
     """An actor: the teacher's codec and text encoders on one device. encode(part) -> its number of rows."""
 
-    def __init__(self, source: str, teacher: str, parts: Path, seed: int, batch: int, device: str):
+    def __init__(self, places: Sealed, seed: int, batch: int, device: str):
+        source, teacher, parts = places.value
         torch.set_num_threads(1)
         self.shards, self.folder = open_shards(source, "size"), locate(teacher)
         self.parts, self.seed, self.batch, self.device = parts, seed, batch, device
@@ -40,7 +44,7 @@ class Encode:
     def encode(self, part: int) -> int:
         """Writes one shard of the source with its new columns, unless that was done before."""
         out, name = self.parts / f"{part:05d}", self.shards.manifest.shards[part].file
-        if out.is_dir():
+        if (out / MANIFEST).is_file():
             return open_shards(out).rows
         units = [number for number, unit in enumerate(self.shards.units) if unit.file == name]
         with self.writer(out) as writer:
@@ -52,7 +56,8 @@ class Encode:
                 words = table.column("caption").to_pylist()
                 for first in range(0, len(words), self.batch):
                     here = slice(first, first + self.batch)
-                    draws = Draws(self.seed, fold(name, unit, first))
+                    # by the name of a shard on a disk: in a store it holds a hash, too, and latents are the same
+                    draws = Draws(self.seed, fold(f"shard-{part:05d}.parquet", unit, first))
                     latents, columns = self.columns(pixels[here], words[here], draws)
                     for i, caption in enumerate(words[here]):
                         writer.add(latents[i], caption=caption, **{key: value[i] for key, value in columns.items()})
@@ -68,7 +73,7 @@ class Encode:
         kept = {key: value.byte() if key == "mask" else value.half() for key, value in embedded.items()}
         return latents.cpu().half().numpy(), {key: value.numpy() for key, value in kept.items()}
 
-    def writer(self, out: Path) -> ShardWriter:
+    def writer(self, out: Path | Place) -> ShardWriter:
         """The writer of one shard's set."""
         _, columns = self.columns(np.zeros((1, *self.shards.size), np.uint8), [""], Draws(0, 0))
         kinds = [Column(name=key, kind=key, shape=v.shape[1:], dtype=str(v.dtype)) for key, v in columns.items()]
@@ -97,26 +102,28 @@ def open_parts(shards: Shards, folder: Path, device: str) -> tuple[Any, Any]:
 
 
 def encode(
-    source: str, teacher: str, out: Path, *, seed: int, batch: int, workers: int, device: str, overwrite: bool
+    source: str, teacher: str, out: Path | Place, *, seed: int, batch: int, workers: int, device: str, overwrite: bool
 ) -> Manifest:
     """Writes the set with the teacher's columns to `out`. Raises ValueError naming what does not fit."""
     shards = open_shards(source)
     replaceable(out, SHARDS, overwrite=overwrite, apart=(shards.path,))
     open_parts(shards, locate(teacher), "cpu")
     connect(workers + 1)
-    mark = fold(teacher, seed, *[shard.sha256 for shard in shards.manifest.shards])
-    parts = out.with_name(f".{out.name}.{mark:016x}.parts")
-    parts.mkdir(parents=True, exist_ok=True)
+    mark = fold(masked(teacher), seed, *[shard.sha256 for shard in shards.manifest.shards])
+    name = f".{out.name}.{mark:016x}.parts"
+    parts = out.beside(name) if isinstance(out, Place) else out.with_name(name)
+    if isinstance(parts, Path):
+        parts.mkdir(parents=True, exist_ok=True)
     resources = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
     made = ray.data.from_items([{"part": i} for i in range(len(shards.manifest.shards))]).map_batches(
         Encode,
-        fn_constructor_args=(source, teacher, parts, seed, batch, device),
+        fn_constructor_args=(Sealed((source, teacher, parts)), seed, batch, device),
         batch_size=1,
         concurrency=min(workers, len(shards.manifest.shards)),
         **resources,
     )
     made.materialize()
-    origin = {"source": "encode", "teacher": teacher, "seed": seed, "of": shards.manifest.source}
+    origin = {"source": "encode", "teacher": masked(teacher), "seed": seed, "of": shards.manifest.source}
     manifest = join([parts / f"{i:05d}" for i in range(len(shards.manifest.shards))], out, origin, overwrite)
-    shutil.rmtree(parts)
+    parts.remove() if isinstance(parts, Place) else shutil.rmtree(parts)
     return manifest

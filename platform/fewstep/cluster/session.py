@@ -31,6 +31,14 @@ from ..texts import reason  # noqa: E402
 SOURCE = Path(__file__).resolve().parents[2]
 
 
+class Sealed:
+    """Settings for workers that print nothing of their values, because Ray stores the text of settings and shows it in
+    its dashboard."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
 def connect(cpus: float) -> None:
     """Joins the cluster that RAY_ADDRESS names, else starts a private one with at least `cpus` logical CPUs.
 

@@ -8,13 +8,13 @@ A small set is materialised: its encoded rows are in the object store, each work
 index into them. A large set is streamed: a worker passes the pieces of its rank's plan to Ray Data, tasks read the row
 groups, and the worker decodes ahead of its step. One execution covers thousands of row groups, so Ray Data's start-up
 time (1-3 s) is paid once and not every epoch. Each rank has its own pipeline, so no rank waits for another, and a
-restarted worker begins at its own position. Every node must see the folder of shards under the same path.
+restarted worker begins at its own position. Every node must see the folder of shards under the same path, or reach the
+object store that holds them; then the tasks keep copies of the shards on the disk of their node (storage/cache.py).
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -29,6 +29,8 @@ from ray.util import log_once
 from fewstep.config import UserError
 from fewstep.data.feed import MEMORY_BYTES, Feed, MemoryFeed, Read, StreamFeed, ahead
 from fewstep.data.shards import ShardError, Shards, open_shards, read_units
+from fewstep.storage.cache import CACHE_BYTES
+from fewstep.storage.place import Place, Ref
 
 DATA_CPUS = 1  # CPUs of a streaming pipeline, beside those of the workers
 # Far below Ray Data's block size, so that a task returns one block and never waits for its reader with a CPU in use.
@@ -75,13 +77,15 @@ class Published:
         return MemoryFeed(self.shards, **options, tables=_blocks(self.dataset))
 
 
-def publish(path: str | os.PathLike[str], memory_bytes: int = MEMORY_BYTES, verify: str = "sha256") -> Published:
+def publish(
+    path: Ref, memory_bytes: int = MEMORY_BYTES, verify: str = "sha256", cache_bytes: int = CACHE_BYTES
+) -> Published:
     """Verifies a set. If its decoded rows fit in `memory_bytes`, it puts the encoded rows in the object store.
 
     The driver calls it, and reads a small set itself, so that this needs no free CPU. The result is valid while the
-    driver lives. Raises ShardError as open_shards does.
+    driver lives. verify, cache_bytes: see open_shards. Raises ShardError and StoreError as it does.
     """
-    shards = open_shards(path, verify)
+    shards = open_shards(path, verify, cache_bytes)
     if shards.decoded_bytes > memory_bytes:
         return Published(shards, None)
     _quiet()
@@ -99,7 +103,8 @@ class RayFeed(StreamFeed):
     Ray repeats a task whose process dies. If a task cannot read a row group, the worker tries it, and then treats it as
     every feed does. Other errors of Ray Data are raised here.
     readers: number of tasks that read at a time; store_bytes: object store memory for blocks in transit, at most.
-    patience_s: time without a row group after which the feed raises an error that shows the cluster's CPUs.
+    patience_s: time without a row group after which the feed raises an error that shows the cluster's CPUs. None is
+        120, and ten minutes for shards in an object store, which may be slow.
     """
 
     def __init__(
@@ -108,10 +113,12 @@ class RayFeed(StreamFeed):
         *args: Any,
         readers: int = 2,
         store_bytes: int = 256 << 20,
-        patience_s: float = 120.0,
+        patience_s: float | None = None,
         **options: Any,
     ):
         super().__init__(shards, *args, **options)
+        if patience_s is None:
+            patience_s = 600.0 if isinstance(shards.path, Place) else 120.0
         self.readers, self.store_bytes, self.patience_s = readers, store_bytes, patience_s
 
     def _tables(self, position: int, rank: int, world: int) -> Generator[Read, None, None]:

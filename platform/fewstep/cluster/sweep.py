@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.shards import open_shards
+from ..build import open_data
 from ..recipe import Recipe
 from ..sweeps.conductor import Conductor
 from ..sweeps.population import bounded, mutation
@@ -192,7 +192,7 @@ class TuneCluster:
         total, c = ray.cluster_resources(), recipe.cluster
         device = c.device or ("cuda" if total.get("GPU", 0) else "cpu")
         d = recipe.data
-        streaming = d is not None and open_shards(d.path, "size").decoded_bytes > d.memory_mib << 20
+        streaming = d is not None and open_data(d).decoded_bytes > d.memory_mib << 20
         need = c.workers * c.cpus_per_worker + (DATA_CPUS if streaming else 0) + (0 if ours else ACTOR_CPUS)
         cpus = cores if ours else total.get("CPU", 0)
         return slots(recipe, parallel, need, device, cpus, total.get("GPU", 0)), device

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .. import build, run, watchdog
-from ..config import UserError, resolve, resolve_out, resolve_out_ref, resolve_ref
+from ..config import UserError, resolve_out, resolve_out_ref, resolve_ref
 from ..engine.train import Collapsed, NoData
 from ..engine.world import World
 from ..folders import claim
@@ -32,7 +32,7 @@ from ..texts import first_line
 from ..tracking.provenance import Provenance, provenance
 from ..tracking.store import TrackingError, prepare_store, store_errors, tracking_uri
 from .gauges import DriverGauges, WorkerGauges
-from .session import SOURCE, connect
+from .session import SOURCE, Sealed, connect
 from .stream import DATA_CPUS, Published, check_cpus, publish
 
 POLL_S = 0.2
@@ -52,14 +52,16 @@ class Lost(UserError, RuntimeError):
 def localized(recipe: Recipe, download: bool = True) -> Recipe:
     """Returns the recipe with absolute paths, for workers on other nodes, and with the URI of its tracking store.
 
+    URLs stay what they are: each node has copies of its own.
+
     download: fetch a teacher of the hub and give its local path; else the recipe keeps the hub's name.
     """
     data = recipe.model_dump(mode="json")
     data["out"] = str(resolve_out(recipe.out))
     data["tracking"]["uri"] = tracking_uri(recipe.tracking.uri)
     if recipe.data is not None:
-        data["data"]["path"] = str(resolve(recipe.data.path))
-    if recipe.teacher and (download or not recipe.teacher.startswith(PREFIX)):
+        data["data"]["path"] = str(resolve_ref(recipe.data.path))
+    if recipe.teacher and "://" not in recipe.teacher and (download or not recipe.teacher.startswith(PREFIX)):
         data["teacher"] = str(locate(recipe.teacher))
     if recipe.storage:
         data["storage"] = str(resolve_out_ref(recipe.storage))
@@ -111,7 +113,8 @@ def _fit(
     import ray
 
     device = c.device or ("cuda" if ray.cluster_resources().get("GPU", 0) else "cpu")
-    published = None if recipe.data is None else publish(recipe.data.path, recipe.data.memory_mib << 20)
+    d = recipe.data
+    published = None if d is None else publish(d.path, d.memory_mib << 20, cache_bytes=d.cache_mib << 20)
     streaming = published is not None and published.streaming
     check_cpus(c.workers_min or c.workers, c.cpus_per_worker, streaming)
     try:  # here and once, because several workers that create one database would collide
@@ -200,14 +203,6 @@ def _attempt(recipe: Recipe, device: str, config: dict[str, Any]) -> dict[str, A
         raise Lost(f"cluster: Ray Train's controller failed: {first_line(error.controller_failure)}") from error
     except ray.exceptions.RayActorError as error:
         raise Lost(f"cluster: Ray Train's controller died: {first_line(error)}") from error
-
-
-class Sealed:
-    """Settings for the workers that print nothing of their values, because Ray Train stores the text of its settings
-    and shows it in its dashboard."""
-
-    def __init__(self, value: dict[str, Any]):
-        self.value = value
 
 
 def _cause(failures: Mapping[int, Exception]) -> Exception:

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from fewstep.config import ConfigError, Strict, UserError, read_json, validate
+from fewstep.config import ConfigError, Strict, UserError, parse_json, read_json, validate
 from fewstep.folders import plain_name
+from fewstep.storage.place import Place
 from fewstep.texts import one_line
 
 FORMAT = 1
@@ -190,17 +191,12 @@ class Manifest(Strict):
 _NAMED = ("image", "latent", "label", "caption")  # kinds of which there is one column, of the same name
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a set's folder. Raises ShardError naming the file, each mistake in it, and the way out."""
+def read_manifest(folder: Path | Place) -> Manifest:
+    """The manifest of a set's folder. Raises ShardError naming the file, each mistake in it, and the way out, and
+    StoreError."""
     path = folder / MANIFEST
-    if not folder.is_dir():
-        raise ShardError(f"data.path: no folder {str(folder)!r}; {WRITE}")
-    if not path.is_file():
-        parquet = any(folder.glob("*.parquet"))
-        write = WRITE.replace("source=...", f"source=parquet path={folder}") if parquet else WRITE
-        raise ShardError(f"data.path: no {MANIFEST} in {str(folder)!r}; {write}")
     try:
-        data = read_json(path, limit=MANIFEST_BYTES)
+        data = (_of_store if isinstance(folder, Place) else _of_disk)(folder)
     except ConfigError as error:
         raise ShardError(f"{error}; {AGAIN}") from None
     try:
@@ -210,3 +206,22 @@ def read_manifest(folder: Path) -> Manifest:
     except ConfigError as error:
         mistakes = one_line(ConfigError("; ".join(str(error).splitlines())))
         raise ShardError(f"{path}: not a manifest of format {FORMAT} ({mistakes}); {AGAIN}") from None
+
+
+def _of_disk(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ShardError(f"data.path: no folder {str(folder)!r}; {WRITE}")
+    if not (folder / MANIFEST).is_file():
+        parquet = any(folder.glob("*.parquet"))
+        write = WRITE.replace("source=...", f"source=parquet path={folder}") if parquet else WRITE
+        raise ShardError(f"data.path: no {MANIFEST} in {str(folder)!r}; {write}")
+    return read_json(folder / MANIFEST, limit=MANIFEST_BYTES)
+
+
+def _of_store(folder: Place) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        return parse_json(path.read(MANIFEST_BYTES + 1), str(path), limit=MANIFEST_BYTES)
+    except FileNotFoundError:
+        folder.files()  # raises for a bucket that does not exist
+        raise ShardError(f"data.path: no {MANIFEST} in {str(folder)!r}; {WRITE}") from None

@@ -9,13 +9,11 @@ value is found when the set is opened, and named.
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,14 +21,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fewstep.checks import Check, tried
-from fewstep.config import resolve, validate
+from fewstep.config import validate
 from fewstep.data.decode import WHITE, CorruptImage, encode, read_picture, size_of
 from fewstep.data.manifest import MANIFEST, MAX_LATENT, Column, Manifest, Shard, ShardError, read_manifest
+from fewstep.data.output import output
 from fewstep.data.plan import mix
 from fewstep.files import sha256_of
-from fewstep.folders import NAME_BYTES, SHARDS, replace, replaceable
+from fewstep.storage.cache import CACHE_BYTES, copy_of
+from fewstep.storage.place import Place, Ref, StoreError, located, located_out
 from fewstep.texts import one_line
 
+TRIES = 3  # to read a copy that other processes remove from the cache
 LISTED = 200  # corrupt rows that an error names
 RESTORE = "restore the file, or write the set again: python jobs/prepare.py source=... out=... overwrite=true"
 
@@ -65,10 +66,13 @@ class Unit(NamedTuple):
 
 
 class Shards:
-    """A set that was opened; `open_shards` makes one. It holds no open file, so it can be sent to another process."""
+    """A set that was opened; `open_shards` makes one. It holds no open file, so it can be sent to another process.
 
-    def __init__(self, path: Path, manifest: Manifest):
-        self.path, self.manifest = path, manifest
+    path: its folder, or its place in an object store. cache_bytes: see `open_shards`.
+    """
+
+    def __init__(self, path: Path | Place, manifest: Manifest, cache_bytes: int = CACHE_BYTES):
+        self.path, self.manifest, self.cache_bytes = path, manifest, cache_bytes
 
     @property
     def rows(self) -> int:
@@ -125,12 +129,12 @@ class Shards:
         columns: names of those to read; None is `self.columns`.
         Raises ShardError that names the file when it is gone, cut short, or its pages do not match their checksums.
         """
-        where = self.units[unit]
+        where, columns = self.units[unit], list(columns or self.columns)
         path = self.path / where.file
         try:
-            # No memory map: the pages of a file that another program truncates end the process with SIGBUS.
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                table = file.read_row_group(where.group, list(columns or self.columns), use_threads=False)
+            table = self._from_store(where, columns) if isinstance(path, Place) else _group(path, where.group, columns)
+        except StoreError as error:
+            raise ShardError(str(error)) from None
         except (OSError, pa.ArrowException, IndexError) as error:
             raise ShardError(f"{path}: row group {where.group} cannot be read ({one_line(error)}); {RESTORE}") from None
         if table.num_rows != where.rows:
@@ -139,12 +143,42 @@ class Shards:
             )
         return table if rows is None else table.take(pa.array(rows))
 
+    def _from_store(self, where: Unit, columns: list[str]) -> pa.Table:
+        """A row group of a store: of this node's copy of the shard where the cache can hold the set, else alone."""
+        place, shard = self.path / where.file, self.shard(where.file)
+        if sum(shard.bytes for shard in self.manifest.shards) > self.cache_bytes:
+
+            def read() -> pa.Table:
+                with place.fs.open(place.path, "rb", cache_type="none") as file:
+                    return _group(file, where.group, columns)
+
+            return place.ask(read, passed=(pa.ArrowException, IndexError))
+        for _ in range(TRIES):
+            copy = copy_of(place, shard.sha256, shard.bytes, self.cache_bytes, partial(_verify, self, shard))
+            try:
+                return _group(copy, where.group, columns)
+            except FileNotFoundError:  # another process needed its room
+                continue
+            except (OSError, pa.ArrowException):
+                copy.unlink(missing_ok=True)  # damaged on this disk; the next try fetches it again
+                raise
+        raise StoreError(f"{place}: its copies are removed while they are read; raise data.cache_mib")
+
+    def shard(self, file: str) -> Shard:
+        """The entry of the manifest for a file."""
+        return self._by_file[file]
+
+    @cached_property
+    def _by_file(self) -> dict[str, Shard]:
+        return {shard.file: shard for shard in self.manifest.shards}
+
     def lost_with(self, unit: int) -> list[int]:
         """The units that are lost when one cannot be read: all of its file where that is gone or has another size."""
         file = self.units[unit].file
-        shard = next(shard for shard in self.manifest.shards if shard.file == file)
+        path = self.path / file
         try:
-            whole = (self.path / file).stat().st_size == shard.bytes
+            size = path.size() if isinstance(path, Place) else path.stat().st_size
+            whole = size == self.shard(file).bytes
         except OSError:
             whole = False
         return [unit] if whole else [other for other, where in enumerate(self.units) if where.file == file]
@@ -174,6 +208,13 @@ def read_units(task: pa.Table, shards: Shards) -> pa.Table:
     return pa.concat_tables(parts)
 
 
+def _group(source: Path | BinaryIO, group: int, columns: list[str]) -> pa.Table:
+    """A row group of a Parquet file, whose pages are compared with their checksums."""
+    # No memory map: the pages of a file that another program truncates end the process with SIGBUS.
+    with pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=not isinstance(source, Path)) as file:
+        return file.read_row_group(group, columns, use_threads=False)
+
+
 def numbers(table: pa.Table, column: Column) -> np.ndarray:
     """A column of numbers: (n, ...) in the type that was stored."""
     values = table.column(column.name).combine_chunks()
@@ -193,23 +234,35 @@ def labels(table: pa.Table) -> np.ndarray:
     return table.column("label").to_numpy()
 
 
-def open_shards(path: str | os.PathLike[str], verify: Literal["sha256", "size"] = "sha256") -> Shards:
-    """The set in a folder (`shipped:name` is the package's own), compared with its manifest.
+def open_shards(
+    path: Ref | Place, verify: Literal["sha256", "size"] = "sha256", cache_bytes: int = CACHE_BYTES
+) -> Shards:
+    """The set in a folder (`shipped:name` is the package's own) or at a URL, compared with its manifest.
 
     verify: "sha256" reads every byte once and looks at every value but the pixels of images: none is missing, labels
-    are in range, numbers are finite and in range. "size" looks at file sizes, footers and columns.
-    Raises ShardError naming the file and the way out.
+    are in range, numbers are finite and in range. "size" looks at file sizes, footers and columns. Of a set in an
+    object store only sizes are compared here; the rest follows on each node that fetches a shard.
+    cache_bytes: disk space of a node for copies of a store's shards. The row groups of a larger set are read from the
+    store each time, compared with the checksums of their pages.
+    Raises ShardError naming the file and the way out, and StoreError.
     """
-    path = resolve(path)
+    path = located(path)
     if verify not in ("sha256", "size"):
         raise ValueError(f"verify: {verify!r}; valid: sha256, size")
     manifest = read_manifest(path)
     total = sum(shard.rows for shard in manifest.shards)
     if total != manifest.rows or total < 1:
         raise ShardError(f"{path / MANIFEST}: says {manifest.rows} rows, its shards have {total}; {RESTORE}")
-    shards = Shards(path, manifest)
+    shards = Shards(path, manifest, cache_bytes)
+    if isinstance(path, Place):
+        sizes = {name: info["size"] for name, info in path.files().items()}
+        for shard in manifest.shards:
+            _verify_size(path / shard.file, sizes.get(shard.file), shard)
+        return shards
     for shard in manifest.shards:
-        _verify(shards, shard, verify == "sha256")
+        file = path / shard.file
+        _verify_size(file, file.stat().st_size if file.is_file() else None, shard)
+        _verify(shards, shard, file, verify == "sha256")
     return shards
 
 
@@ -225,20 +278,25 @@ def check(recipe: Any) -> list[Check]:
     """The recipe's shards are all here: sizes, footers and columns are looked at, not every byte."""
     if recipe.data is None:
         return []
-    look = lambda: f"{resolve(recipe.data.path)}: {open_shards(recipe.data.path, 'size').rows:,} rows"
-    return [tried("data", look, "the folder of shards has to be visible from every node under the same path")]
+    path = recipe.data.path
+    look = lambda: f"{located(path)}: {open_shards(path, 'size').rows:,} rows"
+    return [tried("data", look, "every node has to see the shards: a folder under the same path, or the same URL")]
 
 
-def _verify(shards: Shards, shard: Shard, whole: bool) -> None:
-    path = shards.path / shard.file
-    if not path.is_file():
+def _verify_size(path: Path | Place, size: int | None, shard: Shard) -> None:
+    if size is None:
         raise ShardError(f"{path}: missing; {RESTORE}")
-    if (size := path.stat().st_size) != shard.bytes:
+    if size != shard.bytes:
         raise ShardError(f"{path}: {size} bytes, the manifest says {shard.bytes}; {RESTORE}")
-    if whole and (digest := sha256_of(path)) != shard.sha256:
+
+
+def _verify(shards: Shards, shard: Shard, source: Path, whole: bool = True) -> None:
+    """Compares a file, or a copy of it, with the manifest. whole: every byte and every value but pixels."""
+    path = shards.path / shard.file  # which errors name
+    if whole and (digest := sha256_of(source)) != shard.sha256:
         raise ShardError(f"{path}: its sha256 {digest[:12]}... is not the manifest's {shard.sha256[:12]}...; {RESTORE}")
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(source) as file:
             schema, footer = file.schema_arrow, file.metadata
             groups = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
             expected = _schema(shards.manifest)
@@ -251,13 +309,13 @@ def _verify(shards: Shards, shard: Shard, whole: bool) -> None:
                                  f"{shard.rows} in {len(shard.row_groups)}; {RESTORE}")  # fmt: skip
             if whole:
                 _verify_values(shards.manifest, path, file)
+        if shards.manifest.kind == "image":
+            _verify_first_image(shards.manifest, path, _group(source, 0, ["image"]))
     except (OSError, pa.ArrowException) as error:
         raise ShardError(f"{path}: not a readable Parquet file ({one_line(error)}); {RESTORE}") from None
-    if shards.manifest.kind == "image":
-        _verify_first_image(shards, path)
 
 
-def _verify_values(manifest: Manifest, path: Path, file: pq.ParquetFile) -> None:
+def _verify_values(manifest: Manifest, path: Path | Place, file: pq.ParquetFile) -> None:
     """Every value but images, a row group at a time: none is missing, labels and numbers are possible ones."""
     columns = [column for column in manifest.all_columns if column.kind != "image"]
     first = 0
@@ -283,16 +341,15 @@ def _verify_values(manifest: Manifest, path: Path, file: pq.ParquetFile) -> None
         first += table.num_rows
 
 
-def _verify_first_image(shards: Shards, path: Path) -> None:
+def _verify_first_image(manifest: Manifest, path: Path | Place, group: pa.Table) -> None:
     """The size of a shard's first readable image: cheap, and finds a set that was written at another size."""
-    unit = next(i for i, u in enumerate(shards.units) if u.file == path.name)
-    for data in shards.read(unit, np.arange(min(8, shards.units[unit].rows))).column("image").to_pylist():
+    for data in group.column("image").slice(0, 8).to_pylist():
         try:
             height, width = size_of(data or b"")
         except CorruptImage:
             continue  # one bad image is the feed's to count
-        if (height, width) != shards.size[1:]:
-            wanted = "x".join(map(str, shards.size[1:]))
+        if (height, width) != manifest.size[1:]:
+            wanted = "x".join(map(str, manifest.size[1:]))
             raise ShardError(f"{path}: images of {height}x{width} pixels where the manifest says {wanted}; {RESTORE}")
         return
 
@@ -329,14 +386,15 @@ class ShardWriter:
     seed: of the order. Rows are shuffled when written, so that a row group is a fair sample of the set; where the
         encoded rows exceed `window_bytes` they are shuffled window by window.
     group_bytes, group_rows: the size of a row group, whichever comes first; shard_bytes: of a file.
+    out: a folder, or a URL: an object store gets each shard when it is finished, and the manifest last.
     overwrite: replace a shard set; nothing else is ever replaced. apart: files and folders that are read, which `out`
         may neither be nor contain.
-    Raises FolderError when `out` may not be made, and leaves nothing behind when the body raises.
+    Raises FolderError when `out` may not be made, StoreError, and leaves nothing behind when the body raises.
     """
 
     def __init__(
         self,
-        out: str | os.PathLike[str],
+        out: Ref | Place,
         size: tuple[int, int, int],
         *,
         encoding: str = "png",
@@ -349,14 +407,13 @@ class ShardWriter:
         source: dict[str, Any] | None = None,
         seed: int = 0,
         overwrite: bool = False,
-        apart: Sequence[Path | None] = (),
+        apart: Sequence[Path | Place | None] = (),
         group_rows: int = 1000,
         group_bytes: int = 8 << 20,
         shard_bytes: int = 256 << 20,
         window_bytes: int = 1 << 30,
     ):
-        self.out = Path(out).absolute()
-        replaceable(self.out, SHARDS, overwrite=overwrite, apart=apart)
+        self.out = located_out(out)
         self.manifest = validate(Manifest, dict(
             kind="latent" if encoding.startswith("float") else "image",
             rows=0, size=size, range=(0, 255), encoding=encoding, classes=classes, class_names=tuple(class_names),
@@ -364,9 +421,7 @@ class ShardWriter:
         ))  # fmt: skip
         self.manifest = self.manifest.model_copy(update={"columns": (*self.manifest.all_columns, *columns)})
         self.extra = tuple(columns)
-        self.overwrite = overwrite
-        self.temp = self.out.with_name(f".{self.out.name[:NAME_BYTES]}.{secrets.token_hex(4)}.part")
-        self.temp.mkdir(parents=True)
+        self.output = output(self.out, overwrite, apart)
         self.group_rows, self.group_bytes = group_rows, group_bytes
         self.shard_bytes, self.window_bytes = shard_bytes, window_bytes
         self.recode, self.background = recode, background
@@ -459,7 +514,7 @@ class ShardWriter:
             name = f"shard-{len(self._shards):05d}.parquet"
             # 28x28 PNGs share most of their header: zstd saves 10% of them, and costs JPEG nothing to read.
             self._file = pq.ParquetWriter(
-                self.temp / name, schema, compression="zstd", use_dictionary=False, write_statistics=False,
+                self.output.temp / name, schema, compression="zstd", use_dictionary=False, write_statistics=False,
                 write_page_checksum=True,
             )  # fmt: skip
         self._file.write_table(pa.table(columns, schema=schema), row_group_size=len(rows))
@@ -472,11 +527,10 @@ class ShardWriter:
         if self._file is None:
             return
         self._file.close()
-        path = self.temp / f"shard-{len(self._shards):05d}.parquet"
-        self._shards.append(
-            Shard(file=path.name, rows=sum(self._groups), row_groups=tuple(self._groups),
-                  bytes=path.stat().st_size, sha256=sha256_of(path))
-        )  # fmt: skip
+        path = self.output.temp / f"shard-{len(self._shards):05d}.parquet"
+        shard = Shard(file=path.name, rows=sum(self._groups), row_groups=tuple(self._groups),
+                      bytes=path.stat().st_size, sha256=sha256_of(path))  # fmt: skip
+        self._shards.append(self.output.add(shard))
         self._file, self._groups, self._file_bytes = None, [], 0
 
     def close(self) -> Manifest:
@@ -492,8 +546,7 @@ class ShardWriter:
             update=found | {"rows": sum(s.rows for s in self._shards), "shards": tuple(self._shards),
                             "skipped": tuple(self._skipped), "notes": (*self.notes, *changed)}
         )  # fmt: skip
-        (self.temp / MANIFEST).write_text(self.manifest.model_dump_json(indent=1) + "\n")
-        replace(self.temp, self.out, SHARDS, overwrite=self.overwrite)
+        self.output.finish(self.manifest)
         return self.manifest
 
     def __enter__(self) -> ShardWriter:
@@ -506,30 +559,30 @@ class ShardWriter:
         finally:
             if self._file is not None:
                 self._file.close()
-            shutil.rmtree(self.temp, ignore_errors=True)
+            self.output.discard()
 
 
-def join(parts: Sequence[Path], out: Path, source: dict[str, Any], overwrite: bool = False) -> Manifest:
-    """Writes one set with the files of several that have the same columns. Returns its manifest. Raises ShardError."""
+def join(parts: Sequence[Path | Place], out: Path | Place, source: dict[str, Any], overwrite: bool = False) -> Manifest:
+    """Writes one set with the files of several that have the same columns. Returns its manifest. Raises ShardError.
+
+    parts: folders for a folder, or places of the same store for a place of it.
+    """
     opened = [open_shards(part) for part in parts]
     first, kept = opened[0].manifest, []
-    temp = out.with_name(f".{out.name[:NAME_BYTES]}.{secrets.token_hex(4)}.part")
-    temp.mkdir(parents=True)
+    whole = output(out, overwrite)
     try:
         for shards in opened:
             if shards.manifest.columns != first.columns:
                 raise ShardError(f"{shards.path}: has other columns than {opened[0].path}; write both again")
             for shard in shards.manifest.shards:
-                name = f"shard-{len(kept):05d}.parquet"
-                shutil.copyfile(shards.path / shard.file, temp / name)
-                kept.append(shard.model_copy(update={"file": name}))
+                named = shard.model_copy(update={"file": f"shard-{len(kept):05d}.parquet"})
+                kept.append(whole.copy(shards.path / shard.file, named))
         low, high = zip(*(shards.manifest.range for shards in opened), strict=True)
         found = {"range": (min(low), max(high)), "rows": sum(s.rows for s in opened), "shards": tuple(kept)}
         manifest = first.model_copy(update=found | {"source": source})
-        (temp / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
-        replace(temp, out, SHARDS, overwrite=overwrite)
+        whole.finish(manifest)
     finally:
-        shutil.rmtree(temp, ignore_errors=True)
+        whole.discard()
     return manifest
 
 

@@ -17,6 +17,7 @@ from fewstep.data.plan import mix
 from fewstep.data.shards import Manifest, ShardWriter, refuse
 from fewstep.data.source import Reading, Source, SourceError
 from fewstep.data.tars import webdataset
+from fewstep.storage.place import Place, Ref
 
 _SELECT = 4  # the stream of hashes that chooses which rows a limit keeps
 
@@ -32,7 +33,7 @@ SOURCES: dict[str, Callable[[Path | None, str, Reading], Source]] = {
 
 def pack(
     source: Source,
-    out: str | Path,
+    out: Ref | Place,
     *,
     limit: int | None = None,
     seed: int = 0,

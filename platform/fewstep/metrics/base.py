@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.config import Strict, nearest, resolve
+from fewstep.config import Strict, nearest
+from fewstep.storage.cache import local
 from fewstep.texts import shown
 
 METRICS: dict[str, type[Metric]] = {}
@@ -258,7 +259,7 @@ class Files:
         kind, given = file_fields(type(metric))[name], getattr(metric, name)
         if given is None and kind.find is None:
             raise ValueError(f"{name}: {metric.name} needs this file and none is given; {kind.remedy}")
-        path = kind.find(True) if given is None else resolve(given)
+        path = kind.find(True) if given is None else local(given)
         if (kind, path) not in self._opened:
             self._opened[kind, path] = kind.open(path, self.device)
         return self._opened[kind, path]

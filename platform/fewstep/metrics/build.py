@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 from fewstep.checks import Check, tried
-from fewstep.config import ConfigError, Strict, nearest, resolve, validate
+from fewstep.config import ConfigError, Strict, nearest, resolve_ref, validate
 from fewstep.files import sha256_of
 from fewstep.metrics.base import Device, File, Files, Measure, Metric, file_fields, find_metric, unknown
 from fewstep.metrics.features import FEATURES
 from fewstep.metrics.inception import INCEPTION
 from fewstep.metrics.reference import REFERENCE
 from fewstep.metrics.retrieval import SCORER
+from fewstep.storage.cache import local
 
 
 class Metrics(Strict):
@@ -127,10 +128,10 @@ class Need:
     metrics: list[str]
 
     def find(self) -> Path:
-        """The file's path. Nothing is downloaded. Raises ValueError where there is none."""
+        """The file's path. Nothing is downloaded but what lies at a URL. Raises ValueError where there is none."""
         names = " and ".join(self.metrics)
         if self.path is not None:
-            return resolve(self.path)
+            return local(self.path)
         if self.kind.find is None:
             raise ValueError(f"{names} need this file and the recipe names none")
         try:
@@ -165,4 +166,4 @@ def _files(ref: Path) -> list[Path]:
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(resolve(path))
+    return None if path is None else str(resolve_ref(path))

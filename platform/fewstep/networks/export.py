@@ -25,7 +25,8 @@ from torch import Tensor
 from ..config import ConfigError, Strict, read_json, validate
 from ..diffusion.level import PREDICTIONS
 from ..diffusion.samplers import Call, run_calls
-from ..folders import EXPORT, replace, replaceable
+from ..folders import EXPORT, appearing
+from ..storage.place import Place
 from .backbones import UNet
 from .card import Card, write_card
 from .denoiser import Denoiser
@@ -187,7 +188,7 @@ def check_exportable(denoiser: Denoiser, calls: Sequence[Call]) -> None:
 
 def export(
     denoiser: Denoiser,
-    folder: str | Path,
+    folder: Path | Place,
     *,
     calls: Sequence[Call],
     card: Card,
@@ -204,23 +205,14 @@ def export(
     Raises ExportError for a network without a pipeline here and an export that fails to compare, FolderError for a
     folder in the way.
     """
-    folder = Path(folder).absolute()
     check_exportable(denoiser, calls)
     if class_names and len(class_names) != denoiser.classes:
         raise ExportError(f"class_names: {len(class_names)} names for {denoiser.classes} classes")
-    replaceable(folder, EXPORT, overwrite=overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with appearing(folder, EXPORT, overwrite=overwrite) as tmp:
         given = {"student": denoiser, **others}
         nets = {role: deepcopy(given[role]).cpu().eval().float() for role in names(calls)}
         _write(nets, tmp, calls, card, class_names)
-        worst = _compare(nets, tmp, calls)
-        tmp.chmod(0o755)
-        replace(tmp, folder, EXPORT, overwrite=overwrite)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-    return worst
+        return _compare(nets, tmp, calls)
 
 
 def _write(

@@ -22,7 +22,8 @@ from torch import Tensor
 from ..config import read_json
 from ..diffusion.samplers import Call, run_calls
 from ..diffusion.schedules import DDPM, Flow
-from ..folders import PIPELINE, replace, replaceable
+from ..folders import PIPELINE, appearing
+from ..storage.place import Place
 from .card import Card, write_card
 from .conditions import Prompts
 from .denoiser import Denoiser
@@ -102,7 +103,7 @@ def scheduler_of(net: Denoiser, calls: Sequence[Call]) -> tuple[Any, dict[str, A
 def export_pipeline(
     net: Denoiser,
     teacher: Path,
-    folder: Path,
+    folder: Path | Place,
     *,
     calls: Sequence[Call],
     card: Card,
@@ -116,22 +117,14 @@ def export_pipeline(
     Returns the largest difference to the student's own images in [-1, 1], float32 on the CPU, at most 1e-4.
     Raises ExportError for a student that no stock scheduler calls and for an export whose images differ.
     """
-    replaceable(folder, PIPELINE, overwrite=overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with appearing(folder, PIPELINE, overwrite=overwrite) as tmp:
         net = deepcopy(net).cpu().eval().float()
         _write(net, teacher, tmp, calls, card)
         ours = _images(net, teacher, calls)
         if adapter is not None:
             (tmp / "lora").mkdir()
             save_lora(adapter, tmp / "lora")
-        worst = _compare(ours, tmp, teacher, "" if adapter is None else str(tmp / "lora" / LORA))
-        tmp.chmod(0o755)
-        replace(tmp, folder, PIPELINE, overwrite=overwrite)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-    return worst
+        return _compare(ours, tmp, teacher, "" if adapter is None else str(tmp / "lora" / LORA))
 
 
 def _write(net: Denoiser, teacher: Path, folder: Path, calls: Sequence[Call], card: Card) -> None:

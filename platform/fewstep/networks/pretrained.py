@@ -18,9 +18,11 @@ from pydantic import Field
 from torch import nn
 
 from ..checks import Check, tried
-from ..config import ConfigError, Strict, read_json, resolve, validate
+from ..config import ConfigError, Strict, read_json, validate
 from ..diffusion.level import Level
 from ..diffusion.schedules import from_config, to_config
+from ..storage.cache import listing, local
+from ..storage.place import Place, located
 from ..texts import one_line, quoted
 from .backbones import Backbone, Tokens, UNet, size_of
 from .denoiser import Denoiser
@@ -230,8 +232,8 @@ def save_denoiser(denoiser: Denoiser, folder: Path, name: str | None = None) -> 
 
 
 def locate(ref: str | Path, download: bool = True) -> Path:
-    """The folder of a teacher given as a path, as "shipped:...", or as "hub:owner/name", which is downloaded once."""
-    return snapshot(str(ref).removeprefix(PREFIX), download) if str(ref).startswith(PREFIX) else resolve(ref)
+    """The folder of a teacher: a path, "shipped:...", or "hub:owner/name" or a URL, which are downloaded once."""
+    return snapshot(str(ref).removeprefix(PREFIX), download) if str(ref).startswith(PREFIX) else local(ref)
 
 
 def check(recipe: Any) -> list[Check]:
@@ -243,7 +245,9 @@ def check(recipe: Any) -> list[Check]:
 
 
 def _look(ref: str) -> str:
-    """The place of a network whose files are complete. Raises ValueError."""
+    """The place of a network whose files are complete. Raises ValueError and OSError."""
+    if not ref.startswith(PREFIX) and isinstance(place := located(ref), Place):
+        return f"{place}: {len(listing(place))} files, to be copied once a node"
     folder = locate(ref, download=False)
     if not (folder / "recipe.yaml").is_file():  # a run's student is a teacher, too; its checkpoints are the engine's
         _read_folder(folder)

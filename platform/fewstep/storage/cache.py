@@ -1,0 +1,154 @@
+"""Local copies of what lies in an object store: single files within a bound, and whole folders.
+
+They are in FEWSTEP_CACHE, by default ~/.cache/fewstep (or in XDG_CACHE_HOME), which all processes of a node share. A
+copy has its name only when it is whole and checked, so a process that dies leaves none that another one would read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..files import put_in_place
+from ..locks import locked
+from ..texts import masked, reason
+from .place import Place, Ref, StoreError, located
+
+CACHE_BYTES = 20 << 30  # of shards, where no setting says otherwise
+VERSIONS = ("size", "ETag", "etag", "md5Hash", "LastModified", "last_modified", "updated", "mtime")
+
+
+def cache_folder() -> Path:
+    """The folder of this node's copies."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("FEWSTEP_CACHE") or f"{base}/fewstep").expanduser().absolute()
+
+
+def copy_of(place: Place, key: str, size: int, limit: int, check: Callable[[Path], None]) -> Path:
+    """Returns the path of a copy of a store's file. It is fetched where the cache has none, by one process at a time.
+
+    key: hash of the content, under which the copy is kept. size: of the file, in bytes. limit: bytes that all copies
+    may take; those that were not used for the longest time are removed. check: called with the path of a new copy
+    before others can see it; what it raises is raised here, and the copy is gone.
+    Raises FileNotFoundError and StoreError.
+    """
+    folder = _made("shards", place)
+    path = folder / key
+    if _used(path, size):
+        return path
+    with locked(folder / f".{key[:2]}.lock", wait_s=math.inf):
+        if _used(path, size):  # another process has fetched it
+            return path
+        _make_room(folder, limit - size)
+        new = folder / f".{key}.{secrets.token_hex(4)}"
+        try:
+            _fetch(place, new, size)
+            check(new)
+            put_in_place(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+    return path
+
+
+def local(ref: Ref) -> Path:
+    """Returns the path of a file or folder to read: its own, as `resolve` has it, or that of its copy from a store.
+
+    A URL is listed each time, and fetched when the listing is another one than that of the copies at hand.
+    Raises ConfigError as `resolve`, and StoreError, also where nothing lies at the URL.
+    """
+    place = located(ref)
+    if isinstance(place, Path):
+        return place
+    files = listing(place)
+    key = _key(place, files)
+    folder = _made("folders", place)
+    name = masked(place.name).partition("?")[0]
+    path = folder / key / (name if name.strip(".") else "file")
+    if path.exists():
+        return path
+    with locked(folder / f".{key[:2]}.lock", wait_s=math.inf):
+        if path.exists():
+            return path
+        new = folder / f".{key}.{secrets.token_hex(4)}"
+        try:
+            for name, info in files.items():
+                target = new / path.name / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _fetch(place / name if name else place, target, info["size"])
+            if _key(place, listing(place)) != key:
+                raise StoreError(f"{place}: changed while it was copied; start again when it is complete")
+            put_in_place(new, folder / key)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+    return path
+
+
+def listing(place: Place) -> dict[str, dict[str, Any]]:
+    """Returns the store's facts of a folder's files by their path there, or of a single file by the path "".
+
+    Raises StoreError where there is neither.
+    """
+    if place.is_file():
+        return {"": place.ask(lambda: place.fs.info(place.path))}
+    if not (files := place.files()):
+        raise StoreError(f"{place}: nothing is there; give the URL of a file or of a folder")
+    return files
+
+
+def _key(place: Place, files: dict[str, dict[str, Any]]) -> str:
+    """A hash of the files' names and sizes, and of the store's own marks of their versions."""
+    marks = {name: [f"{key}={info[key]}" for key in VERSIONS if key in info] for name, info in files.items()}
+    return hashlib.sha256(json.dumps([str(place), marks]).encode()).hexdigest()
+
+
+def _made(name: str, place: Place) -> Path:
+    folder = cache_folder() / name
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        why = f"no copy can be kept in {folder} ({reason(error)})"
+        raise StoreError(f"{place}: {why}; name another folder by FEWSTEP_CACHE=...") from None
+    return folder
+
+
+def _fetch(place: Place, path: Path, size: int) -> None:
+    """Copies a file of the store and compares its size."""
+    place.fetch(path, size)
+    if (found := path.stat().st_size) != size:
+        raise StoreError(f"{place}: {found} bytes came, and the store's listing says {size}; start again")
+
+
+def _used(path: Path, size: int) -> bool:
+    """True if a copy is there; it counts as used now."""
+    try:
+        if path.stat().st_size != size:
+            return False
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _make_room(folder: Path, limit: int) -> None:
+    """Removes copies, those first that were not used for the longest time, until the others take at most `limit`."""
+    found = []
+    for path in folder.iterdir():
+        if path.suffix == ".lock":
+            continue
+        with contextlib.suppress(FileNotFoundError):  # removed by another process
+            stat = path.stat()
+            found.append((stat.st_mtime, stat.st_size, path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= limit:
+            return
+        path.unlink(missing_ok=True)
+        total -= size
