@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import shutil
 import statistics
@@ -111,6 +112,7 @@ def photographs(out: Path, count: int = 1000, size: int = 512) -> Shards:
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="fb", dir="/tmp"))
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     os.environ |= {
