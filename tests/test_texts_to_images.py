@@ -25,6 +25,7 @@ from fewstep.data.decode import decode_all
 from fewstep.data.manifest import Column
 from fewstep.data.shards import ShardWriter, join, open_shards
 from fewstep.methods.dmd2 import DMD2
+from fewstep.networks import export_pipeline as exporting
 from fewstep.networks import pretrained
 from fewstep.networks.card import Card
 from fewstep.networks.conditions import Texts
@@ -32,6 +33,7 @@ from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.export import ExportError
 from fewstep.networks.export_pipeline import export_pipeline
 from fewstep.networks.latents import Latents
+from fewstep.networks.lora import Lora, merge
 from fewstep.networks.pretrained import Network, new_denoiser, open_teacher
 from fewstep.networks.prompts import open_encoder
 from fewstep.recipe import Recipe, open_recipe
@@ -249,6 +251,76 @@ def test_a_student_is_exported_as_a_stock_pipeline_and_its_adapter_for_load_lora
     again = build.make_samples(open_sampler(str(out), prompts=["a cat"]), 2)
     ours = build.make_samples(open_sampler(str(asked.folder), prompts=["a cat"]), 2)
     assert again.calls == 4 and (again.images.int() - ours.images.int()).abs().max() <= 1
+
+
+STOCK = {
+    "sd15": True,
+    "sd21": True,
+    "sdxl": True,
+    "sd3": True,
+    "flux": True,
+    "sana": True,
+    "pixart": False,
+    "dit": False,
+}
+
+
+def exported_as_stock(name: str, tmp: Path) -> Path:
+    """The export of an adapter with random factors, merged and beside, in two calls; what is left of it by a second
+    look is asserted here."""
+    folder = tiny.pipeline(name, tmp / "teacher")
+    net = open_teacher(folder).requires_grad_(False)
+    adapter, generator = Lora(net, 2, alpha=4, targets="attention"), torch.Generator().manual_seed(3)
+    for up in adapter.up.values():
+        up.data.normal_(std=0.3, generator=generator)
+    merged = merge(adapter, *build._probe(net), tolerance=1e-3)
+    calls = DMD2(student_steps=2).calls(net)
+    out = tmp / "out"
+    assert export_pipeline(merged, folder, out, calls=calls, card=Card(name=name), adapter=adapter) <= 1e-4
+    assert (out / "lora" / "pytorch_lora_weights.safetensors").is_file() == STOCK[name]
+    prompts = None if name == "dit" else ["a red apple", "a dog"]
+    ours = build.few_step_sampler({"student": build.with_pipeline(merged, folder, listing=prompts)}, calls)
+    ours, again = (build.make_samples(s, 2, batch=2).images for s in (ours, open_sampler(str(out), prompts=prompts)))
+    assert torch.equal(ours, again) and not torch.equal(ours[0], ours[1])
+    teacher = build.few_step_sampler({"student": build.with_pipeline(net, folder, listing=prompts)}, calls)
+    assert not torch.equal(build.make_samples(teacher, 2, batch=2).images, ours)
+    return out
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "sana", "pixart", "dit"])
+def test_a_student_of_every_family_is_exported_as_its_teachers_pipeline(name, tmp_path, monkeypatch):
+    """diffusers runs the folder in this process, where its import is paid for; the next test is of a fresh one."""
+
+    def here(arguments: list[str], out: Path) -> dict[str, torch.Tensor]:
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.argv", ["check", *arguments])
+            exec(exporting.CHECK.replace('assert "fewstep"', 'assert True or "fewstep"'), {})
+        return load_file(out)
+
+    monkeypatch.setattr(exporting, "_run", here)
+    exported_as_stock(name, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_diffusers_in_a_fresh_process_makes_the_images_of_every_familys_student(name, tmp_path):
+    exported_as_stock(name, tmp_path)
+
+
+def test_an_adapter_of_grouped_convolutions_has_no_file_for_load_lora_weights(tmp_path):
+    folder = tiny.pipeline("sana", tmp_path / "sana")
+    net = open_teacher(folder)
+    why = exporting.lora_refusal(Lora(net, 2, targets="all"), folder)
+    assert why.endswith("is a convolution of several groups, which it does not adapt")
+    assert exporting.lora_refusal(Lora(net, 2), folder) is None
+
+
+def test_sana_puts_its_instruction_before_a_prompt_and_not_before_the_text_that_stands_for_none(tmp_path):
+    encoder = open_encoder(tiny.pipeline("sana", tmp_path), "SanaTransformer2DModel")
+    empty, nothing = encoder.columns([""]), encoder.nothing()
+    bare = encoder.pipe.encode_prompt([""], do_classifier_free_guidance=False)[0]
+    torch.testing.assert_close(nothing["text"], bare)
+    assert empty["mask"].sum() > nothing["mask"].sum() and not torch.allclose(empty["text"], nothing["text"])
 
 
 @pytest.mark.slow

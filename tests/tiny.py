@@ -46,10 +46,10 @@ class Family:
     call: Callable[[Any, Tensor, Tensor, dict[str, Tensor]], Tensor]
     described: dict[str, Any] = field(default_factory=dict)
 
-    def make(self, seed: int = 0) -> nn.Module:
-        """The model with random weights everywhere."""
+    def make(self, seed: int = 0, **config: Any) -> nn.Module:
+        """The model with random weights everywhere. config: other arguments of it."""
         torch.manual_seed(seed)
-        model = getattr(diffusers, self.model)(**self.config).eval()
+        model = getattr(diffusers, self.model)(**self.config | config).eval()
         for parameter in model.parameters():  # output layers start at zero
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.1)
@@ -90,35 +90,91 @@ def tokenizer(length: int = TOKENS) -> Any:
     return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, [], model_max_length=length)
 
 
-def text_encoder(width: int, projected: bool = False) -> Any:
+def text_encoder(width: int, projected: bool = False, out: int = 10) -> Any:
     """CLIP's text encoder with random weights."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     words, size = {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}, 2 * width
     layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": TOKENS}
-    config = CLIPTextConfig(hidden_size=width, intermediate_size=size, projection_dim=10, **words, **layers)
+    config = CLIPTextConfig(hidden_size=width, intermediate_size=size, projection_dim=out, **words, **layers)
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 
 
-def codec() -> Any:
+LETTERS = " abcdefghijklmnopqrstuvwxyz"
+
+
+def t5() -> tuple[Any, Any]:
+    """T5's tokenizer with letters for a vocabulary, and its encoder with random weights."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    pieces = ["<pad>", "</s>", "<unk>", *LETTERS.replace(" ", "\u2581")]
+    sizes = {"d_model": 12, "d_kv": 6, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": len(pieces)}
+    return T5Tokenizer([(piece, 0.0) for piece in pieces], extra_ids=0), T5EncoderModel(T5Config(**sizes)).eval()
+
+
+def gemma() -> tuple[Any, Any]:
+    """Gemma's tokenizer with letters for a vocabulary, and its decoder with random weights."""
+    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *LETTERS.replace(" ", "\u2581")]
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 6}
+    sizes = {"hidden_size": 12, "intermediate_size": 24, "vocab_size": len(pieces), "pad_token_id": 0}
+    tokens = GemmaTokenizer({piece: i for i, piece in enumerate(pieces)}, [])
+    return tokens, Gemma2Model(Gemma2Config(**layers, **sizes)).eval()
+
+
+def codec(**more: Any) -> Any:
     """AutoencoderKL, 8 x down, with random weights."""
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     sizes = {"block_out_channels": (4,) * 4, "norm_num_groups": 2, "latent_channels": 4, "sample_size": 8 * SIZE}
-    return diffusers.AutoencoderKL(**blocks, **sizes, scaling_factor=0.5).eval()
+    return diffusers.AutoencoderKL(**blocks, **sizes, scaling_factor=0.5, **more).eval()
+
+
+def deep_codec() -> Any:
+    """AutoencoderDC, 8 x down, with random weights."""
+    sides = {}
+    for side in ("encoder", "decoder"):
+        sides |= {f"{side}_block_out_channels": (4, 4, 8, 8), f"{side}_layers_per_block": (1,) * 4}
+        sides |= {f"{side}_block_types": "ResBlock", f"{side}_qkv_multiscales": ((),) * 4}
+    return diffusers.AutoencoderDC(latent_channels=4, scaling_factor=0.5, **sides).eval()
 
 
 def pipeline(name: str, folder: Path) -> Path:
-    """A whole pipeline's folder: sd15, sd21 or sdxl."""
-    family = FAMILIES[name]
+    """A family's whole pipeline's folder."""
     torch.manual_seed(7)
-    parts = {"vae": codec(), "tokenizer": tokenizer(), "unet": family.make(), "scheduler": family.scheduler}
+    model, none = FAMILIES[name].make(), {"safety_checker": None, "feature_extractor": None}
+    parts = {"vae": codec(), "scheduler": FAMILIES[name].scheduler}
+    clip = {"tokenizer": tokenizer()}
     if name == "sdxl":
-        parts |= {"text_encoder": text_encoder(4), "text_encoder_2": text_encoder(8, projected=True)}
-        pipe = diffusers.StableDiffusionXLPipeline(**parts, tokenizer_2=tokenizer())
+        clip |= {"text_encoder": text_encoder(4), "text_encoder_2": text_encoder(8, projected=True)}
+        pipe = diffusers.StableDiffusionXLPipeline(unet=model, **parts, **clip, tokenizer_2=tokenizer())
+    elif name in ("sd15", "sd21"):
+        clip |= {"text_encoder": text_encoder(12), "requires_safety_checker": False}
+        pipe = diffusers.StableDiffusionPipeline(unet=model, **parts, **clip, **none)
+    elif name == "sd3":
+        parts["vae"] = codec(shift_factor=0.25)
+        clip |= {f"text_encoder{part}": text_encoder(4, projected=True, out=5) for part in ("", "_2")}
+        clip["tokenizer_2"] = tokenizer()
+        clip["tokenizer_3"], clip["text_encoder_3"] = t5()
+        pipe = diffusers.StableDiffusion3Pipeline(transformer=model, **parts, **clip)
+    elif name == "flux":
+        parts["vae"] = codec(shift_factor=0.25)
+        clip["text_encoder"] = text_encoder(10)
+        clip["tokenizer_2"], clip["text_encoder_2"] = t5()
+        pipe = diffusers.FluxPipeline(transformer=model, **parts, **clip)
+    elif name == "sana":
+        parts["vae"] = deep_codec()
+        parts["tokenizer"], parts["text_encoder"] = gemma()
+        pipe = diffusers.SanaPipeline(transformer=model, **parts)
+    elif name == "pixart":
+        model = FAMILIES[name].make(use_additional_conditions=False)  # its pipeline gives them to one size alone
+        parts["tokenizer"], parts["text_encoder"] = t5()
+        pipe = diffusers.PixArtAlphaPipeline(transformer=model, **parts)
     else:
-        none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipe = diffusers.StableDiffusionPipeline(**parts, text_encoder=text_encoder(12), **none)
+        pipe = diffusers.DiTPipeline(transformer=model, **parts)
     pipe.save_pretrained(folder, safe_serialization=True)
+    if described := FAMILIES[name].described:
+        (folder / "fewstep.json").write_text(json.dumps(described))
     return folder
 
 

@@ -532,7 +532,7 @@ def export_notes(recipe: Recipe) -> list[str]:
     """A line that says why the run's student cannot be exported, where that is known beforehand. Raises ValueError."""
     net = build.make_teacher(recipe, weights=False)
     try:
-        check_export(recipe.method, net)
+        check_export(recipe.method, net, build.pipeline_folder(recipe))
     except ValueError as error:
         return [f"nothing will be exported: {one_line(error)}"]
     return []

@@ -27,7 +27,7 @@ from .networks.codec import Codec
 from .networks.conditions import Texts
 from .networks.denoiser import Denoiser
 from .networks.export import INFERENCE, check_exportable, export, exported_calls, exported_class_names
-from .networks.export_pipeline import export_pipeline, scheduler_of
+from .networks.export_pipeline import export_pipeline, is_stock, scheduler_of
 from .networks.parts import save_part
 from .networks.pretrained import locate, open_teacher
 from .recipe import Recipe, read_run
@@ -218,10 +218,11 @@ def few_step_calls(method: Any, net: Denoiser) -> tuple[Call, ...]:
     return calls
 
 
-def check_export(method: Any, net: Denoiser) -> None:
-    """Raises ValueError for a student that cannot be exported. The weights are not looked at."""
+def check_export(method: Any, net: Denoiser, folder: Path | None = None) -> None:
+    """Raises ValueError for a student that cannot be exported. The weights are not looked at. folder: of its teacher's
+    pipeline."""
     calls = few_step_calls(method, net)
-    if isinstance(net.conditions, Texts):
+    if is_stock(net, folder):
         scheduler_of(net, calls)
     else:
         check_exportable(net, calls)
@@ -242,8 +243,8 @@ def export_run(
     out: another folder, or a URL.
     rows: of the closing table, for the model card; without any, those in `<run>/scores.json` if the run kept them.
     known: URLs with their secrets, see `with_secrets`.
-    Returns what a job prints: folder, step, averaged, calls, max_difference, and call, the arguments of a stock
-    pipeline's call, or None. Raises ValueError.
+    Returns what a job prints: folder, step, averaged, calls, max_difference; of a stock pipeline, call, its call's
+    arguments, and lora, the folder of the adapter's files; both are None where there are none. Raises ValueError.
     """
     overwrite = (out is None) if overwrite is None else overwrite
     if out is not None:
@@ -261,15 +262,17 @@ def export_run(
     target = folder / "export" if out is None else target
     calls = few_step_calls(recipe.method, student.net)
     elsewhere = "export to another folder with out=..."
-    card, stock = _card(student, rows, licence), None
+    card, stock, lora = _card(student, rows, licence), None, None
     with locked(folder / LOCK, way_out=elsewhere) if out is None else contextlib.nullcontext():
-        if isinstance(student.net.conditions, Texts):
+        pipeline = build.pipeline_folder(recipe)
+        if is_stock(student.net, pipeline):
             adapter = None
             if recipe.lora("student") is not None:
                 adapter = build.trained_student(recipe, student.checkpoint, student.averaged)
             options = {"calls": calls, "card": card, "adapter": adapter, "overwrite": overwrite}
-            worst = export_pipeline(student.net, build.pipeline_folder(recipe), target, **options)
+            worst = export_pipeline(student.net, pipeline, target, **options)
             stock = read_json(local(target) / INFERENCE)["call"]
+            lora = f"{target}/lora" if (local(target) / "lora").is_dir() else None
         else:
             options = {"others": student.others, "class_names": _class_names(student), "overwrite": overwrite}
             worst = export(student.net, target, calls=calls, card=card, **options)
@@ -280,6 +283,7 @@ def export_run(
         "calls": len(calls),
         "max_difference": worst,
         "call": stock,
+        "lora": lora,
     }
 
 

@@ -54,12 +54,12 @@ def write_card(
 ) -> str:
     """Returns README.md as Markdown, with the hub's metadata as YAML front matter.
 
-    stock: arguments of the call of a pipeline of diffusers' own, which takes prompts; None for a pipeline of ours.
-    negatives: the folder has nasa.py.
+    stock: arguments of the call of a pipeline of diffusers' own, which takes prompts, or labels where there are
+    classes; None for a pipeline of ours. negatives: the folder has nasa.py.
     """
     head: dict[str, Any] = {
         "library_name": "diffusers",
-        "pipeline_tag": "text-to-image" if stock else "unconditional-image-generation",
+        "pipeline_tag": "text-to-image" if stock and classes is None else "unconditional-image-generation",
         "tags": ["diffusion-distillation", "few-step"],
     }
     if card.licence:
@@ -72,7 +72,7 @@ def write_card(
         "Training": card.training,
         "Licence of the weights": card.licence or "not stated; ask whoever gave you this folder",
     }
-    label = "" if classes is None else "class_labels=0, "
+    label = "" if classes is None else "class_labels=[0], " if stock else "class_labels=0, "
     lines = [
         "---",
         to_yaml(head).strip(),
@@ -109,16 +109,19 @@ def write_card(
 
 
 def snippet(folder: str, label: str = "", stock: dict[str, Any] | None = None) -> str:
-    """Returns the Python code that loads the export. stock: arguments of the call of a text-to-image pipeline."""
-    trust, arguments = ", trust_remote_code=True", f"{label}num_images=8"
+    """Returns the Python code that loads the export. stock: arguments of the call of a pipeline of diffusers' own.
+
+    Some of those draw the noise between calls from torch's global generator, so that is the one that is seeded.
+    """
+    trust, arguments, generator = ", trust_remote_code=True", f"{label}num_images=8", "torch.Generator().manual_seed(0)"
     if stock is not None:
-        trust = ""
-        arguments = ", ".join(['"a red apple"', *(f"{name}={value!r}" for name, value in stock.items())])
+        trust, generator = "", "torch.manual_seed(0)"
+        arguments = (label or '"a red apple", ') + ", ".join(f"{name}={value!r}" for name, value in stock.items())
     return (
         "import torch\n"
         "from diffusers import DiffusionPipeline\n\n"
         f'pipe = DiffusionPipeline.from_pretrained("{folder}"{trust})\n'
-        f"images = pipe({arguments}, generator=torch.Generator().manual_seed(0)).images"
+        f"images = pipe({arguments}, generator={generator}).images"
     )
 
 

@@ -6,6 +6,7 @@ numbers that it will get inside stock diffusers.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,9 +41,15 @@ def _flux(pipe: Any, words: list[str]) -> Columns:
     return {"text": text, "pooled": pooled}
 
 
-def _masked(pipe: Any, words: list[str]) -> Columns:
-    text, mask, *_ = pipe.encode_prompt(words, do_classifier_free_guidance=False, device=pipe.device)
+def _masked(pipe: Any, words: list[str], **more: Any) -> Columns:
+    text, mask, *_ = pipe.encode_prompt(words, do_classifier_free_guidance=False, device=pipe.device, **more)
     return {"text": text, "mask": mask}
+
+
+def _sana(pipe: Any, words: list[str]) -> Columns:
+    """Sana's pipeline puts an instruction before each prompt, but not before the empty one that stands for none."""
+    name = "complex_human_instruction"
+    return _masked(pipe, words, **{name: inspect.signature(pipe.__call__).parameters[name].default})
 
 
 FAMILIES: dict[str, tuple[str, Callable[[Any, list[str]], Columns]]] = {
@@ -50,10 +57,11 @@ FAMILIES: dict[str, tuple[str, Callable[[Any, list[str]], Columns]]] = {
     "StableDiffusionXLPipeline": ("UNet2DConditionModel", _sdxl),
     "StableDiffusion3Pipeline": ("SD3Transformer2DModel", _sd3),
     "FluxPipeline": ("FluxTransformer2DModel", _flux),
-    "SanaPipeline": ("SanaTransformer2DModel", _masked),
+    "SanaPipeline": ("SanaTransformer2DModel", _sana),
     "PixArtAlphaPipeline": ("PixArtTransformer2DModel", _masked),
     "PixArtSigmaPipeline": ("PixArtTransformer2DModel", _masked),
 }
+NOTHING = {"SanaPipeline": _masked}  # embeds the empty text that stands for none, where the prompts' function does not
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
@@ -81,7 +89,8 @@ class Encoder:
     def nothing(self) -> Columns:
         """One sample's condition without text (1, ...): zeros where the pipeline says so, as SDXL's does, else the
         encoded empty string."""
-        empty = self.columns([""])
+        encode = NOTHING.get(type(self.pipe).__name__, self.encode)
+        empty = Encoder(self.pipe, encode).columns([""])
         zeros = getattr(self.pipe.config, "force_zeros_for_empty_prompt", False)
         return {name: torch.zeros_like(value) for name, value in empty.items()} if zeros else empty
 
