@@ -55,8 +55,9 @@ def outlined():
     outline = cache(lambda folder, precision: open_teacher(folder, precision, False))
     shipped = locate("shipped:fashion_mnist/teacher")
 
-    def opened(ref, precision="fp32", weights=True):
-        return open_teacher(ref, precision, weights) if weights or locate(ref) != shipped else outline(ref, precision)
+    def opened(ref, precision="fp32", weights=True, filled=True):
+        cached = not weights and locate(ref) == shipped
+        return outline(ref, precision) if cached else open_teacher(ref, precision, weights, filled)
 
     return opened
 

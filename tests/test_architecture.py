@@ -53,8 +53,9 @@ ONLY = {
     "fsspec": {"storage"},
 }
 
-# The engine knows what a method is and no particular one; of networks it knows the average, the blocks and adapters.
-NARROW = {("engine", "methods"): {"base"}, ("engine", "networks"): {"average", "blocks", "lora"}}
+# The engine knows what a method is and no particular one; of networks it knows the average, the blocks, adapters and
+# weights.
+NARROW = {("engine", "methods"): {"base"}, ("engine", "networks"): {"average", "blocks", "lora", "weights"}}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
-import re
+import json
 from functools import cache
 from pathlib import Path
 
 import diffusers
+import node
 import pytest
 import torch
 import torch.distributed as dist
 import toy
+from node import resident
 from test_networks import DIT, TEXT, labelled
 from torch import Tensor, nn
 
@@ -30,6 +32,7 @@ from fewstep.networks.blocks import blocks, checkpoint_activations, compile_pass
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.families import TextUNet
 from fewstep.networks.lora import Lora
+from fewstep.networks.pretrained import Network, new_denoiser, open_teacher, save_denoiser
 
 GAN = METHODS["dmd2"](gan_weight=0.05, critic_updates_per_student_update=2, student_steps=2)
 TRAIN = {"steps": 30, "batch": 16, "report_every": 10}
@@ -42,6 +45,12 @@ LAYOUTS = {
 ADAPTED = {
     "replicate": Layout(teacher_placement="shard"),
     "shard": Layout(placement="shard", checkpoint_activations=True, offload_average=True),
+}
+FILLED = {
+    "whole": ("whole", "fp32", Layout()),
+    "sharded": ("whole", "fp32", Layout(placement="shard")),
+    "averaged": ("averaged", "fp32", Layout(placement="shard", offload_average=True)),
+    "under adapters": ("adapter", "bf16", Layout(placement="shard")),
 }
 OF_SIZE = {2: ["replicate", "shard", "shard, recompute"], 4: ["replicate", "shard", "hybrid"]}
 
@@ -177,6 +186,7 @@ def work(rank: int, size: int, folder: str) -> None:
         results["frozen first"], results["trained first"] = critic_gradients(True), critic_gradients(False)
         offloaded = World.current(layout=Layout(placement="shard", offload_average=True))
         results["average"] = everything(trained_average(offloaded))
+        results["filled"] = {name: filled(*how, Path(folder)) for name, how in FILLED.items()}
         for name in ("unet", "text", "dit"):
             for precision in ("fp32", "bf16"):
                 net = World.current(layout=LAYOUTS["shard, recompute"]).place(backbone(name, precision))
@@ -250,6 +260,17 @@ def critic_gradients(frozen_first: bool) -> dict[str, Tensor]:
     return {name: full(p.grad) for name, p in net.named_parameters()}
 
 
+def filled(kind: str, precision: str, layout: Layout, folder: Path) -> dict[str, Tensor]:
+    """What a network has that was placed before its weights were read; its critic's adapter is not trained."""
+    net = open_teacher(folder / "net", precision, filled=False)
+    adapter = Lora(net, 2)
+    net = World.current(layout=layout).place(
+        adapter if kind == "adapter" else net, "averaged" if kind == "averaged" else "trained"
+    )
+    held = net.base if kind == "adapter" else net
+    return {name: full(value).clone() for name, value in held.state_dict().items()} | {"identity": adapter.identity}
+
+
 def trained_average(world: World | None):
     engine, _ = sgd_engine(world, steps=10)
     toy.finish(engine)
@@ -266,6 +287,7 @@ def world_results(tmp_path_factory):
 
     def results(size: int) -> list[dict]:
         if not (folder(size) / "meet").exists():
+            save_denoiser(backbone("text"), folder(size) / "net")
             torch.multiprocessing.set_forkserver_preload(["test_world"])  # imported once for all ranks
             torch.multiprocessing.start_processes(work, (size, str(folder(size))), size, start_method="forkserver")
         return [torch.load(folder(size) / f"{rank}.pt", weights_only=True) for rank in range(size)]
@@ -520,6 +542,20 @@ def test_the_workers_of_a_node_are_counted_from_the_environment(alone, monkeypat
     assert World.current().local_size == World.current().size == 1
 
 
+@pytest.mark.parametrize("name", FILLED)
+def test_a_rank_that_reads_its_own_shards_has_the_weights_of_the_files(world_results, name):
+    expected = backbone("text")
+    identity = Lora(expected, 2).identity
+    if name == "under adapters":
+        expected = World().place(Denoiser(expected.backbone, DDPM(), "eps", precision="bf16"), "frozen")
+    expected = expected.state_dict() | {"identity": identity}
+    for rank in world_results(2):
+        found = rank["filled"][name]
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(found[key], value) and found[key].dtype == value.dtype, key
+
+
 # Peak memory
 
 
@@ -545,11 +581,6 @@ class Deep(nn.Module):
                     return features
         out = self.last(h).view_as(x)
         return (out, features) if mode == "both" else out
-
-
-def resident(name: str) -> int:
-    """Bytes of this process's memory: VmRSS now, VmHWM at most since it was last asked to forget."""
-    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def measure(rank: int, size: int, folder: str) -> None:
@@ -582,3 +613,33 @@ def test_four_workers_hold_a_third_of_the_state_and_one_block_at_their_peak(tmp_
     share = (max(peaks) - block) / state
     print(f"peak {max(peaks) / 2**20:.1f} MiB: one block and {share:.3f} of the state of {state / 2**20:.0f} MiB")
     assert state > 250 * 2**20 and 0.25 < share <= 0.35
+
+
+@pytest.mark.slow
+def test_two_workers_that_start_a_large_model_hold_little_more_than_its_roles_once(tmp_path, monkeypatch):
+    """Teacher, student, critic and average of 200 M parameters on one node, interpreters and libraries included."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed goes back at once
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
+    widths = {"block_out_channels": [288, 576, 896], "down_block_types": ["DownBlock2D"] * 3}
+    config = {"sample_size": 8, "layers_per_block": 2, "up_block_types": ["UpBlock2D"] * 3} | widths
+    net = new_denoiser(Network(config=config | {"in_channels": 3, "out_channels": 3}))
+    size = sum(p.nbytes for p in net.parameters())
+    assert size > 4 * 200e6
+    save_denoiser(net, tmp_path / "large")
+    del net
+    recipe = {"teacher": str(tmp_path / "large"), "method": {"name": "swiftbrush"}, "train": {"steps": 1}}
+    recipe |= {
+        "optim": {"student": {"lr": 1e-4}, "fake": {"lr": 1e-4}},
+        "cluster": {"workers": 2, "placement": "shard"},
+    }
+    (tmp_path / "large.yaml").write_text(json.dumps(recipe))
+    torch.multiprocessing.spawn(node.start, (2, str(tmp_path)), nprocs=2)
+    ranks = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
+    shared = min(rank["libraries"] for rank in ranks)  # pages of libraries are in memory once, and count for each rank
+    before, peak, held = (sum(rank[name] for rank in ranks) for name in ("before", "peak", "held"))
+    peak -= shared
+    print(
+        f"{peak / 2**20:.0f} MiB at most, {(before - shared) / 2**20:.0f} before: {peak / (4 * size):.2f} of the roles"
+    )
+    assert held == pytest.approx(4 * size, rel=0.01)
+    assert peak <= 1.6 * 4 * size

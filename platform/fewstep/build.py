@@ -55,6 +55,7 @@ from .networks.pretrained import (
 )
 from .networks.prompts import open_encoder, pipeline_class
 from .networks.text import Clip, new_clip
+from .networks.weights import fill, unread_of
 from .recipe import Data, Recipe, Role, check_secrets, read_run
 from .storage.cache import local
 from .texts import one_line, quoted
@@ -66,10 +67,11 @@ SMALL = {"reward": ClassReward, "features": FeatureMaps}  # helpers that are fil
 LISTED = 1000  # captions of the data that scores and grids ask for, where a recipe names no prompts
 
 
-def make_teacher(recipe: Recipe, weights: bool = True) -> Denoiser | Codec | Clip:
+def make_teacher(recipe: Recipe, weights: bool = True, filled: bool = True) -> Denoiser | Codec | Clip:
     """The recipe's teacher, or its new network with weights drawn from the recipe's seed.
 
-    weights: without them the network is on the meta device. Raises ValueError naming the file or field.
+    weights: without them the network is on the meta device. filled: see `open_teacher`; other teachers always are.
+    Raises ValueError naming the file or field.
     """
     network = recipe.network
     if network is not None:
@@ -83,7 +85,7 @@ def make_teacher(recipe: Recipe, weights: bool = True) -> Denoiser | Codec | Cli
     elif ((folder := locate(recipe.teacher)) / "recipe.yaml").is_file():  # a run's student is a teacher, too
         net = open_net(folder) if weights else make_teacher(read_run(folder), weights=False)
     else:
-        net = open_teacher(recipe.teacher, recipe.precision, weights)
+        net = open_teacher(recipe.teacher, recipe.precision, weights, filled)
     return furnish(net, recipe) if weights else net
 
 
@@ -228,6 +230,8 @@ class Maker:
 
     def variant(self, role: str, time_scale: float, qk_norm: bool) -> nn.Module:
         """A whole copy of the teacher with another factor on its time, and with an RMS norm of queries and keys."""
+        if qk_norm and unread_of(self.teacher):  # the norm is no copy, so the others have to be read
+            fill(self.teacher)
         return variant_of(self.teacher, time_scale, qk_norm)
 
     def head(self, role: str, at: tuple[str, ...] = ("middle",)) -> nn.Module:
@@ -251,12 +255,13 @@ class Maker:
         return read_run(locate(folder)).method
 
 
-def make_nets(recipe: Recipe, teacher: Denoiser | None = None) -> dict[str, nn.Module]:
+def make_nets(recipe: Recipe, teacher: Denoiser | None = None, filled: bool = True) -> dict[str, nn.Module]:
     """Every role's network, the frozen ones among them; the same on all ranks. Raises ValueError naming the field.
 
-    teacher: one whose weights do not matter, to count by; None opens the recipe's.
+    teacher: one whose weights do not matter, to count by; None opens the recipe's. filled: False leaves the weights of
+    the teacher and its copies in their files, so that World.place reads a rank's shards alone.
     """
-    weights, teacher = teacher is None, teacher or make_teacher(recipe)
+    weights, teacher = teacher is None, teacher or make_teacher(recipe, filled=False)
     torch.manual_seed(fold(recipe.seed, "nets"))  # of heads and embeddings, however much opening the teacher drew
     maker = Maker(recipe, teacher)
     nets = recipe.method.nets(maker)
@@ -273,7 +278,9 @@ def make_nets(recipe: Recipe, teacher: Denoiser | None = None) -> dict[str, nn.M
         if any(isinstance(net, Lora) and net.base is nets[role] for net in nets.values()):
             raise ValueError(f"start.{role}: adapters change this network; give it by teacher=... instead")
         path, source = _start(ref, role)
-        load_net(nets[role], read_weights(path, source), str(path))
+        load_net(fill(nets[role]), read_weights(path, source), str(path))
+    for net in nets.values() if filled else ():
+        fill(net)
     return nets
 
 
@@ -518,7 +525,7 @@ def check_data(data: Feed | NoData | Shards, student: Denoiser, needs: Sequence[
 
 def make_engine(recipe: Recipe, feed: Feed | NoData, world: World | None = None, folder: Path | None = None) -> Engine:
     """The engine of a recipe on this rank; `folder` is where its checkpoints go."""
-    nets = make_nets(recipe)
+    nets = make_nets(recipe, filled=False)
     check_data(feed, nets["student"], recipe.method.needs)
     return Engine(
         recipe.method,

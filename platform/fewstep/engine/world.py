@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..config import Strict
 from ..networks.blocks import Pass, blocks, checkpoint_activations, compile_passes, store_in, units
 from ..networks.lora import Lora
+from ..networks.weights import fill
 from ..texts import quoted
 
 Placement = Literal["replicate", "shard", "hybrid"]
@@ -76,7 +77,8 @@ class World:
         return cls(dist.get_rank(), size, device, layout, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
     def place(self, net: nn.Module, kind: Kind = "trained") -> nn.Module:
-        """A network on our device, its parameters laid out over the ranks; call it once, after all copies.
+        """A network on our device, its parameters laid out over the ranks; call it once, after all copies. One that is
+        still to be filled gets its weights now, of which each rank reads its own shards.
 
         A frozen network in bf16 has its blocks stored so. An adapter is laid out whole, and its base as the frozen
         network that it is, once for all who use it. One wrapper serves every placement: FSDP2's
@@ -108,10 +110,11 @@ class World:
         if layout.compile and self.device.type == "cuda" and not averaged:
             compile_passes(net, layout.compile)
         placement = layout.of(kind)
-        if self.size == 1 and not (dist.is_initialized() and (placement != "replicate" or offload)):
-            there = all(value.device == self.device for value in (*net.parameters(), *net.buffers()))
-            return net if there else net.to(self.device)
-        return self._shard(net, placement, half, offload)
+        if self.size > 1 or (dist.is_initialized() and (placement != "replicate" or offload)):
+            return fill(self._shard(net, placement, half, offload), "cpu" if offload else self.device)
+        fill(net, self.device)
+        there = all(value.device == self.device for value in (*net.parameters(), *net.buffers()))
+        return net if there else net.to(self.device)
 
     def _shard(self, net: nn.Module, placement: Placement, half: bool, offload: bool) -> nn.Module:
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard

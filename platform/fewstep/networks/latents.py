@@ -51,9 +51,8 @@ class Latents:
         if self._model is None:
             name = self.config["_class_name"]
             stored = headers(weight_files(self.folder, name))
-            names = check_headers(outline(name, self.arguments), stored, self.folder)
-            self._model = unfilled(name, self.arguments)
-            fill(self._model, stored, names)
+            weights = check_headers(outline(name, self.arguments), stored, self.folder)
+            self._model = fill(unfilled(name, self.arguments, weights))
             self._model.eval().requires_grad_(False)
         return self._model.to(device)
 

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from ..diffusion.draws import fold
 from .extras import ScalarEmbedding
+from .weights import first_values, unread_of
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TOLERANCE = 1e-4  # of a merged network's output, float32, in units of the largest output or of 1
@@ -172,7 +173,8 @@ def _new_factors(layer: nn.Module, rank: int, seed: int) -> tuple[Tensor, Tensor
     rank = min(rank, inputs, weight.shape[0] // groups)
     down = torch.randn(groups * rank, *weight.shape[1:], generator=torch.Generator().manual_seed(seed))
     up = torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2))
-    return (down / math.sqrt(inputs)).to(weight.device), up.to(weight.device)
+    device = "cpu" if weight.is_meta else weight.device  # of a base that is still to be filled
+    return (down / math.sqrt(inputs)).to(device), up.to(device)
 
 
 # Which layers
@@ -231,13 +233,14 @@ def fingerprint(base: nn.Module) -> int:
     """A 63-bit number that tells networks apart: of the names, shapes and first 256 values of all parameters.
 
     Values count as bfloat16, so that a network that is stored so has the number of its float32 original. A network
-    without values has the number 0.
+    that is still to be filled has the number of its files; one without values has the number 0.
     """
-    if any(isinstance(value, FakeTensor) or value.is_meta for value in base.parameters()):
-        return 0
-    digest = hashlib.blake2b(digest_size=8)
+    unread, digest = unread_of(base), hashlib.blake2b(digest_size=8)
     for name, value in base.named_parameters():
-        first = value.detach().flatten()[:256].to("cpu", torch.bfloat16)
+        if isinstance(value, FakeTensor) or (value.is_meta and name not in unread):
+            return 0
+        first = first_values(unread[name], 256) if value.is_meta else value.detach().flatten()[:256]
+        first = first.to("cpu", torch.bfloat16)
         digest.update(f"{name} {tuple(value.shape)}".encode() + first.view(torch.int16).numpy().tobytes())
     return int.from_bytes(digest.digest(), "little") >> 1
 

@@ -19,12 +19,12 @@ from torch import nn
 
 from ..checks import Check, tried
 from ..config import ConfigError, Strict, read_json, validate
-from ..diffusion.level import Level
 from ..diffusion.schedules import from_config, to_config
 from ..storage.cache import listing, local
 from ..storage.place import Place, located
 from ..texts import one_line, quoted
 from .backbones import Backbone, Tokens, UNet, size_of
+from .blocks import in_float32
 from .denoiser import Denoiser
 from .families import BACKBONES, FLUX_SIDE
 from .heads import Head
@@ -144,11 +144,13 @@ def new_head(denoiser: Denoiser, at: tuple[str, ...] = ("middle",)) -> Head:
 
     Raises ValueError for an unknown tap and for a map that is not square.
     """
-    device = next(denoiser.parameters()).device
-    one = torch.ones(1, 1, 1, 1, device=device)
+    backbone, device = denoiser.backbone, next(denoiser.parameters()).device
+    if device.type == "meta":  # of a network that is still to be filled, whose buffers are not there
+        backbone = deepcopy(backbone).to(device)
+        in_float32(backbone)  # whose autocast the meta device has not
     with torch.no_grad():
-        x = torch.zeros(1, *denoiser.shape, device=device)
-        maps = denoiser(x, Level(one, one), denoiser.conditions.zeros(1, device), "features", at=at)
+        x, time = torch.zeros(1, *denoiser.shape, device=device), torch.zeros(1, device=device)
+        maps = backbone(x, time, denoiser.conditions.zeros(1, device), "features", at)
     return Head(*(tuple(f.shape[1:]) for f in maps), at=at)
 
 
@@ -254,11 +256,12 @@ def _look(ref: str) -> str:
     return str(folder)
 
 
-def open_teacher(ref: str | Path, precision: str = "fp32", weights: bool = True) -> Denoiser:
+def open_teacher(ref: str | Path, precision: str = "fp32", weights: bool = True, filled: bool = True) -> Denoiser:
     """A denoiser from a folder of ours or of diffusers (a pipeline, or one model with its scheduler beside it).
 
     ref: see `locate`. Weights are float32 whatever they were saved as; without `weights` they are on the meta device,
-    which takes no memory, and only the headers of their files are read.
+    which takes no memory, and only the headers of their files are read. filled: False leaves them there until
+    `weights.fill`.
     Reads safetensors and JSON only; no code that a folder brings is run. Raises ValueError naming what is missing.
     """
     folder = locate(ref)
@@ -270,10 +273,10 @@ def open_teacher(ref: str | Path, precision: str = "fp32", weights: bool = True)
         _try(_denoiser(model, network, "fp32"))
     except ValueError as error:
         raise ValueError(f"teacher: {path}: {error}") from None
-    names = check_headers(model, stored, path.parent)
+    unread = check_headers(model, stored, path.parent)
     if weights:
-        model = unfilled(name, arguments)
-        fill(model, stored, names)
+        model = unfilled(name, arguments, unread)
+        model = fill(model) if filled else model
     net = _denoiser(model, network, precision).eval()
     net.codec = find_latents(folder)
     return net

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..config import read_json
@@ -31,6 +32,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 SIZE = 1 << 20  # largest whole number in a config: channels, tokens, pixels of a side
 LENGTH = 64  # longest list in a config: blocks of a U-Net
 TENSORS = 5_000  # most parameters of a new model; FLUX.1 has 780 and SDXL's U-Net 1,680
+MAPPED_BYTES = 1 << 25  # of a file that are mapped, and so count as this process's, at once
 COMPUTED_BYTES = 1 << 30  # most that a model computes when it is built, such as position embeddings
 
 
@@ -86,10 +88,15 @@ def outline(name: str, arguments: Mapping[str, Any], tensors: int | None = None)
     return model
 
 
-def unfilled(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """A model whose parameters are on the meta device, to be filled, and whose computed buffers are real."""
+def unfilled(name: str, arguments: Mapping[str, Any], unread: Mapping[str, Stored] = MappingProxyType({})) -> nn.Module:
+    """A model whose parameters are on the meta device, to be filled, and whose computed buffers are real.
+
+    unread: where its weights lie, by their names in the model; the model keeps it until `fill`.
+    """
     with _on_registration(lambda param: nn.Parameter(param.to("meta"), param.requires_grad)):
-        return _construct(name, arguments)
+        model = _construct(name, arguments)
+    model.unread = dict(unread)
+    return model
 
 
 def check_memory(model: nn.Module) -> None:
@@ -144,6 +151,7 @@ class Stored:
     """A tensor in a safetensors file, by the file's header."""
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
 
@@ -208,7 +216,7 @@ def headers(files: list[Path]) -> dict[str, Stored]:
                     raise ValueError(f"{file}: {key} is also in {found[key].file.name}")
                 if part.get_dtype() not in FLOATS:
                     raise ValueError(f"{file}: {key} is of dtype {part.get_dtype()}; known: {', '.join(FLOATS)}")
-                found[key] = Stored(file, part.get_dtype(), tuple(part.get_shape()))
+                found[key] = Stored(file, key, part.get_dtype(), tuple(part.get_shape()))
     return found
 
 
@@ -223,8 +231,9 @@ def _opened(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file}: {one_line(error)}") from None
 
 
-def check_headers(model: nn.Module, stored: Mapping[str, Stored], where: Path) -> dict[str, str]:
-    """Raises ValueError where names or shapes of a model and of the files differ. Returns {name: name in the files}.
+def check_headers(model: nn.Module, stored: Mapping[str, Stored], where: Path) -> dict[str, Stored]:
+    """Raises ValueError where names or shapes of a model and of the files differ. Returns the tensors by the model's
+    names.
 
     Attention of old repositories is renamed as diffusers does.
     """
@@ -239,17 +248,67 @@ def check_headers(model: nn.Module, stored: Mapping[str, Stored], where: Path) -
             f"teacher: {where}: weights and config.json differ in {len(differ)} of {len(own)} tensors, such as "
             f"{quoted(key)}: {theirs} in the weights, {own.get(key, 'missing')} by config.json"
         )
-    return names
+    return {key: stored[name] for key, name in names.items()}
 
 
-def fill(model: nn.Module, stored: Mapping[str, Stored], names: Mapping[str, str]) -> None:
-    """Fills a model from safetensors files, in float32. Raises ValueError for numbers that are not finite."""
-    state = {}
+def unread_of(net: nn.Module) -> dict[str, Stored]:
+    """Where the weights lie that are still to be read, by their names in a network; {} for one that has all."""
+    found = ((path, vars(module).get("unread", {})) for path, module in net.named_modules())
+    return {f"{path}.{key}".lstrip("."): stored for path, unread in found for key, stored in unread.items()}
+
+
+def fill(net: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
+    """The network itself, whose models on the meta device get room on a device, and the weights of their `unread`.
+
+    Of a sharded network each rank reads its own shards; see World.place. Raises ValueError for numbers that are not
+    finite, and for a parameter that is in no file.
+    """
+    if missing := [name for name, value in net.named_parameters() if value.is_meta]:
+        if lost := sorted(set(missing) - unread_of(net).keys()):
+            raise ValueError(f"{lost[0]}: a parameter without a value, which lies in no file")
+        net._apply(lambda value: torch.empty_like(value, device=device) if value.is_meta else value)
+    for module in net.modules():
+        unread: Mapping[str, Stored] = vars(module).pop("unread", {})
+        own = module.state_dict() if unread else {}
+        for file, keys in _together(unread):
+            with _opened(file) as tensors:
+                for key in keys:
+                    _read(tensors, unread[key], own[key])
+    return net
+
+
+def _together(stored: Mapping[str, Stored]) -> Iterator[tuple[Path, list[str]]]:
+    """Names by file, at most about MAPPED_BYTES at once."""
     for file in sorted({tensor.file for tensor in stored.values()}):
-        with _opened(file) as tensors:
-            for key, name in names.items():
-                if stored[name].file == file:
-                    state[key] = tensors.get_tensor(name).to(torch.float32, copy=True)
-                    if not state[key].isfinite().all():
-                        raise ValueError(f"{file}: {name} holds numbers that are not finite")
-    model.load_state_dict(state, assign=True)
+        keys, size = [], 0
+        for key in (key for key, tensor in stored.items() if tensor.file == file):
+            keys.append(key)
+            size += 4 * math.prod(stored[key].shape)
+            if size > MAPPED_BYTES:
+                yield file, keys
+                keys, size = [], 0
+        if keys:
+            yield file, keys
+
+
+def _read(tensors: Any, stored: Stored, into: Tensor) -> None:
+    """Fills a tensor, or this rank's shard of it, in its own precision, from one that is taken in float32."""
+    if hasattr(into, "to_local"):
+        (chunk,), into = into.__create_chunk_list__(), into.to_local()
+        spans = zip(chunk.offsets, chunk.sizes, strict=True)
+        value = tensors.get_slice(stored.name)[tuple(slice(first, first + length) for first, length in spans)]
+    else:
+        value = tensors.get_tensor(stored.name)
+    value = value.to(torch.float32)
+    if not value.isfinite().all():
+        raise ValueError(f"{stored.file}: {stored.name} holds numbers that are not finite")
+    into.detach().copy_(value)
+
+
+def first_values(stored: Stored, count: int) -> Tensor:
+    """The first numbers of a tensor in a file, float32: `count`, or all where it has fewer."""
+    with _opened(stored.file) as tensors:
+        if not stored.shape:
+            return tensors.get_tensor(stored.name).float().flatten()
+        rows = -(-count // max(math.prod(stored.shape[1:]), 1))
+        return tensors.get_slice(stored.name)[:rows].float().flatten()[:count]
