@@ -39,6 +39,9 @@ class Evaluate(Metrics):
     """Weights of the small feature network."""
     reference: Annotated[str | None, REFERENCE] = "shipped:fashion_mnist/statistics.npz"
     """Statistics of the real images under it."""
+    prompts: list[str] | str | None = None
+    """Texts to score in turn, for a model that takes texts: one, a list, or a .txt file with one a line. null takes
+    those of a run's recipe."""
     images: Annotated[int, Field(ge=2)] = 10000
     """Sample count."""
     batch: Annotated[int, Field(ge=1)] = 250
@@ -55,7 +58,7 @@ class Evaluate(Metrics):
 def main(job: Evaluate) -> None:
     import torch
 
-    from fewstep.build import make_samples, make_teacher
+    from fewstep.build import given_prompts, make_samples, make_teacher
     from fewstep.cluster.progress import table
     from fewstep.engine.world import World, device_of
     from fewstep.metrics.base import check_samples, evaluate
@@ -68,10 +71,10 @@ def main(job: Evaluate) -> None:
     recipe = recipe_of(job.model)
     seen = None if recipe is None else job.seen_by(recipe.loss_networks)
     teacher = None if recipe is None or recipe.teacher is None else partial(make_teacher, recipe)
-    metrics = job.build(world.device, seen, teacher)
-    samplers = [open_sampler(job.model, steps, job.guidance, world.device) for steps in job.steps]
+    metrics, prompts = job.build(world.device, seen, teacher), given_prompts(job.prompts)
+    samplers = [open_sampler(job.model, steps, job.guidance, world.device, prompts) for steps in job.steps]
     for sampler in samplers:
-        check_samples(metrics, sampler.shape, sampler.conditions.classes, job.images)
+        check_samples(metrics, sampler.picture_shape, sampler.conditions.classes, job.images, sampler.words(job.images))
     rows, scores = [], []
     for sampler in {s.name: s for s in samplers}.values():  # a student's is the same for any number of steps
         samples = make_samples(sampler, job.images, job.seed, job.batch, world)

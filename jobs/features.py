@@ -3,6 +3,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -10,16 +11,20 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
+import numpy as np
 import torch
 from pydantic import Field
 
-from fewstep.config import Strict, command, resolve_out
+from fewstep.config import Strict, command, resolve, resolve_out
+from fewstep.data.decode import CorruptImage, read_picture
 from fewstep.data.feed import Feed, open_feed
+from fewstep.data.folder import folder
 from fewstep.diffusion.samplers import to_uint8
 from fewstep.engine.world import device_of
 from fewstep.folders import overwritable
 from fewstep.metrics import METRICS
 from fewstep.metrics.base import Extractor, File, file_fields
+from fewstep.metrics.coco import PROTOCOLS, open_prepared
 from fewstep.metrics.features import Info, SmallNetwork, accuracy, open_features, save_features, train_features
 from fewstep.metrics.frechet import frechet_distance
 from fewstep.metrics.reference import KEPT, moments, save_reference
@@ -32,14 +37,14 @@ class Features(Strict):
     """Trains the small feature network on labelled images, or takes an extractor, and writes reference statistics."""
 
     data: str
-    """Folder of shards: the real images, to train on and to describe."""
+    """Folder of shards: the real images, to train on and to describe. Of a protocol's extractor: folder of pictures."""
     test: str | None = None
     """Folder of shards that were not trained on: gives the accuracy, and the distance of a perfect generator."""
     out: str
     """Folder for features.safetensors and statistics.npz."""
     extractor: str | None = None
-    """Describe the images with this network of a metric: a file, such as features.safetensors or Inception's .pt, or
-    the name of a network that is looked for, such as inception."""
+    """Describe the images with this network of a metric: a file, such as features.safetensors or Inception's .pt, the
+    name of a network that is looked for, such as inception, or of a protocol: coco30k, coco10k or coco10k_patch."""
     network: Literal["plain", "residual"] = "plain"
     """Architecture of the network: five convolutions with batch norm, or a residual network with group norm."""
     name: str = "fashion"
@@ -117,12 +122,34 @@ def open_extractor(ref: str, device: str) -> Extractor:
     raise ValueError("\n".join(errors) or f"extractor: {ref!r} is neither {' or '.join(names)} nor a file in {endings}")
 
 
+def describe_pictures(job: Features, out: Path) -> dict:
+    """Writes the statistics of a folder of pictures, of any sizes, as a protocol prepares them."""
+    source = folder(resolve(job.data))
+
+    def pictures() -> Iterator[np.ndarray]:
+        for example in islice(source.examples(), job.images):
+            if isinstance(example.image, CorruptImage):
+                raise ValueError(f"data: {example.name}: {example.image}")
+            try:
+                yield read_picture(example.image, 3).pixels
+            except CorruptImage as error:
+                raise ValueError(f"data: {example.name}: {error}") from None
+
+    extractor = open_prepared(job.extractor, job.device)
+    outputs = extractor.describe(pictures())
+    name = f"{len(outputs.features)} pictures of {resolve(job.data).name}"
+    reference = save_reference(out / "statistics.npz", name, outputs, extractor)
+    return {"extractor": extractor.hash, "reference": reference.hash, "images": reference.images, "out": str(out)}
+
+
 def run(job: Features) -> dict:
     """Trains or opens the extractor, writes the statistics, and returns what the job reports."""
     out = resolve_out(job.out)
     if job.extractor is None:
         overwritable(out / "features.safetensors", mark='"info"')
     overwritable(out / "statistics.npz", mark="covariance.npy")
+    if job.extractor in PROTOCOLS:
+        return describe_pictures(job, out)
     feed = open_images(job.data, job.seed)
     if job.images and job.images > feed.rows:
         raise ValueError(f"images: {job.images}; {job.data} has {feed.rows}")

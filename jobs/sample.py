@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 import torch
 from pydantic import Field
 
-from fewstep.build import Sampler, grid, make_samples, png, read_prompts
+from fewstep.build import Sampler, given_prompts, grid, make_samples, png
 from fewstep.config import Strict, command, resolve_out
 from fewstep.engine.world import World, device_of
 from fewstep.folders import overwritable
@@ -66,15 +66,6 @@ def of_classes(sampler: Sampler, labels: list[int]) -> Sampler:
     return replace(sampler, conditions=replace(sampler.conditions, listing=tuple(labels)))
 
 
-def prompts_of(given: list[str] | str | None) -> list[str] | None:
-    """The prompts of a text file, or those given. Raises ValueError for an empty one."""
-    if isinstance(given, str):
-        given = read_prompts(given, "prompts") if given.endswith(".txt") else [given]
-    if given is not None and not all(words.strip() for words in given or [""]):
-        raise ValueError(f"prompts: {given}, of which one is empty; give texts")
-    return given
-
-
 def write(picture: torch.Tensor, path: Path) -> None:
     """uint8 (H, W, C) as a PNG file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +78,7 @@ def main(job: Sample) -> None:
     out, each = resolve_out(job.out), [resolve_out(job.each) / f"{i:06d}.png" for i in range(job.images) if job.each]
     for path in (out, *each):
         overwritable(path, "out" if path == out else "each")
-    given = prompts_of(job.prompts), job.negative, job.negative_scale
+    given = given_prompts(job.prompts), job.negative, job.negative_scale
     sampler = open_sampler(job.model, job.steps, job.guidance, device, *given)
     if job.labels is not None:
         sampler = of_classes(sampler, [job.labels] if isinstance(job.labels, int) else job.labels)

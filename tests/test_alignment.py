@@ -87,5 +87,5 @@ def test_a_scorer_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="scorer: no file .*model.safetensors'; recipe=emoji_text of"):
         open_scorer(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").write_bytes(b"x")
-    with pytest.raises(ValueError, match="scorer: .* holds no CLIP model"):
+    with pytest.raises(ValueError, match="scorer: .* holds no such CLIP model"):
         open_scorer(tmp_path / "model.safetensors")

@@ -171,6 +171,15 @@ def read_prompts(ref: str, field: str) -> list[str]:
     return lines
 
 
+def given_prompts(given: list[str] | str | None) -> list[str] | None:
+    """The prompts that a job was given: one, a list, or a .txt file. Raises ValueError for an empty one."""
+    if isinstance(given, str):
+        given = read_prompts(given, "prompts") if given.endswith(".txt") else [given]
+    if given is not None and not all(words.strip() for words in given or [""]):
+        raise ValueError(f"prompts: {given}, of which one is empty; give texts")
+    return given
+
+
 def listed_words(recipe: Recipe) -> list[str]:
     """The prompts that scores and grids ask for, as `furnish` chooses them; [] where none are known. Nothing is
     encoded."""
@@ -549,7 +558,7 @@ def make_engine(recipe: Recipe, feed: Feed | NoData, world: World | None = None,
 class Sampler:
     """A way to make images from unit noise: its name, its network calls an image, and sample(z, cond, draws) -> x0.
 
-    pictures: of samples; see `Denoiser.pictures`.
+    pictures, picture_shape: of samples; see `Denoiser`.
     """
 
     name: str
@@ -557,7 +566,12 @@ class Sampler:
     sample: Callable[[Tensor, Any, Draws], Tensor]
     shape: tuple[int, int, int]
     conditions: Conditions
+    picture_shape: tuple[int, int, int]
     pictures: Callable[[Tensor], Tensor] = lambda x0: x0
+
+    def words(self, images: int) -> tuple[str, ...]:
+        """The prompts of the first samples; () of a network that takes none."""
+        return self.conditions.words(images) if isinstance(self.conditions, Texts) else ()
 
 
 def student_sampler(method: Any, nets: Mapping[str, nn.Module]) -> Sampler:
@@ -571,7 +585,9 @@ def few_step_sampler(nets: Mapping[str, nn.Module], calls: Sequence[Call]) -> Sa
     """A generator as a list of calls."""
     net = nets[calls[0].role]
     sample = lambda z, cond, draws: run_calls(nets, calls, z, cond, draws)
-    return Sampler(f"few-step-{len(calls)}", len(calls), sample, net.shape, net.conditions, net.pictures)
+    return Sampler(
+        f"few-step-{len(calls)}", len(calls), sample, net.shape, net.conditions, net.picture_shape, net.pictures
+    )
 
 
 def heun_sampler(net: nn.Module, steps: int, guidance: float = 1.0) -> Sampler:
@@ -584,7 +600,7 @@ def heun_sampler(net: nn.Module, steps: int, guidance: float = 1.0) -> Sampler:
 
     name = f"heun-{steps}" + (f"-guided-{guidance:g}" if guidance != 1 else "")
     calls = (2 * steps - 1) * (2 if guidance != 1 else 1)
-    return Sampler(name, calls, sample, net.shape, conditions, net.pictures)
+    return Sampler(name, calls, sample, net.shape, conditions, net.picture_shape, net.pictures)
 
 
 def ddim_sampler(net: nn.Module, steps: int, guidance: float = 1.0) -> Sampler:
@@ -595,7 +611,9 @@ def ddim_sampler(net: nn.Module, steps: int, guidance: float = 1.0) -> Sampler:
         return ddim(lambda x_t, level, c: guided(net, x_t, level, c, guidance, null), z, cond, steps, net.schedule)
 
     name = f"ddim-{steps}" + (f"-guided-{guidance:g}" if guidance != 1 else "")
-    return Sampler(name, steps * (2 if guidance != 1 else 1), sample, net.shape, net.conditions, net.pictures)
+    return Sampler(
+        name, steps * (2 if guidance != 1 else 1), sample, net.shape, net.conditions, net.picture_shape, net.pictures
+    )
 
 
 def teacher_sampler(net: nn.Module, steps: int, guidance: float = 1.0) -> Sampler:
@@ -643,9 +661,8 @@ def make_samples(
     whole = _interleave(torch.cat(mine), batch, world)
     if whole is None:
         return None
-    shape, conditions = sampler.shape, sampler.conditions
+    shape, conditions, words = sampler.shape, sampler.conditions, sampler.words(images)
     labels = conditions.listed(torch.arange(images)) if conditions.classes else None
-    words = conditions.words(images) if isinstance(conditions, Texts) else ()
 
     def starts(count: int) -> tuple[Tensor, Any]:
         parts = [Draws(fold(seed, "samples"), i, device=world.device) for i in range(0, count, batch)]

@@ -20,9 +20,12 @@ CHOICES = 20  # captions of other names that an image could be taken for, its ow
 
 
 class Scorer:
-    """A CLIP model and its tokenizer: pictures and texts as directions. As an extractor its features are pictures'."""
+    """A CLIP model and its tokenizer: pictures and texts as directions. As an extractor its features are pictures'.
 
-    name = "emoji"
+    field: that names its file; absent: what to do where it is not there."""
+
+    name, field = "emoji", "scorer"
+    absent = "recipe=emoji_text of jobs/teach.py trains one"
 
     def __init__(self, model: Any, tokenizer: Any, digest: str, device: str | torch.device, batch: int = 250):
         self.model, self.tokenizer, self.hash = model.to(device).eval(), tokenizer, digest
@@ -31,9 +34,13 @@ class Scorer:
     @torch.no_grad()
     def pictures(self, images: Tensor) -> Tensor:
         """Directions (N, D) of uint8 images (N, 3, H, W)."""
-        parts = [part.to(self.device).float() / 127.5 - 1 for part in images.split(self.batch)]
+        parts = (self.pixels(part).to(self.device) for part in images.split(self.batch))
         found = [self.model.get_image_features(pixel_values=part).pooler_output.cpu() for part in parts]
         return torch.nn.functional.normalize(torch.cat(found), dim=1)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """The network's input of uint8 images."""
+        return images.float() / 127.5 - 1
 
     @torch.no_grad()
     def texts(self, words: Sequence[str]) -> Tensor:
@@ -47,19 +54,19 @@ class Scorer:
         return Outputs(self.pictures(images).numpy())
 
 
-def open_scorer(path: Path, device: str | torch.device = "cpu") -> Scorer:
+def open_scorer(path: Path, device: str | torch.device = "cpu", kind: type[Scorer] = Scorer) -> Any:
     """The scorer whose weights are at `path`, with its config and tokenizer beside them. Raises ValueError."""
     from safetensors import SafetensorError
     from transformers import CLIPModel, CLIPTokenizer
 
     if not path.is_file():
-        raise FileNotFoundError(f"scorer: no file {str(path)!r}; recipe=emoji_text of jobs/teach.py trains one")
+        raise FileNotFoundError(f"{kind.field}: no file {str(path)!r}; {kind.absent}")
     try:
         model = CLIPModel.from_pretrained(path.parent, use_safetensors=True, local_files_only=True)
         tokenizer = CLIPTokenizer.from_pretrained(path.parent, local_files_only=True)
+        return kind(model, tokenizer, sha256_of(path), device)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"scorer: {str(path.parent)!r} holds no CLIP model ({one_line(error)})") from None
-    return Scorer(model, tokenizer, sha256_of(path), device)
+        raise ValueError(f"{kind.field}: {str(path.parent)!r} holds no such CLIP model ({one_line(error)})") from None
 
 
 SCORER = File(
