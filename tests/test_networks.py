@@ -702,7 +702,7 @@ def test_half_precision_files_become_float32(tmp_path, variant):
 def test_pickles_and_incomplete_folders_are_refused_with_the_way_out(tmp_path):
     ddpm_pipeline(tmp_path / "p")
     weights = tmp_path / "p/unet/diffusion_pytorch_model.safetensors"
-    with pytest.raises(ValueError, match="edm.pkl.*runs code when it is opened; convert it once"):
+    with pytest.raises(ValueError, match="edm.pkl.*runs code when it is opened; convert it, running none, to"):
         open_teacher(tmp_path / "edm.pkl")
     with pytest.raises(ValueError, match="no folder .*jobs/teach.py"):
         open_teacher(tmp_path / "missing")

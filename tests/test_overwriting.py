@@ -17,6 +17,7 @@ TINY = ["train.steps=2", "train.batch=8", "train.report_every=2", "train.save_ev
 WRITING = {
     "chain": ["chain=fashion_mnist_two_stages name=../mine", "chain={mine}/recipe.yaml name=two"],
     "compare": ["runs=[last] out={mine}/report.html", "runs=[last] out={mine}"],
+    "convert": ["pickle={mine}/notes/manifest.json out={mine}", "pickle={mine}/notes/manifest.json out={mine}/teacher"],
     "distill": [
         "recipe=fashion_mnist out={mine}/.. name=mine",
         "recipe=fashion_mnist out={mine}/.. name=../mine",

@@ -32,7 +32,6 @@ from .hub import PREFIX, snapshot
 from .latents import find_latents
 from .schedulers import from_scheduler
 from .weights import (
-    WEIGHTS,
     Stored,
     arguments_of,
     check_headers,
@@ -290,8 +289,8 @@ def _read_folder(folder: Path) -> tuple[Network, Path, dict[str, Any], dict[str,
     if not folder.is_dir():
         if folder.suffix in (".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".bin"):
             raise ValueError(
-                f"teacher: {str(folder)!r} is a pickle, which runs code when it is opened; convert it once, where you "
-                f"trust it, to a folder with unet/config.json, unet/{WEIGHTS} and {DESCRIPTION}"
+                f"teacher: {str(folder)!r} is a pickle, which runs code when it is opened; convert it, running "
+                "none, to a folder with: python jobs/convert.py pickle=... network=... out=..."
             )
         raise ValueError(
             f"teacher: no folder {str(folder)!r}; make one with: python jobs/teach.py, or download a pipeline there"

@@ -1,0 +1,60 @@
+#!/usr/bin/env python
+"""Converts a pickle of weights once, without running anything that it holds.
+
+    python jobs/convert.py pickle=edm-cifar10-32x32-cond-vp.pkl out=edm_cifar10
+    python jobs/convert.py pickle=model.bin network.config='{...}' out=teacher
+
+The first form writes all tensors under their own names, and what the pickle says of its modules. diffusers has no class
+with the layout of EDM's and EDM2's networks, so that this is as far as their files go. The second form writes a folder
+that teacher=... takes, of tensors that are named as the network's are.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
+
+from safetensors.torch import save_file
+
+from fewstep.config import Strict, command, resolve, resolve_out
+from fewstep.folders import NETWORK, replace, replaceable
+from fewstep.networks.convert import read_pickle, to_denoiser
+from fewstep.networks.pretrained import Network, save_denoiser
+
+
+class Convert(Strict):
+    """Converts a pickle of weights once, without running anything that it holds."""
+
+    pickle: str
+    """File: a pickle, or what torch.save wrote."""
+    out: str
+    """Folder to write; it must not exist."""
+    network: Network | None = None
+    """The network whose tensors these are; null writes all tensors under their own names."""
+    part: str = ""
+    """Dotted name below which the network's tensors lie, such as ema.model or state_dict."""
+
+
+@command(Convert)
+def main(job: Convert) -> None:
+    out = resolve_out(job.out)
+    replaceable(out, NETWORK, overwrite=False)
+    found = read_pickle(resolve(job.pickle))
+    net = None if job.network is None else to_denoiser(found.tensors, job.network, job.part)
+    part = out.with_name(f".{out.name}.part")
+    part.mkdir(parents=True)
+    if net is not None:
+        save_denoiser(net, part)
+    else:
+        save_file(found.tensors, part / "tensors.safetensors")
+        modules = [{"name": name, "class": kind, "settings": settings} for name, kind, settings in found.modules]
+        (part / "modules.json").write_text(json.dumps(modules, indent=1) + "\n")
+    replace(part, out, NETWORK, overwrite=False)
+    for name, kind, _ in found.modules:
+        print(f"{name or '.'}: {kind}")
+    print(json.dumps({"out": str(out), "tensors": len(found.tensors), "teacher": net is not None}))
+
+
+if __name__ == "__main__":
+    main()
