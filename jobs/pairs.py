@@ -3,7 +3,8 @@
 
     python jobs/pairs.py teacher=shipped:fashion_mnist/teacher out=shards/pairs pairs=2000
 
-A row holds the sample as an image, its class, and the number of its noise, from which training makes the noise again.
+A row holds the sample, as an image or a latent, what it was asked for, a class or an embedded prompt, and the number of
+its noise, from which training makes the noise again.
 """
 
 import json
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
 from pydantic import Field
 
+from fewstep.build import given_prompts
 from fewstep.config import Strict, command
 from fewstep.engine.world import device_of
 from fewstep.storage.place import located_out
@@ -32,8 +34,11 @@ class Pairs(Strict):
     """Folder to write, or its URL (s3://bucket/x)."""
     pairs: Count = 2000
     """Number of pairs."""
+    prompts: list[str] | str | None = None
+    """Texts to sample in turn, for a teacher that takes texts: one, a list, or a .txt file with one a line."""
     steps: Count = 18
-    """Heun steps of the teacher (2 steps - 1 network calls a pair)."""
+    """Solver steps of the teacher: Heun's (2 steps - 1 network calls a pair), or DDIM's (one each) where it takes
+    texts."""
     guidance: Annotated[float, Field(ge=1)] = 1.0
     """Guidance scale of the teacher, which the student then learns with the pairs."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -49,7 +54,8 @@ class Pairs(Strict):
 @command(Pairs)
 def main(job: Pairs) -> None:
     device = device_of(job.device)
-    sampler, out = open_sampler(job.teacher, job.steps, job.guidance, device=device), located_out(job.out)
+    sampler = open_sampler(job.teacher, job.steps, job.guidance, device, given_prompts(job.prompts))
+    out = located_out(job.out)
     write_pairs(sampler, out, job.pairs, job.seed, job.batch, device, job.overwrite, teacher=job.teacher)
     print(f"{out}: {job.pairs} pairs by {sampler.name}")
     print(json.dumps({"out": str(out), "rows": job.pairs, "sampler": sampler.name}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import runpy
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import tiny
 import torch
 import toy
 import yaml
+from job import job
 from safetensors.torch import load_file
 
 from fewstep import build, dryrun, run
@@ -22,6 +24,7 @@ from fewstep.cluster.encode import Encode
 from fewstep.cluster.session import Sealed
 from fewstep.config import ConfigError
 from fewstep.data.decode import decode_all
+from fewstep.data.feed import open_feed
 from fewstep.data.manifest import Column
 from fewstep.data.shards import ShardWriter, join, open_shards
 from fewstep.methods.dmd2 import DMD2
@@ -54,13 +57,14 @@ def sdxl(tmp_path_factory) -> Path:
     return tiny.pipeline("sdxl", tmp_path_factory.mktemp("sdxl") / "sdxl")
 
 
-def shards(folder: Path, scale: float = 1.0, width: int = 12, text: bool = True, rows: int = 8) -> Path:
+def shards(folder: Path, scale: float = 1.0, width: int = 12, rows: int = 8, columns=("text",)) -> Path:
     """Latents with embedded captions, of any content."""
     draw = np.random.default_rng(0).standard_normal
-    columns = [Column(name="text", kind="text", shape=(tiny.TOKENS, width), dtype="float32")] if text else []
-    with ShardWriter(folder, (4, 8, 8), encoding="float32", captions=True, columns=columns) as writer:
+    shapes = {name: {"text": (tiny.TOKENS, width), "pooled": (10,)}[name] for name in columns}
+    kinds = [Column(name=name, kind=name, shape=shape, dtype="float32") for name, shape in shapes.items()]
+    with ShardWriter(folder, (4, 8, 8), encoding="float32", captions=True, columns=kinds) as writer:
         for i in range(rows):
-            more = {"text": draw((tiny.TOKENS, width)).astype(np.float32)} if text else {}
+            more = {name: draw(shape).astype(np.float32) for name, shape in shapes.items()}
             writer.add((scale * draw((4, 8, 8))).astype(np.float32), caption=f"thing {i}", **more)
     return folder
 
@@ -215,6 +219,41 @@ def test_a_student_generates_for_the_prompts_of_a_file(tmp_path, sd):
     assert len({tuple(row.flatten().tolist()) for row in drawn}) == 3
 
 
+def test_a_regression_on_pairs_of_a_text_teacher_prepares_a_student_as_a_chain(tmp_path, sdxl):
+    """The chain of sdxl_1step on a tiny SDXL: each row of the pairs is the teacher's sample of its noise and prompt."""
+    pairs, words = tmp_path / "pairs", ["a cat", "a dog", "a bird"]
+    job("pairs")([f"teacher={sdxl}", f"prompts={json.dumps(words)}", "pairs=7", "steps=3", "batch=4", f"out={pairs}"])
+    with open_feed(pairs) as feed:
+        rows = next(feed.batches(0, 7))
+    net = build.with_pipeline(open_teacher(sdxl), sdxl)
+    assert {rows[name].shape[1:] for name in ("real", "noise")} == {net.shape}
+    with torch.no_grad():
+        x0 = build.teacher_sampler(net, 3).sample(rows["noise"], net.conditions.of(rows), build.Draws(0, 0))
+    torch.testing.assert_close(rows["real"], x0, rtol=1e-2, atol=1e-2)
+    columns = open_encoder(sdxl, NET).columns(words)
+    nearest = torch.cdist(rows["pooled"], columns["pooled"])
+    assert nearest.min(1).values.max() < 1e-2 and sorted(nearest.argmin(1).bincount().tolist()) == [2, 2, 3]
+
+    chain = yaml.safe_load((RECIPES.parent / "chains" / "sdxl_1step.yaml").read_text())
+    own = {"teacher": str(sdxl), "out": str(tmp_path / "runs"), "precision": "fp32", "cluster": {"workers": 1}}
+    own |= {"train": {"steps": 2, "batch": 4, "report_every": 1, "save_every": 2}, "evaluate.metrics": []}
+    for stage, data in zip(
+        chain["stages"], (pairs, shards(tmp_path / "data", columns=("text", "pooled"))), strict=True
+    ):
+        stage["set"] = stage.get("set", {}) | own | {"data.path": str(data), "optim.student.lr": 1e-3}
+    (tmp_path / "chain.yaml").write_text(yaml.safe_dump(chain))
+    read = runpy.run_path(str(RECIPES.parent / "chain.py"), run_name="chain")
+    warm, last = read["recipes"](read["Chain"](chain=str(tmp_path / "chain.yaml"), name="one"))
+    assert warm.method.calls(net)[0].t == last.method.calls(net)[0].t == 399
+    engine = build.make_engine(warm, build.make_feed(warm.data, 0), folder=warm.checkpoints)
+    reports = toy.finish(engine)
+    assert {"student/spatial"} <= reports[0].keys() and "student/high" not in reports[0]
+    prepared = toy.weights(engine.nets["student"])
+    nets = build.make_nets(last)
+    assert toy.same(toy.weights(nets["student"]), prepared) and not toy.same(toy.weights(nets["fake"]), prepared)
+    assert {"student/match"} <= toy.finish(build.make_engine(last, build.make_feed(last.data, 0)))[0].keys()
+
+
 # Exports: what stock diffusers makes in a fresh process
 
 
@@ -266,8 +305,7 @@ STOCK = {
 
 
 def exported_as_stock(name: str, tmp: Path) -> Path:
-    """The export of an adapter with random factors, merged and beside, in two calls; what is left of it by a second
-    look is asserted here."""
+    """The export of an adapter with random factors in two calls, merged and beside, and read here again."""
     folder = tiny.pipeline(name, tmp / "teacher")
     net = open_teacher(folder).requires_grad_(False)
     adapter, generator = Lora(net, 2, alpha=4, targets="attention"), torch.Generator().manual_seed(3)
@@ -278,6 +316,7 @@ def exported_as_stock(name: str, tmp: Path) -> Path:
     out = tmp / "out"
     assert export_pipeline(merged, folder, out, calls=calls, card=Card(name=name), adapter=adapter) <= 1e-4
     assert (out / "lora" / "pytorch_lora_weights.safetensors").is_file() == STOCK[name]
+    assert exporting.is_stock(net, folder) and exporting.is_stock(net, None) == (name != "dit")
     prompts = None if name == "dit" else ["a red apple", "a dog"]
     ours = build.few_step_sampler({"student": build.with_pipeline(merged, folder, listing=prompts)}, calls)
     ours, again = (build.make_samples(s, 2, batch=2).images for s in (ours, open_sampler(str(out), prompts=prompts)))
@@ -378,7 +417,7 @@ def test_mistakes_are_named_at_the_door(tmp_path, sd, sdxl):
     refused("latents have the standard deviation 1.*so the scaling factor is wrong: store", sd, forgotten)
     twice = shards(tmp_path / "twice", scale=0.5)
     refused("latents have the standard deviation 0.*so the scaling factor is wrong: store", sd, twice)
-    bare = shards(tmp_path / "bare", text=False)
+    bare = shards(tmp_path / "bare", columns=())
     refused("has no column 'text'", sd, bare)
     refused("its column 'text' has 9 numbers a token, but the network takes 12", sd, shards(tmp_path / "w", width=9))
     refused("has no column 'pooled'", sdxl)
