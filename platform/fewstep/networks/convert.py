@@ -88,7 +88,7 @@ class _Reader(pickle.Unpickler):
 
 @dataclass(frozen=True)
 class Pickle:
-    """What a pickle holds: tensors by their dotted names; name, class and settings of its modules."""
+    """Content of a pickle: tensors by their dotted names; name, class and settings of its modules."""
 
     tensors: dict[str, Tensor]
     modules: list[tuple[str, str, dict[str, Any]]]

@@ -252,7 +252,7 @@ def check_headers(model: nn.Module, stored: Mapping[str, Stored], where: Path) -
 
 
 def unread_of(net: nn.Module) -> dict[str, Stored]:
-    """Where the weights lie that are still to be read, by their names in a network; {} for one that has all."""
+    """Places of the weights that are still to be read, by their names in a network; {} for one that has all."""
     found = ((path, vars(module).get("unread", {})) for path, module in net.named_modules())
     return {f"{path}.{key}".lstrip("."): stored for path, unread in found for key, stored in unread.items()}
 
