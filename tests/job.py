@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from fewstep.config import Command
 
@@ -12,6 +13,11 @@ JOBS = Path(__file__).resolve().parents[1] / "jobs"
 
 
 @cache
+def names(name: str) -> dict[str, Any]:
+    """What jobs/<name>.py defines, by name."""
+    return runpy.run_path(str(JOBS / f"{name}.py"))
+
+
 def job(name: str) -> Command:
     """The command of jobs/<name>.py, which takes a list of words; it raises SystemExit with status 2 for a mistake."""
-    return runpy.run_path(str(JOBS / f"{name}.py"))["main"]
+    return names(name)["main"]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
 
 import pytest
+from job import names
 
 from fewstep.config import ConfigError
 
-JOB = runpy.run_path(str(Path(__file__).parents[1] / "jobs" / "chain.py"), run_name="chain")
+JOB = names("chain")
 TINY = "train.steps: 2, train.batch: 8, train.report_every: 1, train.save_every: 1, evaluate.metrics: []"
 
 

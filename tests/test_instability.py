@@ -14,7 +14,7 @@ STUDENT_UPDATES = 50
 OPTIM = "{lr: 3e-4, betas: [0.9, 0.999], warmup_steps: 20}"
 
 
-@pytest.mark.parametrize(("ttur", "collapses"), [(1, True), (5, False)])
+@pytest.mark.parametrize(("ttur", "collapses"), [(1, True), pytest.param(5, False, marks=pytest.mark.slow)])
 def test_one_critic_update_a_student_update_at_equal_rates_collapses_and_five_do_not(tmp_path, ttur, collapses):
     recipe = load_recipe(
         [

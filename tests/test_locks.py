@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import runpy
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from demo import ROOT, another, words
+from demo import another, words
+from job import job as command
 
 from fewstep import locks
 from fewstep.cluster import train
@@ -63,7 +63,7 @@ def refused(monkeypatch, capsys, folder: Path, job: str, *words: str) -> str:
     with another(folder / LOCK) as other:
         before = seen(folder)
         with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(ROOT / "jobs" / f"{job}.py"))["main"](words)
+            command(job)(words)
         assert stop.value.code == 2 and seen(folder) == before
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith(f"{folder}: in use by process {other.pid} on ")

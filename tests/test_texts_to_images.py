@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import runpy
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import tiny
 import torch
 import toy
 import yaml
-from job import job
+from job import job, names
 from safetensors.torch import load_file
 
 from fewstep import build, dryrun, run
@@ -242,7 +241,7 @@ def test_a_regression_on_pairs_of_a_text_teacher_prepares_a_student_as_a_chain(t
     ):
         stage["set"] = stage.get("set", {}) | own | {"data.path": str(data), "optim.student.lr": 1e-3}
     (tmp_path / "chain.yaml").write_text(yaml.safe_dump(chain))
-    read = runpy.run_path(str(RECIPES.parent / "chain.py"), run_name="chain")
+    read = names("chain")
     warm, last = read["recipes"](read["Chain"](chain=str(tmp_path / "chain.yaml"), name="one"))
     assert warm.method.calls(net)[0].t == last.method.calls(net)[0].t == 399
     engine = build.make_engine(warm, build.make_feed(warm.data, 0), folder=warm.checkpoints)

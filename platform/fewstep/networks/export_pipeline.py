@@ -75,7 +75,7 @@ def is_stock(net: Denoiser, folder: Path | None) -> bool:
 
 
 def lora_refusal(adapter: Lora, folder: Path) -> str | None:
-    """Reason why load_lora_weights does not load an adapter into the pipeline of its teacher's folder; None where it does."""
+    """Reason why load_lora_weights does not load an adapter into its teacher's pipeline; None where it does."""
     import diffusers
 
     name = read_json(folder / INDEX)["_class_name"]
@@ -240,7 +240,7 @@ def _compare(ours: Tensor, student: Path, teacher: Path, lora: Path | None, inpu
 
 
 def _run(arguments: list[str], out: Path) -> dict[str, Tensor]:
-    """Images that CHECK writes to `out`, in a fresh process. Raises ExportError where diffusers does not run the folder."""
+    """Images that CHECK writes to `out`, in a fresh process. Raises ExportError where diffusers does not run it."""
     from safetensors.torch import load_file
 
     done = subprocess.run(
