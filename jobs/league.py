@@ -9,7 +9,6 @@ last run that ended. The last line is a JSON object.
 """
 
 import json
-import shutil
 import sys
 import time
 from math import ceil, lcm
@@ -77,11 +76,13 @@ def cost(recipe: Recipe) -> float:
 
 
 def pairs_of(recipe: Recipe, budget: float, out: Path) -> tuple[Path, int]:
-    """The pairs that half of a budget pays for, made once a seed, and the passes that they cost."""
-    from fewstep.students import open_sampler, write_pairs
+    """The pairs that half of a budget pays for, made once a seed and a number, and the passes that they cost."""
+    from fewstep.pairs import write_pairs
+    from fewstep.students import open_sampler
 
-    folder, passes = out / f"pairs-{recipe.seed}", 2 * PAIR_STEPS - 1
+    passes = 2 * PAIR_STEPS - 1
     count = max(2, int(budget / 2 / passes))
+    folder = out / f"pairs-{recipe.seed}-{count}"
     if not folder.exists():
         write_pairs(open_sampler(recipe.teacher, PAIR_STEPS), folder, count, recipe.seed, teacher=recipe.teacher)
     return folder, count * passes
@@ -95,6 +96,8 @@ def train(
     keep: write its run's folder, from which a later stage starts.
     """
     from fewstep.build import describe_net, make_engine, make_feed
+    from fewstep.engine.folder import checkpoints, remove
+    from fewstep.storage.place import Place
 
     recipe, spent = open_recipe(stage.recipe, ROOT / "jobs" / "recipes", given), 0
     if "noise" in recipe.method.needs:
@@ -106,8 +109,9 @@ def train(
     once = {f"train.{key}": steps for key in ("steps", "report_every", "save_every")}
     recipe = open_recipe(stage.recipe, ROOT / "jobs" / "recipes", given | once)
     if keep:
-        shutil.rmtree(recipe.folder, ignore_errors=True)  # of a start that was stopped
-        recipe.folder.mkdir(parents=True)
+        claim(recipe.folder, "run")
+        for stopped in checkpoints(recipe.checkpoints):  # by a start that did not end
+            remove(Place.of(stopped))
         write_private(recipe.folder / "recipe.yaml", to_yaml(recipe.written))
     with make_feed(recipe.data, recipe.seed) as feed:
         engine = make_engine(recipe, feed, folder=recipe.checkpoints if keep else None)

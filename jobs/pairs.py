@@ -19,8 +19,9 @@ from pydantic import Field
 from fewstep.build import given_prompts
 from fewstep.config import Strict, command
 from fewstep.engine.world import device_of
+from fewstep.pairs import write_pairs
 from fewstep.storage.place import located_out
-from fewstep.students import open_sampler, write_pairs
+from fewstep.students import open_sampler
 
 Count = Annotated[int, Field(ge=1)]
 

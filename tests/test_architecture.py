@@ -28,7 +28,7 @@ FLOORS = [
     {"engine"},
     {"recipe"},
     {"build"},
-    {"students", "tracking", "watchdog"},
+    {"students", "pairs", "tracking", "watchdog"},
     {"run", "compare", "serving"},
     {"dryrun", "sweeps", "diagnosis"},
     {"cluster"},

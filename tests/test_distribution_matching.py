@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -33,6 +34,7 @@ from fewstep.diffusion.perceptual import feature_distance
 from fewstep.diffusion.samplers import run_calls, to_uint8
 from fewstep.diffusion.schedules import DDPM, EDM, Flow
 from fewstep.diffusion.subinterval import Kernel, level_at
+from fewstep.folders import claim, cleaned_name
 from fewstep.methods import METHODS, Batch
 from fewstep.methods.f_distill import H
 from fewstep.metrics.features import ClassReward, FeatureMaps, open_features
@@ -820,6 +822,14 @@ def test_a_leagues_pairs_count_and_the_stages_of_a_chain_share_its_budget(tmp_pa
         "- {recipe: fashion_mnist_instaflow, set: {teacher: '{1}', method.stage: distil, method.teacher_steps: 2}}\n"
     )
     chains = f"chains=[{tmp_path / 'two.yaml'}]"
+    theirs = tmp_path / "league" / "runs" / f"{cleaned_name(f'chain {tmp_path}/two.yaml')}-0-1"
+    claim(tmp_path / "league", "league")
+    theirs.mkdir(parents=True)
+    (theirs / "photo.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        league(tmp_path, "recipes=[]", chains, "budget=600")
+    assert [path.name for path in theirs.iterdir()] == ["photo.txt"]
+    shutil.rmtree(theirs)
     pairs, chain = league(tmp_path, "recipes=[fashion_mnist_hipa]", chains, "budget=600")
     # 33 pairs of nine calls, then the adapter's pass with its gradient and three of the encoder, 0.4 of a pass each
     assert pairs["method"] == "hipa" and pairs["passes"] == pytest.approx(33 * 9 + pairs["steps"] * 32 * 4.2)
