@@ -398,6 +398,7 @@ def assert_same_end(folder: Path, whole: Path) -> None:
 
 ATTEMPTS = """
 import json, os, socket, sys, urllib.error, urllib.request
+from concurrent.futures import ThreadPoolExecutor
 import grpc, ray
 from fewstep.cluster.session import asks_for_token
 
@@ -437,6 +438,8 @@ METHODS = "NodeInfoGcsService/CheckAlive", "NodeManagerService/RequestWorkerLeas
 PATHS = "/api/jobs/", "/api/job_agent/jobs/", "/get_or_create_runtime_env"
 found = {"calls": {}, "posts": {}, "joined": {}}
 gcs = next(port for process, port in ports if process == "gcs_server")
+# else Ray asks this machine's other address in its place, where nothing listens
+ray._private.services.resolve_ip_for_localhost = lambda host: host
 for token in ("", "0" * 64) if reached(gcs) is None else ():
     os.environ |= {"RAY_AUTH_MODE": "token" if token else "disabled", "RAY_AUTH_TOKEN": token}
     ray._raylet.Config.initialize("")
@@ -445,18 +448,24 @@ for token in ("", "0" * 64) if reached(gcs) is None else ():
         ray.get(ray.remote(lambda: os.system(f"touch {marker}")).remote())
         found["joined"][token] = "a task ran"
     except BaseException as error:
-        found["joined"][token] = f"{type(error).__name__}: {error}"
+        found["joined"][token] = f"{type(error).__name__}: {error}; {error.__cause__}"
 if user is not None:  # who may not be allowed to read Python's own files, from here on
     os.setgroups([])
     os.setgid(user)
     os.setuid(user)
 found["folder"] = entered(folder)
-for process, port in ports:
+def tried(port):
     if error := reached(port):
-        found["calls"][port] = [error]
-        continue
-    found["calls"][port] = [called(f"{host}:{port}", method) for method in METHODS]
-    found["posts"][port] = [posted(f"{host}:{port}", path) for path in PATHS]
+        return [error], None
+    where = f"{host}:{port}"
+    return [called(where, method) for method in METHODS], [posted(where, path) for path in PATHS]
+
+numbers = [port for process, port in ports]
+with ThreadPoolExecutor(8) as pool:  # a port that does not answer takes 15 s
+    for port, (calls, posts) in zip(numbers, pool.map(tried, numbers)):
+        found["calls"][port] = calls
+        if posts is not None:
+            found["posts"][port] = posts
 print(json.dumps(found))
 """
 
