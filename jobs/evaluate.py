@@ -11,7 +11,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "platform"))
@@ -39,6 +39,9 @@ class Evaluate(Metrics):
     """Weights of the small feature network."""
     reference: Annotated[str | None, REFERENCE] = "shipped:fashion_mnist/statistics.npz"
     """Statistics of the real images under it."""
+    method: dict[str, Any] = {}
+    """Fields of a run's method to change for sampling, such as method.times=[1.5583] or method.student_steps=2, for
+    another number of calls by the same network."""
     prompts: list[str] | str | None = None
     """Texts to score in turn, for a model that takes texts: one, a list, or a .txt file with one a line. null takes
     those of a run's recipe."""
@@ -72,7 +75,8 @@ def main(job: Evaluate) -> None:
     seen = None if recipe is None else job.seen_by(recipe.loss_networks)
     teacher = None if recipe is None or recipe.teacher is None else partial(make_teacher, recipe)
     metrics, prompts = job.build(world.device, seen, teacher), given_prompts(job.prompts)
-    samplers = [open_sampler(job.model, steps, job.guidance, world.device, prompts) for steps in job.steps]
+    options = {"prompts": prompts, "method": job.method}
+    samplers = [open_sampler(job.model, steps, job.guidance, world.device, **options) for steps in job.steps]
     for sampler in samplers:
         check_samples(metrics, sampler.picture_shape, sampler.conditions.classes, job.images, sampler.words(job.images))
     rows, scores = [], []

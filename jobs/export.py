@@ -4,6 +4,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
@@ -19,6 +20,9 @@ class Export(Strict):
     """Folder of a run, or one of its checkpoints/step-*."""
     out: str | None = None
     """Folder to write, or its URL (s3://bucket/x); null is <run>/export."""
+    method: dict[str, Any] = {}
+    """Fields of the run's method to change for sampling, such as method.times=[1.5583] or method.student_steps=2, for
+    another number of calls by the same network."""
     average: bool | None = None
     """Export the averaged weights (true) or the raw ones (false); null takes the average where the run kept one."""
     licence: str | None = None
@@ -29,7 +33,8 @@ class Export(Strict):
 
 @command(Export)
 def main(job: Export) -> None:
-    report = export_run(job.run, out=job.out, average=job.average, licence=job.licence, overwrite=job.overwrite)
+    options = {"average": job.average, "licence": job.licence, "overwrite": job.overwrite, "method": job.method}
+    report = export_run(job.run, out=job.out, **options)
     print(f"loaded again in a fresh process: its images differ by at most {report['max_difference']:.2g}\n")
     folder = report["folder"]
     if "://" in folder:  # diffusers reads folders

@@ -5,7 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
@@ -30,6 +30,9 @@ class Sample(Strict):
     """Number of images."""
     labels: list[int] | int | None = None
     """Classes to draw in turn, such as [3] or [0,1]; null takes all."""
+    method: dict[str, Any] = {}
+    """Fields of a run's method to change for sampling, such as method.times=[1.5583] or method.student_steps=2, for
+    another number of calls by the same network."""
     prompts: list[str] | str | None = None
     """Texts to draw in turn, for a model that takes texts: one, a list, or a .txt file with one a line. null takes
     those of a run's recipe."""
@@ -78,7 +81,7 @@ def main(job: Sample) -> None:
     out, each = resolve_out(job.out), [resolve_out(job.each) / f"{i:06d}.png" for i in range(job.images) if job.each]
     for path in (out, *each):
         overwritable(path, "out" if path == out else "each")
-    given = given_prompts(job.prompts), job.negative, job.negative_scale
+    given = given_prompts(job.prompts), job.negative, job.negative_scale, job.method
     sampler = open_sampler(job.model, job.steps, job.guidance, device, *given)
     if job.labels is not None:
         sampler = of_classes(sampler, [job.labels] if isinstance(job.labels, int) else job.labels)

@@ -23,6 +23,7 @@ from torch import nn
 
 from fewstep.build import describe_net, make_samples, open_net
 from fewstep.config import validate
+from fewstep.diffusion.draws import Draws
 from fewstep.diffusion.samplers import Call, calls_at, run_calls, to_uint8
 from fewstep.diffusion.schedules import DDPM, EDM, Flow, Trig
 from fewstep.engine.saver import Saver
@@ -227,6 +228,25 @@ def test_the_export_is_read_here_too_and_sampled_alike(exported, run):
     raw = open_student(run / "checkpoints/step-00000030", average=False)
     assert all(torch.equal(p, q) for p, q in zip(raw.net.parameters(), student(1).parameters(), strict=True))
     assert open_sampler(str(run.parent / "teacher"), steps=5).name == "heun-5"
+
+
+def test_a_run_is_sampled_with_another_number_of_calls(exported, run):
+    one, net = open_sampler(str(run), method={"student_steps": 1}), open_student(run).net
+    z, cond = torch.randn(2, *net.shape), torch.tensor([3, 8])
+    with torch.no_grad():
+        (call,) = calls_at(net.schedule, (1.0,), on_ramp=True)
+        expected = run_calls({"student": net}, (call,), z, cond, Draws(0, 0))
+        assert torch.equal(one.sample(z, cond, Draws(0, 0)), expected)
+    assert (one.name, one.calls) == ("few-step-1", 1)
+    for folder, given, says in (
+        (run, {"student_steps": 0}, "method.student_steps: "),
+        (run, {"step": 1}, "method.step: no such key"),
+        (run, {"gan_weight": 0.5}, "method: gan_weight changes nothing about how dmd2 samples; leave it out"),
+        (run, {"name": "f_distill"}, "method.name: f_distill, but the run is of dmd2"),
+        (exported, {"student_steps": 1}, "is no run, and its calls are fixed; leave it out"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            open_sampler(str(folder), method=given)
 
 
 def test_an_export_is_sampled_as_its_calls_say_and_refused_where_they_say_nothing(exported, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import build
-from .config import ConfigError, read_json, resolve
+from .config import ConfigError, override_all, read_json, resolve, validate
 from .data.shards import ShardError
 from .diffusion.samplers import Call
 from .engine.folder import complete
@@ -62,11 +62,13 @@ def open_student(
     average: bool | None = None,
     checkpoint: Path | str | None = None,
     known: Sequence[str | None] = (),
+    method: Mapping[str, Any] | None = None,
 ) -> Student:
     """The student of a run (its last checkpoint, or the one given) or of one of its checkpoints.
 
     average: the running average's weights or the raw ones; None takes the average where the run kept one.
-    known: URLs with their secrets, see `with_secrets`. Raises ValueError naming the file at fault.
+    known: URLs with their secrets, see `with_secrets`. method: fields of the run's method to change for sampling.
+    Raises ValueError naming the file or the field at fault.
     """
     if "://" in str(folder):
         raise ValueError(
@@ -90,7 +92,24 @@ def open_student(
     averaged = kept if average is None else average
     net = build.student_net(recipe, checkpoint, averaged, folder)
     others = build.other_nets(recipe, checkpoint, net)
+    if method:
+        recipe = _with_other_calls(recipe, net, method)
     return Student(net, recipe, folder, checkpoint, manifest["step"], averaged, others)
+
+
+def _with_other_calls(recipe: Recipe, net: Denoiser, given: Mapping[str, Any]) -> Recipe:
+    """The recipe with fields of its method changed. Raises ConfigError where that changes no call of the generator."""
+    other = validate(
+        Recipe, override_all(recipe.written, {f"method.{key}": value for key, value in given.items()})
+    ).method
+    if other.tag != recipe.method.tag:
+        raise ConfigError(f"method.name: {other.tag}, but the run is of {recipe.method.tag}; leave it out")
+    if other != recipe.method and other.calls(net) == recipe.method.calls(net):
+        raise ConfigError(
+            f"method: {', '.join(given)} changes nothing about how {recipe.method.tag} samples; leave it out, or "
+            "name a field that its calls depend on, such as times or student_steps"
+        )
+    return recipe.model_copy(update={"method": other})
 
 
 def save_teacher(student: Student, folder: Path, half: bool = False) -> None:
@@ -127,14 +146,21 @@ class Opened:
     distilled: bool = True
 
 
-def open_generator(ref: str | Path, device: torch.device | str = "cpu") -> Opened:
-    """The generator of a run, a checkpoint or an export, or a teacher. Raises ValueError naming the file at fault."""
+def open_generator(
+    ref: str | Path, device: torch.device | str = "cpu", method: Mapping[str, Any] | None = None
+) -> Opened:
+    """The generator of a run, a checkpoint or an export, or a teacher.
+
+    method: fields of a run's method to change for sampling. Raises ValueError naming the file or the field at fault.
+    """
     folder = locate(ref)
     if (folder / "recipe.yaml").is_file() or complete(folder):
-        student = open_student(folder)
+        student = open_student(folder, method=method)
         names = _class_names(student) or ()
         sampler = lambda steps, guidance: student.sampler
         opened = Opened(student.net, sampler, student.others, build.pipeline_folder(student.recipe), names)
+    elif method:
+        raise ConfigError(f"method: {masked(str(ref))} is no run, and its calls are fixed; leave it out")
     else:
         net, calls = open_teacher(folder).requires_grad_(False), exported_calls(folder)
         names = {role for call in calls or () for role in call.roles} - {"student"}
@@ -157,14 +183,16 @@ def open_sampler(
     prompts: Sequence[str] | None = None,
     negative: str | None = None,
     negative_scale: float = 1.0,
+    method: Mapping[str, Any] | None = None,
 ) -> build.Sampler:
     """The sampler of a run, a checkpoint or an export, as distilled; of a teacher, the solver of its kind.
 
     steps, guidance: of the solver, for a teacher alone. prompts: what to generate for, where the network takes texts;
     None takes those of a run's recipe. negative: a text to subtract from them in cross-attention, by `negative_scale`.
+    method: fields of a run's method to change for sampling.
     Raises ValueError naming the file at fault.
     """
-    opened = open_generator(ref, device)
+    opened = open_generator(ref, device, method)
     net, texts = opened.net, isinstance(opened.net.conditions, Texts)
     if prompts is not None and not texts:
         raise ValueError("prompts: this model takes no texts; leave them out")
@@ -207,12 +235,14 @@ def export_run(
     licence: str | None = None,
     overwrite: bool | None = None,
     known: Sequence[str | None] = (),
+    method: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Exports a run's student, by default to `<run>/export`, where an earlier export is replaced.
 
     out: another folder, or a URL.
     rows: of the closing table, for the model card; without any, those in `<run>/scores.json` if the run kept them.
-    known: URLs with their secrets, see `with_secrets`.
+    known: URLs with their secrets, see `with_secrets`. method: fields of the run's method to change for sampling; the
+    scores of the run are then left out of the card.
     Returns what a job prints: folder, step, averaged, calls, max_difference; of a stock pipeline, call, its call's
     arguments, and lora, the folder of the adapter's files; both are None where there are none. Raises ValueError.
     """
@@ -221,10 +251,10 @@ def export_run(
         target = located_out(out)
         kind = PIPELINE if (target / INFERENCE).is_file() else EXPORT
         replaceable(target, kind, overwrite=overwrite)
-    student = open_student(run, average, known=known)
+    student = open_student(run, average, known=known, method=method)
     recipe, folder = student.recipe, student.folder
     scores = folder / "scores.json"
-    if not rows and scores.is_file():
+    if not rows and not method and scores.is_file():
         rows = read_json(scores, list)
         for i, row in enumerate(rows):
             if not isinstance(row, dict) or not {"sampler", "nfe", "images"} <= row.keys():
