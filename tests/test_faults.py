@@ -174,16 +174,22 @@ def test_kill_9_of_the_worker_that_writes_a_checkpoint(ray_cluster, store, whole
 
     def change() -> None:
         from fewstep.engine.checkpoint import Writer
+        from fewstep.storage.place import Place
 
-        name = {"before_its_file": "write_data", "before_the_manifest": "finish", "before_the_rename": "_rename"}[point]
-        real = getattr(Writer, name)
+        owner, name = {
+            "before_its_file": (Writer, "write_data"),
+            "before_the_manifest": (Writer, "finish"),
+            "before_the_rename": (Place, "rename"),
+        }[point]
+        real = getattr(owner, name)
 
         def dies(self, *args, **kwargs):
-            if f"step-{3 * SAVE:08d}" in str(self.target) and once(marker):
+            target = args[0] if owner is Place else self.target
+            if f"step-{3 * SAVE:08d}" in str(target) and once(marker):
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(self, *args, **kwargs)
 
-        setattr(Writer, name, dies)
+        setattr(owner, name, dies)
 
     workers_that(monkeypatch, change)
     result = fit(recipe(tmp_path, "name=writer", f"tracking.uri={store}", *SHORT))
