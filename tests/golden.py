@@ -82,10 +82,14 @@ def measure(layout: str) -> list[str]:
 
 
 def machine() -> str:
-    """What equal bits depend on: PyTorch, and the processor that chooses its kernels."""
+    """The versions that equal bits depend on: of PyTorch, and of the processor, for which it and its libraries choose
+    their kernels. A virtual machine's processor may have a name without a model, so its numbers are needed, too."""
     info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
-    return f"# torch {torch.__version__}, {model[1] if model else platform.processor()}"
+    text = info.read_text() if info.is_file() else ""
+    fields = [re.search(rf"^{name}\s*: (.*)", text, re.M) for name in ("model name", "cpu family", "model")]
+    name, family, model = (field[1] if field else "" for field in fields)
+    kernels = torch.backends.cpu.get_cpu_capability()
+    return f"# torch {torch.__version__}, {name or platform.processor()}, family {family}, model {model}, {kernels}"
 
 
 def read() -> tuple[str, dict[str, str]]:
