@@ -15,7 +15,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 help:
 	@echo "make demo       train a one-step Fashion-MNIST generator and score it (about 10 minutes on two cores)"
 	@echo "make sweep      which TTUR ratio? six short trials and a report (about 10 minutes on two cores)"
-	@echo "make league     25 methods with equal compute, one table (meant for 15 minutes; not timed; goes on if repeated)"
+	@echo "make league     25 methods with equal compute, one table (about 25 minutes of one core; goes on if repeated)"
 	@echo "make test       the test suite (under 12 minutes on two cores)"
 	@echo "make faults     every fault met on purpose: kills, full disks, collapses; half a minute and more each"
 	@echo "make slow       the tests that make test leaves out"
