@@ -29,11 +29,11 @@ class Chain(Strict):
 
 def recipes(job: Chain) -> list[Recipe]:
     """The stages' recipes. Raises ConfigError with every mistake of the first stage that has one."""
-    found: list[Recipe] = []
+    recipes: list[Recipe] = []
     for i, stage in enumerate(open_chain(job.chain, ROOT / "jobs" / "chains"), 1):
-        given = stage.given([str(recipe.folder) for recipe in found]) | {"name": f"{job.name}-{i}"}
-        found.append(open_recipe(stage.recipe, ROOT / "jobs" / "recipes", given))
-    return found
+        given = stage.given([str(recipe.folder) for recipe in recipes]) | {"name": f"{job.name}-{i}"}
+        recipes.append(open_recipe(stage.recipe, ROOT / "jobs" / "recipes", given))
+    return recipes
 
 
 @command(Chain)

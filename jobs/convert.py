@@ -40,20 +40,20 @@ class Convert(Strict):
 def main(job: Convert) -> None:
     out = resolve_out(job.out)
     replaceable(out, NETWORK, overwrite=False)
-    found = read_pickle(resolve(job.pickle))
-    net = None if job.network is None else to_denoiser(found.tensors, job.network, job.part)
+    pickle = read_pickle(resolve(job.pickle))
+    net = None if job.network is None else to_denoiser(pickle.tensors, job.network, job.part)
     part = out.with_name(f".{out.name}.part")
     part.mkdir(parents=True)
     if net is not None:
         save_denoiser(net, part)
     else:
-        save_file(found.tensors, part / "tensors.safetensors")
-        modules = [{"name": name, "class": kind, "settings": settings} for name, kind, settings in found.modules]
+        save_file(pickle.tensors, part / "tensors.safetensors")
+        modules = [{"name": name, "class": kind, "settings": settings} for name, kind, settings in pickle.modules]
         (part / "modules.json").write_text(json.dumps(modules, indent=1) + "\n")
     replace(part, out, NETWORK, overwrite=False)
-    for name, kind, _ in found.modules:
+    for name, kind, _ in pickle.modules:
         print(f"{name or '.'}: {kind}")
-    print(json.dumps({"out": str(out), "tensors": len(found.tensors), "teacher": net is not None}))
+    print(json.dumps({"out": str(out), "tensors": len(pickle.tensors), "teacher": net is not None}))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python jobs/distill.py recipe=fashion_mnist method.critic_updates_per_student_update=5
     ray job submit --working-dir . -- python jobs/distill.py recipe=fashion_mnist
 
-Words are keys of the recipe and change what its file says. The last line is a JSON object.
+Arguments are keys of the recipe, and replace the values of its file. The last line is a JSON object.
 """
 
 import json

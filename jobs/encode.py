@@ -3,7 +3,7 @@
 
     python jobs/encode.py data=shipped:emoji/shards teacher=shipped:emoji/teacher out=data/emoji_encoded
 
-A second start with the same words goes on with the shards that are not done yet.
+A second start with the same arguments goes on with the shards that are not done yet.
 """
 
 import json

@@ -78,13 +78,15 @@ def main(job: Evaluate) -> None:
     options = {"prompts": prompts, "method": job.method}
     samplers = [open_sampler(job.model, steps, job.guidance, world.device, **options) for steps in job.steps]
     for sampler in samplers:
-        check_samples(metrics, sampler.picture_shape, sampler.conditions.classes, job.images, sampler.words(job.images))
+        check_samples(
+            metrics, sampler.picture_shape, sampler.conditions.classes, job.images, sampler.prompts(job.images)
+        )
     rows, scores = [], []
     for sampler in {s.name: s for s in samplers}.values():  # a student's is the same for any number of steps
         samples = make_samples(sampler, job.images, job.seed, job.batch, world)
-        found = evaluate(metrics, samples)
-        rows.append(Row.of("", samples, found).to_dict() | {"who": ""})
-        scores += [score.to_dict() for score in found]
+        own_scores = evaluate(metrics, samples)
+        rows.append(Row.of("", samples, own_scores).to_dict() | {"who": ""})
+        scores += [score.to_dict() for score in own_scores]
     print(table(rows))
     print(json.dumps({"model": masked(job.model), "scores": scores}))
 

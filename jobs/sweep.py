@@ -5,7 +5,7 @@
     python jobs/sweep.py space=dmd2 recipe=fashion_mnist trials=40 scheduler=asha evaluate.every_images=1600 seeds=3
     ray job submit --working-dir . -- python jobs/sweep.py space=my_space.py recipe=my.yaml budget=8hours name=big
 
-A sweep that was killed goes on when the same words are given again with its name. The last line is a JSON object:
+A sweep that was killed goes on when the same arguments are given again with its name. The last line is a JSON object:
 best, trials, images, report.
 """
 

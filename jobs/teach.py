@@ -4,8 +4,8 @@ on, a codec and text encoders.
 
     python jobs/teach.py recipe=fashion_mnist_teacher data.path=data/fashion_mnist
 
-Words are keys of the recipe and change what its file says. The teacher is written to <run folder>/teacher, which
-recipes take as teacher=<that folder>. The last line is a JSON object.
+Arguments are keys of the recipe, and replace the values of its file. The teacher is written to <run folder>/teacher,
+which recipes take as teacher=<that folder>. The last line is a JSON object.
 """
 
 import json

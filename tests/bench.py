@@ -34,12 +34,12 @@ ROUNDS, STEPS, SAVE_EVERY = 3, 40, 5
 
 
 def recipe(folder: str, name: str) -> Recipe:
-    words = [
+    arguments = [
         *(f"out={folder}", f"name={name}", f"tracking.uri=sqlite:///{folder}/mlflow.db"),
         *(f"train.steps={STEPS}", "train.report_every=1", f"train.save_every={STEPS}"),
         *("evaluate.metrics=[]", "evaluate.teacher_steps=[]", "cluster.threads=1"),
     ]
-    return load_recipe(words, ROOT / "jobs" / "recipes", "fashion_mnist")
+    return load_recipe(arguments, ROOT / "jobs" / "recipes", "fashion_mnist")
 
 
 CYCLES = {
@@ -57,9 +57,9 @@ def cycle() -> dict[str, float]:
     """
     torch.set_num_threads(1)
     engines, passes = {}, {}
-    for name, words in CYCLES.items():
+    for name, arguments in CYCLES.items():
         ratio = "method.critic_updates_per_student_update=5"
-        r = load_recipe(["train.steps=100000", ratio, *words], ROOT / "jobs" / "recipes", "fashion_mnist")
+        r = load_recipe(["train.steps=100000", ratio, *arguments], ROOT / "jobs" / "recipes", "fashion_mnist")
         feed = make_feed(r.data, r.seed)
         engines[name] = make_engine(r, feed), feed.batches(0, r.train.batch)
         passes[name] = Counter()

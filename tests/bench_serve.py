@@ -122,8 +122,8 @@ def network(folder: Path) -> Path:
 def main(bench: Bench) -> None:
     with tempfile.TemporaryDirectory() as tmp:
         model = bench.model or network(Path(tmp))
-        words = [f"{key}={getattr(bench, key)}" for key in ("replicas", "batch", "queue")]
-        with running(Path(tmp), f"model={model}", "images=1", "teacher=false", *words) as server:
+        arguments = [f"{key}={getattr(bench, key)}" for key in ("replicas", "batch", "queue")]
+        with running(Path(tmp), f"model={model}", "images=1", "teacher=false", *arguments) as server:
             asyncio.run(closed(server.url, min(5, bench.seconds)))  # warms up
             capacity = asyncio.run(closed(server.url, bench.seconds))
             load = os.getloadavg()[0]

@@ -20,7 +20,7 @@ RECIPES = ROOT / "jobs" / "recipes"
 STEPS = 6
 
 
-def words(tmp: Path, *more: str) -> list[str]:
+def arguments(tmp: Path, *more: str) -> list[str]:
     """A demo recipe of six small steps that reports each one; `more` replaces or adds."""
     small = [
         f"out={tmp / 'runs'}",
@@ -33,12 +33,12 @@ def words(tmp: Path, *more: str) -> list[str]:
         "evaluate.metrics=[]",
         "evaluate.teacher_steps=[]",
     ]
-    return list({word.split("=")[0]: word for word in (*small, *more)}.values())
+    return list({argument.split("=")[0]: argument for argument in (*small, *more)}.values())
 
 
 def recipe(tmp: Path, *more: str) -> Recipe:
     """That recipe, validated."""
-    return load_recipe(words(tmp, *more), RECIPES, "fashion_mnist")
+    return load_recipe(arguments(tmp, *more), RECIPES, "fashion_mnist")
 
 
 def untimed(metrics: dict[str, float]) -> dict[str, float]:

@@ -29,8 +29,8 @@ class Table:
 def main() -> int:
     table = Table()
     # pyproject.toml's options are for `make test`, which leaves the slow ones out and prints in pytest's own way
-    words = ["-o", "addopts=", "-m", "fault", "-p", "no:terminal", *sys.argv[1:]]
-    status = pytest.main([*words, str(Path(__file__).parent)], plugins=[table])
+    arguments = ["-o", "addopts=", "-m", "fault", "-p", "no:terminal", *sys.argv[1:]]
+    status = pytest.main([*arguments, str(Path(__file__).parent)], plugins=[table])
     print(f"{table.passed} passed, {table.failed} failed")
     return int(status)
 

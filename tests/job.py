@@ -1,4 +1,4 @@
-"""The jobs as functions of their words, each file run once a process."""
+"""The jobs as functions of their arguments, each file run once a process."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def names(name: str) -> dict[str, Any]:
 
 
 def job(name: str) -> Command:
-    """The command of jobs/<name>.py, which takes a list of words; it raises SystemExit with status 2 for a mistake."""
+    """The command of jobs/<name>.py, which takes its arguments as a list; SystemExit with status 2 for a mistake."""
     return names(name)["main"]

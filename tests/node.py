@@ -25,8 +25,8 @@ def start(rank: int, size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     recipe, before = open_recipe(f"{folder}/large.yaml", Path(folder), {}), resident("VmRSS")
     engine = make_engine(recipe, make_feed(None, 0), World.current(layout=recipe.cluster))
-    held = sum(p.to_local().nbytes for net in engine.nets.values() for p in net.parameters())
-    found = {"before": before, "peak": resident("VmHWM"), "libraries": resident("RssFile"), "held": held}
+    size_held = sum(p.to_local().nbytes for net in engine.nets.values() for p in net.parameters())
+    found = {"before": before, "peak": resident("VmHWM"), "libraries": resident("RssFile"), "held": size_held}
     Path(folder, str(rank)).write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

@@ -105,10 +105,10 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(tmp: Path, *words: str, env: Mapping[str, str] = MappingProxyType({})) -> Iterator[Running]:
-    """`jobs/serve.py` with these words, on a free port and a private cluster, from its first answer on."""
+def running(tmp: Path, *arguments: str, env: Mapping[str, str] = MappingProxyType({})) -> Iterator[Running]:
+    """`jobs/serve.py` with these arguments, on a free port and a private cluster, from its first answer on."""
     port, log = free_port(), tmp / "log"
-    command = [sys.executable, str(ROOT / "jobs" / "serve.py"), f"port={port}", *words]
+    command = [sys.executable, str(ROOT / "jobs" / "serve.py"), f"port={port}", *arguments]
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "FEWSTEP_TOKEN")} | env
     with open(log, "w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)

@@ -15,8 +15,8 @@ from fewstep.metrics.retrieval import Retrieval, open_scorer
 NAMES = [f"thing {i}" for i in range(30)]
 
 
-def samples(words: list[str], images: torch.Tensor) -> Samples:
-    return Samples(images, None, "four steps", 4, 1.0, 0, words=tuple(words))
+def samples(prompts: list[str], images: torch.Tensor) -> Samples:
+    return Samples(images, None, "four steps", 4, 1.0, 0, prompts=tuple(prompts))
 
 
 def painted(colours: list[str], noise: int = 12) -> torch.Tensor:
@@ -32,14 +32,14 @@ def test_the_background_is_read_off_the_pixels():
     assert KNOWN == COLOURS
     colours = list(COLOURS)
     assert backgrounds(painted(colours)) == colours
-    words = [caption("red-apple", "noto", colour) for colour in colours]
-    assert Background()(samples(words, painted(colours))).value == 1.0
+    prompts = [caption("red-apple", "noto", colour) for colour in colours]
+    assert Background()(samples(prompts, painted(colours))).value == 1.0
     shifted = colours[1:] + colours[:1]
     half = colours[:4] + shifted[4:]
-    assert Background()(samples(words, painted(half))).value == 0.5
-    with pytest.raises(ValueError, match="samples.words: 'a cat'; background needs '<name>, in <style> style"):
+    assert Background()(samples(prompts, painted(half))).value == 0.5
+    with pytest.raises(ValueError, match="samples.prompts: 'a cat'; background needs '<name>, in <style> style"):
         check_samples([Background()], (3, 64, 64), None, 4, ["a cat"])
-    with pytest.raises(ValueError, match="samples.words: none; background needs"):
+    with pytest.raises(ValueError, match="samples.prompts: none; background needs"):
         check_samples([Background()], (3, 64, 64), None, 4)
 
 
@@ -52,15 +52,15 @@ class Known:
         self.shown = shown
         self.asked = 0
 
-    def direction(self, words: str) -> np.ndarray:
-        name, style = words.split(", in ")[0], words.split(", in ")[1].split()[0]
+    def direction(self, prompt: str) -> np.ndarray:
+        name, style = prompt.split(", in ")[0], prompt.split(", in ")[1].split()[0]
         vector = np.zeros(40, np.float32)
         vector[NAMES.index(name)], vector[30 + list(STYLES).index(style)] = 1, 1
         return vector
 
-    def texts(self, words):
-        self.asked = len(words)
-        return torch.from_numpy(np.stack([self.direction(text) for text in words]))
+    def texts(self, prompts):
+        self.asked = len(prompts)
+        return torch.from_numpy(np.stack([self.direction(text) for text in prompts]))
 
     def __call__(self, images):
         return Outputs(np.stack([self.direction(text) for text in self.shown[: len(images)]]))
@@ -68,10 +68,10 @@ class Known:
 
 def test_names_are_found_among_twenty_and_styles_among_all():
     styles = list(STYLES)
-    words = [caption(name.replace(" ", "-"), styles[i % 3], "red") for i, name in enumerate(NAMES)]
-    shown = [*words[:20], *(caption("thing-0", style, "red") for style in (styles[i % 3] for i in range(20, 30)))]
+    prompts = [caption(name.replace(" ", "-"), styles[i % 3], "red") for i, name in enumerate(NAMES)]
+    shown = [*prompts[:20], *(caption("thing-0", style, "red") for style in (styles[i % 3] for i in range(20, 30)))]
     scorer = Known(shown)
-    given = samples(words, torch.zeros(30, 3, 8, 8, dtype=torch.uint8))
+    given = samples(prompts, torch.zeros(30, 3, 8, 8, dtype=torch.uint8))
     score = Retrieval("name", scorer)(given)
     order = sorted(NAMES)
     missed = [name for name in NAMES[20:] if -order.index(name) % 30 < 20]  # whose twenty hold the name that is shown
@@ -80,7 +80,7 @@ def test_names_are_found_among_twenty_and_styles_among_all():
     assert Retrieval("style", scorer)(given).value == 1.0
     with pytest.raises(ValueError, match="all ask for the style 'noto'; style_retrieval needs several"):
         only = [caption("a-b", "noto", "red")] * 2
-        Retrieval("style", Known(words))(samples(only, torch.zeros(2, 3, 8, 8, dtype=torch.uint8)))
+        Retrieval("style", Known(prompts))(samples(only, torch.zeros(2, 3, 8, 8, dtype=torch.uint8)))
 
 
 def test_a_scorer_that_is_not_there_is_named(tmp_path):

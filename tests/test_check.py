@@ -22,8 +22,8 @@ RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
 NETWORK = "network={model: UNet2DModel, config: {sample_size: 28, in_channels: 1, out_channels: 1}}"
 
 
-def recipe(folder: Path, *words: str) -> Recipe:
-    return load_recipe(["recipe=fashion_mnist", "name=a", f"out={folder / 'runs'}", *words], RECIPES, "")
+def recipe(folder: Path, *arguments: str) -> Recipe:
+    return load_recipe(["recipe=fashion_mnist", "name=a", f"out={folder / 'runs'}", *arguments], RECIPES, "")
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def test_the_shipped_recipe_passes_and_leaves_nothing_but_the_folder_of_runs(tmp
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("arguments", "says"),
     {
         "tracking.model=a/b": "tracking.model: a registered model's name has 1 to 256 characters, none of them / : %",
         "tracking.model=50%": "tracking.model: a registered model's name",
@@ -64,16 +64,16 @@ def test_the_shipped_recipe_passes_and_leaves_nothing_but_the_folder_of_runs(tmp
         "name=../a": "name: '../a' is no plain name",
     }.items(),
 )
-def test_a_recipe_refuses(tmp_path, words, says):
-    parts = re.split(r" (?=[\w.]+=)", words)
-    own = [word for word in ("name=a", f"out={tmp_path}") if word.partition("=")[0] not in words]
+def test_a_recipe_refuses(tmp_path, arguments, says):
+    parts = re.split(r" (?=[\w.]+=)", arguments)
+    own = [argument for argument in ("name=a", f"out={tmp_path}") if argument.partition("=")[0] not in arguments]
     with pytest.raises(ConfigError) as error:
         load_recipe(["recipe=fashion_mnist", *own, *parts], RECIPES, "")
     assert str(error.value).splitlines()[0].startswith(says) and "Traceback" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("arguments", "says"),
     {
         "tracking.uri=ftp://host/x": "tracking.uri: 'ftp://host/x' is neither a server nor an SQL database",
         "storage=memory://x": "storage: memory:// ends with the process",
@@ -87,9 +87,9 @@ def test_a_recipe_refuses(tmp_path, words, says):
         "start.fake=nowhere": "start.fake: no checkpoint below 'nowhere'",
     }.items(),
 )
-def test_a_check_before_the_start_refuses(tmp_path, words, says):
+def test_a_check_before_the_start_refuses(tmp_path, arguments, says):
     with pytest.raises((ValueError, OSError)) as error:
-        run.check(recipe(tmp_path, words))
+        run.check(recipe(tmp_path, arguments))
     assert str(error.value).startswith(says) and "\n" not in str(error.value)
 
 
@@ -187,19 +187,22 @@ def shards(folder: Path, size: tuple[int, int, int] = (1, 28, 28), classes: int 
     ],
 )
 def test_a_network_or_data_that_do_not_fit_are_refused(tmp_path, network, data, says):
-    words = [f"teacher={teacher(tmp_path / 'teacher', **network)}", f"data.path={shards(tmp_path / 'data', **data)}"]
+    arguments = [
+        f"teacher={teacher(tmp_path / 'teacher', **network)}",
+        f"data.path={shards(tmp_path / 'data', **data)}",
+    ]
     with pytest.raises(ValueError) as error:
-        run.check(recipe(tmp_path, *words, "evaluate.metrics=[]"))
+        run.check(recipe(tmp_path, *arguments, "evaluate.metrics=[]"))
     assert str(error.value).startswith(says) and "\n" not in str(error.value)
 
 
 def test_scores_by_class_are_refused_for_a_network_without_classes(tmp_path):
-    words = [f"teacher={teacher(tmp_path / 'teacher')}", f"data.path={shards(tmp_path / 'data')}"]
+    arguments = [f"teacher={teacher(tmp_path / 'teacher')}", f"data.path={shards(tmp_path / 'data')}"]
     with pytest.raises(
         ValueError, match="^evaluate.metrics: samples.labels: class_consistency needs the class asked for"
     ):
-        run.check(recipe(tmp_path, *words, "evaluate.metrics=[class_consistency]"))
-    run.check(recipe(tmp_path, *words, "evaluate.metrics=[fd_fashion]"))
+        run.check(recipe(tmp_path, *arguments, "evaluate.metrics=[class_consistency]"))
+    run.check(recipe(tmp_path, *arguments, "evaluate.metrics=[fd_fashion]"))
 
 
 def test_no_weights_are_read_to_look_at_a_teacher(tmp_path):
@@ -262,9 +265,9 @@ def test_a_failed_export_or_registration_is_one_line_and_nothing_more(tmp_path, 
     assert capsys.readouterr().err == "not registered in MLflow: no answer; the run is finished and exported\n"
     monkeypatch.setattr(run, "export_run", export_run)
     assert run.publish(asked, []) is None
-    said = capsys.readouterr().err
-    assert said.startswith("not exported: run: no checkpoint below") and said.count("\n") == 1
-    assert f"try again with: python jobs/export.py run={tmp_path}/runs/a" in said
+    message = capsys.readouterr().err
+    assert message.startswith("not exported: run: no checkpoint below") and message.count("\n") == 1
+    assert f"try again with: python jobs/export.py run={tmp_path}/runs/a" in message
 
 
 def test_a_model_is_named_after_its_recipes_file_without_what_the_registry_refuses(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from demo import ROOT, STEPS, listening, losses, mlflow_history, recipe, untimed, words
+from demo import ROOT, STEPS, arguments, listening, losses, mlflow_history, recipe, untimed
 from job import job
 from mlflow import MlflowClient
 
@@ -55,7 +55,7 @@ def test_ray_gives_the_losses_of_the_bare_loop_and_a_folder_keeps_its_recipe(ray
     student = open_student(tmp_path / "runs" / "whole" / "checkpoints" / "step-00000003")
     [fd_fashion] = make_metrics(student.recipe)
     assert found[3] == fd_fashion(make_samples(student.sampler, 64)).value
-    with pytest.raises(ValueError, match="seed: 0 -> 1"):  # the worker's own words, not Ray's about them
+    with pytest.raises(ValueError, match="seed: 0 -> 1"):  # the worker's own text, not Ray's about it
         fit(recipe(tmp_path, "name=whole", "seed=1", f"tracking.uri={store}"))
 
 
@@ -108,14 +108,14 @@ def test_a_busy_cluster_is_waited_for_and_then_named(ray_cluster, tmp_path):
 
 
 def test_the_literal_ray_job_submit_gives_the_losses_of_the_bare_loop(ray_cluster, store, bare, tmp_path):
-    """As in the README: a script of the repository, its arguments as key=value, on a cluster started from the root."""
+    """As in the README: a script of the repository, its argv as key=value, on a cluster started from the root."""
     address = ray_cluster._private.worker._global_node.address_info["webui_url"]
     script = ROOT / "jobs" / "distill.py"
     command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", f"http://{address}"]
-    arguments = words(tmp_path, "name=job", f"tracking.uri={store}")
+    argv = arguments(tmp_path, "name=job", f"tracking.uri={store}")
     deadline = time.monotonic() + 90
     while True:
-        done = subprocess.run([*command, str(script), *arguments], capture_output=True, text=True)
+        done = subprocess.run([*command, str(script), *argv], capture_output=True, text=True)
         if "No available agent" not in done.stderr or time.monotonic() > deadline:  # a young cluster has none yet
             break
         time.sleep(2)
@@ -132,7 +132,7 @@ def test_the_literal_ray_job_submit_gives_the_losses_of_the_bare_loop(ray_cluste
 
 
 @pytest.mark.parametrize(
-    ("word", "text"),
+    ("argument", "text"),
     [
         ("data.path=/nowhere", "/nowhere"),
         ("teacher=/nowhere", "teacher: no folder '/nowhere'"),
@@ -142,9 +142,9 @@ def test_the_literal_ray_job_submit_gives_the_losses_of_the_bare_loop(ray_cluste
         ("method.name=dmd22", "dmd2"),
     ],
 )
-def test_dry_run_refuses_what_a_run_would(tmp_path, capsys, word, text):
+def test_dry_run_refuses_what_a_run_would(tmp_path, capsys, argument, text):
     with pytest.raises(SystemExit) as stop:
-        DISTILL(["--dry-run", *words(tmp_path, word)])
+        DISTILL(["--dry-run", *arguments(tmp_path, argument)])
     assert stop.value.code == 2
     assert text in capsys.readouterr().err
 
@@ -158,7 +158,7 @@ def test_images_of_another_size_than_the_network_are_refused(tmp_path):
 
 
 def test_dry_run_counts_parameters_and_memory(tmp_path, capsys):
-    DISTILL(["--dry-run", *words(tmp_path)])
+    DISTILL(["--dry-run", *arguments(tmp_path)])
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line[:1].isalpha()}
     count = int(rows["student"][0].replace(",", ""))
     mib = count * 4 / 2**20

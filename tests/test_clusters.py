@@ -21,12 +21,11 @@ import jsonschema
 import pytest
 import ray
 import yaml
-from demo import ROOT, words
+from demo import ROOT, arguments
 from ray._common.utils import import_attr
 from ray.serve.schema import ServeDeploySchema
 
-from fewstep.config import validate
-from fewstep.config import words as parsed
+from fewstep.config import parse_arguments, validate
 from fewstep.recipe import open_recipe
 from fewstep.serving.settings import TOKEN, Settings
 
@@ -47,7 +46,7 @@ def test_a_rayjob_runs_the_locked_ray_and_a_command_line_that_is_valid(name):
     assert cluster["rayVersion"] == LOCK["ray"] and cluster["authOptions"] == {"mode": "token"}
     python, script, *argv = shlex.split(job["spec"]["entrypoint"])
     assert python == "python" and (ROOT / script).is_file()
-    given = parsed(argv)
+    given = parse_arguments(argv)
     own = ("recipe", "space", "search", "seeds", "name")
     recipe = open_recipe(given["recipe"], ROOT / "jobs" / "recipes", {k: v for k, v in given.items() if k not in own})
     most = sum(group["maxReplicas"] for group in cluster["workerGroupSpecs"])
@@ -124,7 +123,7 @@ def test_slurms_script_starts_ray_on_the_allocation_and_trains(tmp_path):
         "bash",
         str(CLUSTERS / "slurm.sh"),
         "distill",
-        *words(tmp_path, f"tracking.uri=sqlite:///{tmp_path}/m.db"),
+        *arguments(tmp_path, f"tracking.uri=sqlite:///{tmp_path}/m.db"),
     ]
     with open(tmp_path / "out", "w") as out, open(tmp_path / "errors", "w") as errors:
         process = subprocess.Popen(command, env=env, stdout=out, stderr=errors, start_new_session=True)

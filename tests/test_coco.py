@@ -32,9 +32,9 @@ class Means:
         return Outputs((images.float().mean((2, 3)) / 128 - 1).numpy())
 
 
-def samples(images: torch.Tensor, words: tuple[str, ...] | None = None) -> Samples:
-    words = tuple(f"thing {i}" for i in range(len(images))) if words is None else words
-    return Samples(images, None, "four steps", 4, 1.0, 0, words=words)
+def samples(images: torch.Tensor, prompts: tuple[str, ...] | None = None) -> Samples:
+    prompts = tuple(f"thing {i}" for i in range(len(images))) if prompts is None else prompts
+    return Samples(images, None, "four steps", 4, 1.0, 0, prompts=prompts)
 
 
 @pytest.fixture
@@ -91,10 +91,10 @@ def clip(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("clip")
     size = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    words = {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "max_position_embeddings": 32}
+    text = {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "max_position_embeddings": 32}
     vision = {"image_size": 32, "patch_size": 8}
     torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=size | words, vision_config=size | vision, projection_dim=6))
+    model = CLIPModel(CLIPConfig(text_config=size | text, vision_config=size | vision, projection_dim=6))
     model.eval().save_pretrained(folder)
     families.tokenizer(32).save_pretrained(folder)
     return folder / "model.safetensors"
@@ -105,23 +105,23 @@ def test_the_clip_score_is_the_mean_cosine_after_clips_own_preparation(clip, mon
 
     monkeypatch.setattr(coco, "VIT_G_14", {})
     images = torch.randint(0, 256, (FEW, 3, 512, 512), dtype=torch.uint8)
-    words = ("a cat", "a dog", "two cups on a table", "a red bus")
+    prompts = ("a cat", "a dog", "two cups on a table", "a red bus")
     (metric,) = build(["clip_coco30k"], settings={"clip_coco30k": {"clip": str(clip)}})
-    score = metric(samples(images, words))
+    score = metric(samples(images, prompts))
 
     model, ids = CLIPModel.from_pretrained(clip.parent).eval(), []
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     small = [Image.fromarray(i.permute(1, 2, 0).numpy()).resize((256, 256), Image.Resampling.LANCZOS) for i in images]
     pixels = processor(small, return_tensors="pt").pixel_values
     tokenizer = families.tokenizer(32)
-    for text in words:
+    for text in prompts:
         ids.append(tokenizer(f"A photo depicts {text}", return_tensors="pt", truncation=True).input_ids)
     with torch.no_grad():
         pictures = model.get_image_features(pixel_values=pixels).pooler_output
         texts = torch.cat([model.get_text_features(input_ids=row).pooler_output for row in ids])
     expected = F.cosine_similarity(pictures, texts).mean().item()
     assert score.value == pytest.approx(expected, abs=2e-3) and score.name == "clip_coco30k"
-    other = metric(samples(images, words[1:] + words[:1])).value
+    other = metric(samples(images, prompts[1:] + prompts[:1])).value
     assert abs(other - score.value) > 1e-4
 
 
@@ -135,17 +135,19 @@ def test_what_is_not_the_protocols_is_refused(clip, tmp_path, monkeypatch):
         build(["clip_coco10k"], settings={"clip_coco10k": {"clip": str(tmp_path / "gone.safetensors")}})
     monkeypatch.setattr(coco, "VIT_G_14", {})
     metrics = build(["clip_coco10k"], **where)
-    words = [f"thing {i}" for i in range(10_000)]
+    prompts = [f"thing {i}" for i in range(10_000)]
 
     def refused(says: str, *given) -> None:
         with pytest.raises(ValueError, match=says):
             check_samples(metrics, *given)
 
     refused("samples.images: 2,000; clip_coco10k is of 10,000: set evaluate.images=10000", (3, 1024, 1024), None, 2000)
-    refused("samples.images: 3 channels of 64 x 64 pixels; clip_coco10k takes", (3, 64, 64), None, 10_000, words)
-    refused("samples.words: 0 different prompts; clip_coco10k takes a caption for each", (3, 512, 512), None, 10_000)
-    refused("samples.words: 1,000 different prompts; .*evaluate.prompts=", (3, 512, 512), None, 10_000, words[:1000])
-    check_samples(metrics, (3, 512, 512), None, 10_000, words)
+    refused("samples.images: 3 channels of 64 x 64 pixels; clip_coco10k takes", (3, 64, 64), None, 10_000, prompts)
+    refused("samples.prompts: 0 different prompts; clip_coco10k takes a caption for each", (3, 512, 512), None, 10_000)
+    refused(
+        "samples.prompts: 1,000 different prompts; .*evaluate.prompts=", (3, 512, 512), None, 10_000, prompts[:1000]
+    )
+    check_samples(metrics, (3, 512, 512), None, 10_000, prompts)
     monkeypatch.setattr(coco.CocoDistance, "network", lambda self, files: Means())
     with pytest.raises(
         ValueError, match="inception_reference: fid_coco30k needs this file .*jobs/features.py makes it"

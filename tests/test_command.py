@@ -1,4 +1,4 @@
-"""The command line of jobs: words, --help, mistakes; and the page of all keys."""
+"""The command line of jobs: arguments, --help, mistakes; and the page of all keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from job import job
 from pydantic import Field
 
-from fewstep.config import Strict, UserError, command, override_all, validate, words
+from fewstep.config import Strict, UserError, command, override_all, parse_arguments, validate
 
 ROOT = Path(__file__).parents[1]
 FORM = "arguments have the form key=value or key.sub=value, such as seed=1"
@@ -91,7 +91,7 @@ def ended(capsys, main, *argv: str) -> tuple[int, str, list[str]]:
     return status, out, err.splitlines()
 
 
-# Words
+# Arguments
 
 
 def test_words_become_settings(capsys):
@@ -105,7 +105,7 @@ def test_words_become_settings(capsys):
 
 
 def test_a_word_that_changes_part_of_another_comes_after_it():
-    given = words(["shape.radius=2", "shape={name: circle, radius: 1}"])
+    given = parse_arguments(["shape.radius=2", "shape={name: circle, radius: 1}"])
     assert override_all({"mode": "on"}, given) == {"mode": "on", "shape": {"name": "circle", "radius": 2}}
 
 
@@ -180,7 +180,7 @@ def test_an_interruption_and_a_bug(capsys, monkeypatch):
 def test_help_lists_every_key_with_type_default_range_and_meaning(capsys):
     status, out, err = ended(capsys, draw, "--help")
     assert (status, err) == (0, []) and out.splitlines()[2:] == [
-        "Arguments are key=value words, whose values are YAML:",
+        "Arguments are key=value arguments, whose values are YAML:",
         "",
         "source: text; required",
         "    Where they come from.",
@@ -191,7 +191,7 @@ def test_help_lists_every_key_with_type_default_range_and_meaning(capsys):
         "tags: list (each whole number) or whole number or null; default null",
         "    Tags of the pictures.",
         "",
-        "All other words are keys of the recipe. --help KEY prints those below KEY alone:",
+        "All other arguments are keys of the recipe. --help KEY prints those below KEY alone:",
         "",
         "shape: keys below",
         "    The shape, by name.",

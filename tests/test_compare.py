@@ -246,12 +246,12 @@ def test_nothing_of_a_run_can_end_the_element_that_holds_it(data):
 def test_the_job_compares_a_sweep(built, tmp_path, capsys):
     out = tmp_path / "page.html"
     job("compare")(["sweep=gan-sweep", f"uri={built.uri}", f"out={out}", "experiment=comparing"])
-    said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert said == {"page": str(out), "runs": 3, "groups": 2, "bytes": out.stat().st_size}
+    output = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert output == {"page": str(out), "runs": 3, "groups": 2, "bytes": out.stat().st_size}
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("arguments", "text"),
     [
         (["runs=[plane]"], "no run has the id or name 'plane'.*did you mean 'plain'?"),
         (["runs=[plain,plain]"], "plain: given twice"),
@@ -268,12 +268,16 @@ def test_the_job_compares_a_sweep(built, tmp_path, capsys):
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
-def test_a_mistake_is_named_with_its_way_out(built, capsys, tmp_path, monkeypatch, words, text):
+def test_a_mistake_is_named_with_its_way_out(built, capsys, tmp_path, monkeypatch, arguments, text):
     monkeypatch.chdir(tmp_path)
     Path("bad.db").write_text("not a database")
-    place = [] if any(word.startswith("uri=") for word in words) else [f"uri={built.uri}", "experiment=comparing"]
+    place = (
+        []
+        if any(argument.startswith("uri=") for argument in arguments)
+        else [f"uri={built.uri}", "experiment=comparing"]
+    )
     with pytest.raises(SystemExit) as stop:
-        job("compare")([*words, *place])
+        job("compare")([*arguments, *place])
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert re.search(text, error) and len(error.splitlines()) == 1

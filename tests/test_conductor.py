@@ -63,9 +63,9 @@ class MadeUp:
             conductor.result(trial.number, ended)
 
 
-def recipe_of(tmp: Path, *words: str) -> Recipe:
+def recipe_of(tmp: Path, *arguments: str) -> Recipe:
     small = [f"out={tmp}", "train.steps=6", "train.batch=8", "train.report_every=3", "train.save_every=3"]
-    return load_recipe([*small, "evaluate.metrics=[fd_fashion,diversity]", *words], RECIPES, "fashion_mnist")
+    return load_recipe([*small, "evaluate.metrics=[fd_fashion,diversity]", *arguments], RECIPES, "fashion_mnist")
 
 
 def conducted(tmp: Path, cluster: MadeUp, recipe: Recipe, **asked: Any) -> Conductor:
@@ -211,8 +211,8 @@ def test_a_trial_gives_its_scores_one_by_one_and_the_last_with_its_end(tmp_path)
     assert fitted.tags == {"sweep": "s", "sweep.trial": "s-000", "sweep.run": "s-000", "sweep.gan_weight": "0"}
     assert validate(Recipe, read(tmp_path / "s-000" / "recipe.yaml")).seed == 3
 
-    told = TrialRun("s-001", plan, fitted, {GAN: 0}, seed=3, scored_images=24)
-    assert told.next_result()["at"] == 6  # what the record has is not passed on again
+    resumed = TrialRun("s-001", plan, fitted, {GAN: 0}, seed=3, scored_images=24)
+    assert resumed.next_result()["at"] == 6  # what the record has is not passed on again
 
     run.write_pointer(tmp_path)
     assert read_pointer(tmp_path) == {"trial": "s-000", "run": "s-000", "checkpoint": None}

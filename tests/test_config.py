@@ -12,12 +12,12 @@ from fewstep.config import (
     differences,
     nearest,
     override,
+    parse_arguments,
     read,
     resolve,
     resolve_out,
     resolve_out_ref,
     settings,
-    words,
 )
 from fewstep.methods import METHODS
 from fewstep.recipe import Recipe, load_recipe
@@ -41,7 +41,7 @@ def folder(tmp_path) -> Path:
 
 
 def mistakes(folder: Path, *argv: str) -> list[str]:
-    """The lines a person reads for these words."""
+    """The lines a person reads for these arguments."""
     with pytest.raises(ConfigError) as error:
         load_recipe(list(argv), folder, "distil")
     return str(error.value).split("\n")
@@ -70,10 +70,10 @@ def test_overrides_change_what_they_name_and_nothing_else(folder):
 
 def test_a_fingerprint_is_of_what_decides_the_numbers(folder):
     plain = load_recipe([], folder, "distil").fingerprint
-    for word in ("name=b", "out=elsewhere", "train.keep=9", "cluster.workers=2", "evaluate.images=10"):
-        assert load_recipe([word], folder, "distil").fingerprint == plain
-    for word in ("seed=1", "train.batch=64", "optim.fake.lr=1e-5", "method.student_steps=2", "precision=bf16"):
-        assert load_recipe([word], folder, "distil").fingerprint != plain
+    for argument in ("name=b", "out=elsewhere", "train.keep=9", "cluster.workers=2", "evaluate.images=10"):
+        assert load_recipe([argument], folder, "distil").fingerprint == plain
+    for argument in ("seed=1", "train.batch=64", "optim.fake.lr=1e-5", "method.student_steps=2", "precision=bf16"):
+        assert load_recipe([argument], folder, "distil").fingerprint != plain
 
 
 def test_a_term_is_switched_off_by_its_weight_alone(folder):
@@ -95,7 +95,7 @@ def test_a_recipe_is_found_by_name_or_by_path(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words, lines",
+    "arguments, lines",
     [
         (["train.stesp=3"], ["train.stesp: no such key; did you mean 'steps'?"]),
         (["tarin.steps=3"], ["tarin: no such key; did you mean 'train'?"]),
@@ -169,8 +169,8 @@ def test_a_recipe_is_found_by_name_or_by_path(folder, monkeypatch):
     ],
     ids=lambda v: " ".join(v)[:40] if "=" in v[0] else "",
 )
-def test_a_mistake_is_said_in_words(folder, words, lines):
-    assert mistakes(folder, *words) == lines
+def test_a_mistake_is_said_in_words(folder, arguments, lines):
+    assert mistakes(folder, *arguments) == lines
 
 
 def test_all_mistakes_are_reported_at_once(folder):
@@ -191,11 +191,11 @@ def test_all_mistakes_are_reported_at_once(folder):
 
 def test_all_malformed_words_are_reported_at_once():
     with pytest.raises(ConfigError) as error:
-        words(["steps", "--dryrun", "=3", "train.=5", ".x=1", "a..b=1", "seed=1", "seed=2", "x=["])
+        parse_arguments(["steps", "--dryrun", "=3", "train.=5", ".x=1", "a..b=1", "seed=1", "seed=2", "x=["])
     form = "arguments have the form key=value or key.sub=value, such as seed=1"
     lines = str(error.value).split("\n")
     malformed = ("steps", "--dryrun", "=3", "train.=5", ".x=1", "a..b=1")
-    assert lines[:7] == [f"{word!r}: {form}" for word in malformed] + ["seed: given twice"]
+    assert lines[:7] == [f"{argument!r}: {form}" for argument in malformed] + ["seed: given twice"]
     assert lines[7].startswith("x: not valid YAML: ") and len(lines) == 8
 
 
@@ -204,18 +204,20 @@ def test_a_long_value_is_cut(folder):
     assert line == "seed: expected a whole number, got '" + "x" * 56 + "..."
 
 
-# Words and files
+# Arguments and files
 
 
 def test_words_are_yaml():
-    found = words(["a=1", "b=1e-4", "c=-2.5E+3", "d=true", "e=null", "f=[1, 2]", "g={x: 1}", "h=a=b", "i=.5e3", "j="])
+    found = parse_arguments(
+        ["a=1", "b=1e-4", "c=-2.5E+3", "d=true", "e=null", "f=[1, 2]", "g={x: 1}", "h=a=b", "i=.5e3", "j="]
+    )
     numbers = {"a": 1, "b": 1e-4, "c": -2500.0, "i": 500.0}
     assert found == numbers | {"d": True, "e": None, "f": [1, 2], "g": {"x": 1}, "h": "a=b", "j": None}
     assert isinstance(found["a"], int) and isinstance(found["b"], float)
 
 
 def test_a_date_and_a_path_are_text():
-    found = words(["name=2026-01-31", "path=shipped:fashion_mnist/shards", "out=1e4/x", "tag=e5"])
+    found = parse_arguments(["name=2026-01-31", "path=shipped:fashion_mnist/shards", "out=1e4/x", "tag=e5"])
     assert found == {"name": "2026-01-31", "path": "shipped:fashion_mnist/shards", "out": "1e4/x", "tag": "e5"}
 
 

@@ -65,7 +65,7 @@ def test_every_prediction_on_every_schedule_returns_x0(schedule, prediction):
     c_skip, c_out = PREDICTIONS[prediction](level.alpha, level.sigma, 0.5)
     of_x0, of_eps = TARGETS[prediction](level.alpha, level.sigma, 0.5)
     target = of_x0 * x0 + of_eps * eps
-    meant = {
+    definitions = {
         "x0": x0,
         "eps": eps,
         "v": level.alpha * eps - level.sigma * x0,
@@ -74,7 +74,7 @@ def test_every_prediction_on_every_schedule_returns_x0(schedule, prediction):
         * (level.alpha**2 * 0.25 + level.sigma**2).sqrt()
         / (level.sigma * 0.5),
     }[prediction]
-    torch.testing.assert_close(target, meant, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(target, definitions, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(c_skip * x_t + c_out * target, x0, rtol=1e-9, atol=1e-9)
 
 

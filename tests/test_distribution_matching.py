@@ -799,8 +799,8 @@ def league(tmp_path, *more: str) -> list[dict]:
     """Rows of a small league in a folder, after one more start of the job."""
     scores = {"metrics": ["fd_fashion", "class_consistency", "map_error"]}
     scores["settings.map_error"] = {"images": 4, "steps": 2}
-    words = [f"evaluate={json.dumps(scores)}", "images=20", f"out={tmp_path / 'league'}"]
-    command("league")([*words, *more])
+    arguments = [f"evaluate={json.dumps(scores)}", "images=20", f"out={tmp_path / 'league'}"]
+    command("league")([*arguments, *more])
     return json.loads((tmp_path / "league" / "rows.json").read_text())
 
 

@@ -19,19 +19,19 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The words of each line of a page that starts a job: <job>.py, key=value, ..."""
+    """The arguments of each line of a page that starts a job: <job>.py, key=value, ..."""
     lines = [line.strip() for line in page.read_text().splitlines()]
     found = [shlex.split(line, comments=True) for line in lines if line.startswith("python jobs/")]
-    return [[Path(words[1]).stem, *words[2:]] for words in found if words[1].endswith(".py")]
+    return [[Path(arguments[1]).stem, *arguments[2:]] for arguments in found if arguments[1].endswith(".py")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_command_lines_of_a_page_are_taken(page):
     """Each key exists and each value has its type. Recipes are opened with them."""
-    for name, *words in commands(page):
-        if any(re.search(r"<|\.\.\.|my\.yaml|runs/.*\.yaml", word) for word in words):
+    for name, *arguments in commands(page):
+        if any(re.search(r"<|\.\.\.|my\.yaml|runs/.*\.yaml", argument) for argument in arguments):
             continue  # stands for what the reader has
-        taken = job(name).read([word for word in words if word not in ("--help", "method")])
+        taken = job(name).read([argument for argument in arguments if argument not in ("--help", "method")])
         if name in ("distill", "teach"):
             open_recipe(taken[0].recipe, ROOT / "jobs" / "recipes", taken[1])
 
@@ -39,10 +39,10 @@ def test_the_command_lines_of_a_page_are_taken(page):
 @pytest.mark.slow
 def test_the_page_on_runs_is_typed_from_top_to_bottom(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT / "platform")}
-    for name, *words in commands(ROOT / "docs" / "runs.md"):
-        line = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *words]
+    for name, *arguments in commands(ROOT / "docs" / "runs.md"):
+        line = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *arguments]
         done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{name} {words}\n{done.stderr[-3000:]}"
+        assert done.returncode == 0, f"{name} {arguments}\n{done.stderr[-3000:]}"
     made = ["runs/first/export/README.md", "runs/second/scores.json", "samples.png", "compare.html", "early.png"]
     assert [path for path in made if not (tmp_path / path).exists()] == []
 

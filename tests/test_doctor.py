@@ -36,10 +36,10 @@ ROOT = Path(__file__).resolve().parents[1]
 ASSETS = resolve("shipped:fashion_mnist")
 
 
-def run(capsys, *words: str) -> tuple[int, str]:
+def run(capsys, *arguments: str) -> tuple[int, str]:
     """Exit status and output of the job, in this process and so on this session's cluster."""
     try:
-        job("doctor")(words)
+        job("doctor")(arguments)
         status = 0
     except SystemExit as stop:
         status = stop.code
@@ -57,8 +57,8 @@ def by_name(checks) -> dict:
 
 
 def test_a_healthy_cluster_is_described_and_nothing_is_broken(ray_cluster, tmp_path, capsys):
-    words = [f"out={tmp_path / 'runs'}", f"storage={tmp_path / 'store'}", f"uri=sqlite:///{tmp_path / 'mlflow.db'}"]
-    status, output = run(capsys, "recipe=fashion_mnist", *words, "--json")
+    arguments = [f"out={tmp_path / 'runs'}", f"storage={tmp_path / 'store'}", f"uri=sqlite:///{tmp_path / 'mlflow.db'}"]
+    status, output = run(capsys, "recipe=fashion_mnist", *arguments, "--json")
     found = json.loads(output.splitlines()[-1])
     assert status == 0 and found["healthy"]
     assert {c["check"]: c["status"] for c in found["checks"] if c["status"] != "ok"} == {}
@@ -73,12 +73,12 @@ def test_a_healthy_cluster_is_described_and_nothing_is_broken(ray_cluster, tmp_p
         "out": 1,
         "storage": 1,
     }
-    said = {c["check"]: c["result"] for c in found["checks"]}
-    assert said["data"].endswith("fashion_mnist/shards: 10,000 rows, on 1 node")
-    assert said["teacher"].endswith("fashion_mnist/teacher, on 1 node")
-    assert said["storage storage"] == f"{tmp_path / 'store'}: writable, on 1 node"
-    assert said["MLflow"] == f"sqlite:///{tmp_path / 'mlflow.db'}: writable, on 1 node"
-    assert said["weights features"].endswith("features.safetensors, on 1 node")
+    results = {c["check"]: c["result"] for c in found["checks"]}
+    assert results["data"].endswith("fashion_mnist/shards: 10,000 rows, on 1 node")
+    assert results["teacher"].endswith("fashion_mnist/teacher, on 1 node")
+    assert results["storage storage"] == f"{tmp_path / 'store'}: writable, on 1 node"
+    assert results["MLflow"] == f"sqlite:///{tmp_path / 'mlflow.db'}: writable, on 1 node"
+    assert results["weights features"].endswith("features.safetensors, on 1 node")
     reduce = found["facts"]["reduce"]
     assert (reduce["backend"], reduce["workers"]) == ("gloo", 2) and reduce["gb_per_s"] > 0.001
     assert (cluster["token"], cluster["address"].split(":")[0]) == (True, "127.0.0.1")
@@ -390,8 +390,8 @@ def test_each_part_looks_at_what_the_recipe_names(tmp_path, monkeypatch):
     monkeypatch.setenv("FEWSTEP_HOME", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
-    def looked(*words: str) -> dict[str, Check]:
-        recipe = load_recipe([*words], ROOT / "jobs" / "recipes", "fashion_mnist")
+    def looked(*arguments: str) -> dict[str, Check]:
+        recipe = load_recipe([*arguments], ROOT / "jobs" / "recipes", "fashion_mnist")
         return by_name(part_checks(localized(recipe, download=False).model_dump(mode="json")))
 
     well = looked()
@@ -408,9 +408,9 @@ def test_each_part_looks_at_what_the_recipe_names(tmp_path, monkeypatch):
 
     shutil.copytree(ASSETS / "teacher", tmp_path / "teacher")
     next((tmp_path / "teacher" / "unet").glob("*.safetensors")).unlink()
-    words = [f"teacher={tmp_path / 'teacher'}", "data.path=/nowhere", "storage=/proc/x", "evaluate.reference=null"]
-    broken = {n: c for n, c in looked(*words, "helpers.lpips=hub:nobody/nothing").items() if c.status != "ok"}
-    assert {name: re.search(said, broken[name].result) is not None for name, said in {
+    arguments = [f"teacher={tmp_path / 'teacher'}", "data.path=/nowhere", "storage=/proc/x", "evaluate.reference=null"]
+    broken = {n: c for n, c in looked(*arguments, "helpers.lpips=hub:nobody/nothing").items() if c.status != "ok"}
+    assert {name: re.search(text, broken[name].result) is not None for name, text in {
         "storage storage": "^/proc/x: cannot write: No such file or directory$",
         "weights reference": "^fd_fashion and diversity need this file and the recipe names none$",
         "teacher": f"^teacher: no diffusion_pytorch_model.safetensors in '{tmp_path}/teacher/unet'$",

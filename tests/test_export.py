@@ -78,9 +78,9 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
-def job(name: str, *words: str) -> None:
+def job(name: str, *arguments: str) -> None:
     """Runs a job's main in this process."""
-    command(name)(words)
+    command(name)(arguments)
 
 
 @pytest.fixture(scope="module")
@@ -447,8 +447,8 @@ def test_sample_draws_the_classes_asked_for(exported, tmp_path, capsys):
     assert np.array_equal(picture[16:, 32:], each[5])
     job("sample", f"model={exported}", "images=6", f"out={tmp_path / 'all.png'}", "columns=3")
     assert not np.array_equal(np.array(Image.open(tmp_path / "all.png")), picture)
-    for word, says in {"labels=[10]": "has 10 classes", f"model={tmp_path}": "holds no config.json"}.items():
-        words = [f"model={exported}", word] if word.startswith("labels") else [word]
+    for argument, says in {"labels=[10]": "has 10 classes", f"model={tmp_path}": "holds no config.json"}.items():
+        arguments = [f"model={exported}", argument] if argument.startswith("labels") else [argument]
         with pytest.raises(SystemExit) as stop:
-            job("sample", *words)
+            job("sample", *arguments)
         assert stop.value.code == 2 and says in capsys.readouterr().err

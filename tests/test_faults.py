@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from demo import ROOT, free_port, listening, losses, mlflow_history, recipe, words
+from demo import ROOT, arguments, free_port, listening, losses, mlflow_history, recipe
 from ray import cloudpickle
 
 from fewstep.cluster import train
@@ -351,7 +351,7 @@ def end(server: subprocess.Popen) -> None:
 
 def submit(tmp_path: Path, *more: str) -> subprocess.Popen:
     """jobs/distill.py as a process of its own, with a cluster of its own."""
-    command = [sys.executable, str(ROOT / "jobs" / "distill.py"), *words(tmp_path, *more)]
+    command = [sys.executable, str(ROOT / "jobs" / "distill.py"), *arguments(tmp_path, *more)]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
 
@@ -496,11 +496,15 @@ def attempts(
 ) -> dict:
     """What becomes of everything that somebody without the token can try."""
     folder = f"/tmp/fewstep-{os.getuid()}"
-    words = json.dumps([host, [(process, port) for process, _, port in sockets], folder, str(marker), user])
+    arguments = json.dumps([host, [(process, port) for process, _, port in sockets], folder, str(marker), user])
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
     environment["RAY_NUM_REDIS_GET_RETRIES"] = "2"  # Ray repeats a refused connection 20 times, for minutes
     done = subprocess.run(
-        [*before, sys.executable, "-c", ATTEMPTS, words], env=environment, capture_output=True, text=True, timeout=580
+        [*before, sys.executable, "-c", ATTEMPTS, arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=580,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -86,8 +86,8 @@ def trials(make: Callable[[Path], Readers], folder: str, out: Any) -> None:
     for read in readers.values():
         read()
     # what this process holds by now, and 2 GB more
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + BYTES, held + BYTES))
+    current_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (current_bytes + BYTES, current_bytes + BYTES))
     signal.signal(signal.SIGALRM, overdue)
     wrong, refused = [], 0
     for file, read in readers.items():

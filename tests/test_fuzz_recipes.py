@@ -1,6 +1,6 @@
 """Recipes, command lines and search spaces changed at random: each is read, or refused by one ConfigError, at once.
 
-Every case is a function of its number; a failing one is repeated with `python tests/test_fuzz_recipes.py words 123`.
+Every case is a function of its number; a failing one is repeated by `python tests/test_fuzz_recipes.py arguments 123`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ TEXTS += [
     "[" + "x," * 30_000 + "]",
     f"{{{','.join(f'k{i}: 1' for i in range(6000))}}}",
 ]
-WORDS = listed("""
+ARGUMENTS = listed("""
 seed=3  seed=0x10  train.steps=1e3  train.batch=64  data.flip=yes  method.gan_weight=0  method={name: regression}
 name=a
 optim.fake.lr=1e-5  tracking.uri=null  out=x  evaluate.metrics=[]  cluster.workers=2  cluster.compile=[full]
@@ -130,12 +130,12 @@ def recipe_of_file(dice: random.Random, folder: Path) -> Recipe:
     return load_recipe(["recipe=r"], folder, "r")
 
 
-def recipe_of_words(dice: random.Random, folder: Path) -> Recipe:
+def recipe_of_arguments(dice: random.Random, folder: Path) -> Recipe:
     form = lambda: dice.choice(["{}={}"] * 20 + ["{}", "--{}={}", "{}.x={}", "={1}", "{}=={}"])
-    words = dice.sample(WORDS, dice.randint(0, 4))
+    arguments = dice.sample(ARGUMENTS, dice.randint(0, 4))
     for _ in range(dice.randint(0, 2)):
-        words.append(form().format(dice.choice(KEYS).replace("*", "fake"), dice.choice(TEXTS)))
-    return load_recipe(words, RECIPES, dice.choice(list(BASES)))
+        arguments.append(form().format(dice.choice(KEYS).replace("*", "fake"), dice.choice(TEXTS)))
+    return load_recipe(arguments, RECIPES, dice.choice(list(BASES)))
 
 
 def recipe_of_space(dice: random.Random, folder: Path) -> Recipe:
@@ -161,7 +161,7 @@ def recipe_of_space(dice: random.Random, folder: Path) -> Recipe:
 
 CASES: dict[str, Callable[[random.Random, Path], Recipe]] = {
     "file": recipe_of_file,
-    "words": recipe_of_words,
+    "arguments": recipe_of_arguments,
     "space": recipe_of_space,
 }
 

@@ -190,12 +190,12 @@ def test_the_students_signals_are_statistics_of_its_images():
 # Real runs
 
 
-def looks(recipe: str, seed: int, words: tuple[str, ...] = (), steps: int = 100) -> Iterator[tuple[int, dict]]:
+def looks(recipe: str, seed: int, arguments: tuple[str, ...] = (), steps: int = 100) -> Iterator[tuple[int, dict]]:
     """The looks of a run's first steps: (step, metrics)."""
-    words = (f"seed={seed}", *words)
-    plain = load_recipe([*words], RECIPES, recipe)
+    arguments = (f"seed={seed}", *arguments)
+    plain = load_recipe([*arguments], RECIPES, recipe)
     every = Guard().steps(plain.train.batch, max(phase.every for phase in plain.method.phases()))
-    settings = load_recipe([*words, f"train.report_every={every}", f"train.save_every={every}"], RECIPES, recipe)
+    settings = load_recipe([*arguments, f"train.report_every={every}", f"train.save_every={every}"], RECIPES, recipe)
     with make_feed(settings.data, settings.seed) as feed:
         for report in make_engine(settings, feed).run():
             yield report.step, report.metrics
@@ -253,9 +253,9 @@ def test_the_real_collapse_is_told_within_forty_student_updates(seed):
 
 @pytest.mark.slow
 def test_the_real_collapse_is_rolled_back_and_finishes_usable(tmp_path):
-    words = [*ONE_TO_ONE, "train={steps: 200, batch: 32, report_every: 10, save_every: 10}"]
-    words += ["failure.collapse.policy=roll_back", "evaluate.metrics=[fd_fashion]"]
-    recipe = load_recipe(words, RECIPES, "fashion_mnist")
+    arguments = [*ONE_TO_ONE, "train={steps: 200, batch: 32, report_every: 10, save_every: 10}"]
+    arguments += ["failure.collapse.policy=roll_back", "evaluate.metrics=[fd_fashion]"]
+    recipe = load_recipe(arguments, RECIPES, "fashion_mnist")
     with make_feed(recipe.data, recipe.seed) as feed:
         engine = make_engine(recipe, feed, folder=tmp_path)
         events = [event for report in engine.run() for event in report.events]
@@ -276,9 +276,9 @@ def test_no_shipped_recipe_raises_an_alarm(recipe, seed):
 def record() -> None:
     """Writes RECORDED anew; ten minutes: PYTHONPATH=platform:tests python tests/test_guard.py"""
     runs = {}
-    for name, (recipe, words, steps, seeds) in RUNS.items():
+    for name, (recipe, arguments, steps, seeds) in RUNS.items():
         for seed in seeds:
-            run = looks(recipe, seed, words, steps)
+            run = looks(recipe, seed, arguments, steps)
             runs[f"{name}-{seed}"] = [[step, *(round(m[k], 3) for k in SIGNALS)] for step, m in run]
     write(runs)
 

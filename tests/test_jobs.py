@@ -1,4 +1,4 @@
-"""The jobs end to end: a teacher is trained, scored and sampled with the words a person types."""
+"""The jobs end to end: a teacher is trained, scored and sampled by command lines."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fewstep.tracking import tracking_uri
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def job(name: str, *words: str) -> None:
+def job(name: str, *arguments: str) -> None:
     """Runs a job in this process."""
-    command(name)(words)
+    command(name)(arguments)
 
 
 def closing(capsys) -> dict:
@@ -50,11 +50,11 @@ def test_a_metric_without_its_weights_names_the_file_and_what_else_there_is(tmp_
     assert str(tmp_path / "none.pt") in error and "inception-2015-12-05.pt" in error and "fd_" in error
 
 
-def refused(capsys, *words: str) -> str:
+def refused(capsys, *arguments: str) -> str:
     """The one line with which evaluate ends, with exit status 2, before anything is sampled."""
     with pytest.raises(SystemExit) as ended, pytest.MonkeyPatch.context() as patch:
         patch.setattr("fewstep.build.make_samples", lambda *args, **kwargs: pytest.fail("sampled"))
-        job("evaluate", *words)
+        job("evaluate", *arguments)
     out, error = capsys.readouterr()
     assert ended.value.code == 2 and out == "" and error.count("\n") == 1, error
     return error.rstrip("\n")

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from demo import another, words
+from demo import another, arguments
 from job import job as command
 
 from fewstep import locks
@@ -56,14 +56,14 @@ def test_a_file_system_without_locks_is_said_and_one_that_cannot_be_written_is_r
         locks.hold(Path("/nowhere/.lock"))
 
 
-def refused(monkeypatch, capsys, folder: Path, job: str, *words: str) -> str:
+def refused(monkeypatch, capsys, folder: Path, job: str, *arguments: str) -> str:
     """What a second start says, after it has left the folder as it was, and no cluster was asked for."""
     monkeypatch.setattr(train, "connect", lambda cpus: pytest.fail("the lock comes first"))
     monkeypatch.setattr("fewstep.cluster.sweep.connect", lambda cpus: pytest.fail("the lock comes first"))
     with another(folder / LOCK) as other:
         before = seen(folder)
         with pytest.raises(SystemExit) as stop:
-            command(job)(words)
+            command(job)(arguments)
         assert stop.value.code == 2 and seen(folder) == before
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith(f"{folder}: in use by process {other.pid} on ")
@@ -81,7 +81,7 @@ def test_a_second_start_of_a_run_is_one_line_and_the_first_is_unharmed(tmp_path,
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
-    error = refused(monkeypatch, capsys, folder, "distill", *words(tmp_path, "name=twice"))
+    error = refused(monkeypatch, capsys, folder, "distill", *arguments(tmp_path, "name=twice"))
     assert f"touch {folder / 'stop'}" in error and "name=..." in error
 
 
@@ -89,5 +89,5 @@ def test_a_second_start_of_a_sweep_is_one_line_and_the_first_is_unharmed(tmp_pat
     folder = tmp_path / "runs" / "twice"
     claim(folder, "sweep")
     (folder / "trials.jsonl").write_text('{"event": "sweep", "settings": {}}\n{"event": "tri')  # a line being written
-    small = [*words(tmp_path, "evaluate.metrics=[fd_fashion]"), "space=ttur", "search=grid", "name=twice"]
+    small = [*arguments(tmp_path, "evaluate.metrics=[fd_fashion]"), "space=ttur", "search=grid", "name=twice"]
     assert "name=..." in refused(monkeypatch, capsys, folder, "sweep", *small)

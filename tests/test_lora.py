@@ -685,7 +685,7 @@ def test_a_second_stage_starts_from_the_first_ones_factors(lora_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, says",
+    "arguments, says",
     [
         (
             ["roles.student.lora={targets: [to_qq]}"],
@@ -697,9 +697,9 @@ def test_a_second_stage_starts_from_the_first_ones_factors(lora_run, tmp_path):
         (["roles.disc.lora={rank: 4}"], "roles.disc.lora: dmd2 makes this network anew, not from the teacher"),
     ],
 )
-def test_mistakes_in_a_role_name_their_field(tmp_path, words, says):
+def test_mistakes_in_a_role_name_their_field(tmp_path, arguments, says):
     with pytest.raises(ValueError, match=says):
-        build.make_nets(demo.recipe(tmp_path, *words))
+        build.make_nets(demo.recipe(tmp_path, *arguments))
 
 
 def test_a_new_network_has_no_adapters():
@@ -708,8 +708,8 @@ def test_a_new_network_has_no_adapters():
 
 
 def test_a_method_without_a_teachers_role_has_one_with_adapters(tmp_path):
-    words = ["method={name: denoising}", "optim={student: {lr: 1e-3}}", LORA[0]]
-    nets = build.make_nets(demo.recipe(tmp_path, *words))
+    arguments = ["method={name: denoising}", "optim={student: {lr: 1e-3}}", LORA[0]]
+    nets = build.make_nets(demo.recipe(tmp_path, *arguments))
     assert nets.keys() == {"student", "teacher"} and nets["student"].base is nets["teacher"]
 
 
@@ -719,8 +719,8 @@ def test_a_method_without_a_teachers_role_has_one_with_adapters(tmp_path):
 def test_weights_and_optimisers_of_the_demo_with_adapters_are_at_most_three_tenths(tmp_path):
     """Counted by the dry run: teacher, student with its average, critic, head, and AdamW's moments of what trains."""
 
-    def counted(*words: str) -> tuple[int, dict[str, int]]:
-        rows = {row["role"]: row for row in memory(demo.recipe(tmp_path, *words))}
+    def counted(*arguments: str) -> tuple[int, dict[str, int]]:
+        rows = {row["role"]: row for row in memory(demo.recipe(tmp_path, *arguments))}
         total = sum(row["weights"] + row["optimiser"] for row in rows.values())
         return total, {role: row["parameters"] for role, row in rows.items()}
 

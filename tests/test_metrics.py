@@ -403,7 +403,7 @@ def test_open_features_says_what_is_wrong_with_a_file(tmp_path):
         open_features(path)
 
 
-@pytest.mark.parametrize("name", ["inception", "inception_v3", "two words", ""])
+@pytest.mark.parametrize("name", ["inception", "inception_v3", "two arguments", ""])
 def test_a_network_cannot_take_a_name_it_has_not_earned(name):
     with pytest.raises(ValueError, match="name:"):
         Info(name, 10, 1, 28)
@@ -614,7 +614,7 @@ def bright():
 def test_a_metric_of_one_class_serves_recipe_score_comparison_and_sweep(bright, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "limit").write_text("127")
-    words = [
+    arguments = [
         "evaluate.metrics=[bright]",
         "evaluate.settings.bright.threshold=limit",
         "evaluate.every_images=1600",
@@ -623,7 +623,7 @@ def test_a_metric_of_one_class_serves_recipe_score_comparison_and_sweep(bright, 
         "train.keep_best_by=bright",
         "train.keep_best_mode=max",
     ]
-    recipe = localized(load_recipe([*words, "train.save_every=50", "train.batch=32"], RECIPES, "fashion_mnist"))
+    recipe = localized(load_recipe([*arguments, "train.save_every=50", "train.batch=32"], RECIPES, "fashion_mnist"))
     assert recipe.evaluate.settings == {"bright": {"threshold": str(tmp_path / "limit")}}
     check_run(recipe)
 
@@ -654,7 +654,7 @@ def test_a_metric_of_one_class_serves_recipe_score_comparison_and_sweep(bright, 
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "text"),
     [
         (["evaluate.metrics=[recal]"], "evaluate.metrics: no metric 'recal'; did you mean 'recall'?"),
         (["evaluate.settings.recall.k=3"], "evaluate.settings.recall: no such metric in metrics; valid: fd_fashion"),
@@ -672,10 +672,10 @@ def test_a_metric_of_one_class_serves_recipe_score_comparison_and_sweep(bright, 
         ),
     ],
 )
-def test_a_setting_of_a_metric_that_does_not_fit_is_named(bright, words, said):
+def test_a_setting_of_a_metric_that_does_not_fit_is_named(bright, arguments, text):
     with pytest.raises(ConfigError) as error:
-        load_recipe(words, RECIPES, "fashion_mnist")
-    assert [line for line in str(error.value).splitlines() if line.startswith(said)]
+        load_recipe(arguments, RECIPES, "fashion_mnist")
+    assert [line for line in str(error.value).splitlines() if line.startswith(text)]
 
 
 def test_a_direction_is_the_metrics_and_no_space_turns_it_round(tmp_path):
@@ -683,14 +683,14 @@ def test_a_direction_is_the_metrics_and_no_space_turns_it_round(tmp_path):
     (tmp_path / "mine.py").write_text(text + "METRIC = 'diversity'\nOBJECTIVES = ['diversity', 'hours']")
     space = load_space(str(tmp_path / "mine.py"), tmp_path)
     assert (space.mode, space.objectives) == ("max", {"diversity": "max", "hours": "min"})
-    for more, said in (
+    for more, text in (
         ("METRIC, MODE = 'diversity', 'min'", "MODE: 'min', but a higher diversity is better; leave it out"),
         ("METRIC = 'mine'", "MODE: None is not one of min, max"),
         ("METRIC = 'fid'\nOBJECTIVES = {'fid': 'max'}", r"OBJECTIVES\['fid'\]: 'max', but a lower fid"),
         ("METRIC = 'fid'\nOBJECTIVES = []", "OBJECTIVES: expected a list of metrics"),
     ):
         (tmp_path / "mine.py").write_text(text + more)
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=text):
             load_space(str(tmp_path / "mine.py"), tmp_path)
 
 
@@ -702,9 +702,9 @@ def seeing(tmp_path) -> Recipe:
     """A recipe whose teacher's folder holds the features that its scores are measured with, under another name."""
     shutil.copytree(resolve("shipped:fashion_mnist/teacher"), tmp_path / "teacher")
     shutil.copy(resolve(FEATURES), tmp_path / "teacher" / "head.safetensors")
-    words = [f"teacher={tmp_path / 'teacher'}", f"out={tmp_path / 'runs'}", "train.keep_best=1"]
+    arguments = [f"teacher={tmp_path / 'teacher'}", f"out={tmp_path / 'runs'}", "train.keep_best=1"]
     best = ["train.keep_best_by=fd_fashion", "evaluate.every_images=9600"]
-    return load_recipe([*words, *best], RECIPES, "fashion_mnist")
+    return load_recipe([*arguments, *best], RECIPES, "fashion_mnist")
 
 
 def test_a_network_that_a_loss_used_is_known_by_its_bytes(seeing, tmp_path):
@@ -745,8 +745,8 @@ def test_nothing_is_ranked_by_a_score_that_a_loss_saw_unless_asked(seeing, tmp_p
         return Record(None, "0", {"gan": gan}, [], {}, [score.to_dict() | {"step": 4}], {}, None)
 
     runs = [record("1", a), record("2", replace(a, value=3.0)), record("3", b), record("4", replace(b, value=3.0))]
-    for told, marks in ((False, [None, None, "best", None]), (True, ["best", None, "best", None])):
-        table = compare_runs(runs, [[0], [1], [2], [3]], told)
+    for rank_all, marks in ((False, [None, None, "best", None]), (True, ["best", None, "best", None])):
+        table = compare_runs(runs, [[0], [1], [2], [3]], rank_all)
         assert [column["seen_by_loss"] for column in table["columns"]] == [True, False]
         assert [[cell.get("mark") for cell in row["cells"] if cell] for row in table["rows"]] == [[m] for m in marks]
 
@@ -837,15 +837,15 @@ def shards(folder: Path, images: int, seed: int) -> Path:
     return folder
 
 
-def run_job(monkeypatch, capsys, *words: str) -> dict:
-    job("features")(words)
+def run_job(monkeypatch, capsys, *arguments: str) -> dict:
+    job("features")(arguments)
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def test_the_job_ends_with_one_line_when_it_cannot_go_on(tmp_path, monkeypatch, capsys):
-    def refused(*words: str) -> str:
+    def refused(*arguments: str) -> str:
         with pytest.raises(SystemExit) as stop:
-            run_job(monkeypatch, capsys, f"out={tmp_path / 'out'}", *words)
+            run_job(monkeypatch, capsys, f"out={tmp_path / 'out'}", *arguments)
         assert stop.value.code == 2
         return capsys.readouterr().err
 
@@ -861,8 +861,8 @@ def test_the_job_ends_with_one_line_when_it_cannot_go_on(tmp_path, monkeypatch, 
 
 def test_the_job_trains_describes_and_describes_again(tmp_path, monkeypatch, capsys):
     data, test = shards(tmp_path / "data", 600, 0), shards(tmp_path / "test", 200, 1)
-    words = (f"data={data}", f"test={test}", "name=toy")
-    report = run_job(monkeypatch, capsys, *words, f"out={tmp_path / 'out'}", "epochs=4")
+    arguments = (f"data={data}", f"test={test}", "name=toy")
+    report = run_job(monkeypatch, capsys, *arguments, f"out={tmp_path / 'out'}", "epochs=4")
     assert report["accuracy"] == 1 and report["images"] == 600 and report["test_images"] == 200
     reference = open_reference(tmp_path / "out" / "statistics.npz")
     extractor = open_features(tmp_path / "out" / "features.safetensors")
@@ -874,7 +874,7 @@ def test_the_job_trains_describes_and_describes_again(tmp_path, monkeypatch, cap
     again = run_job(
         monkeypatch,
         capsys,
-        *words,
+        *arguments,
         f"out={tmp_path / 'again'}",
         f"extractor={tmp_path / 'out' / 'features.safetensors'}",
     )

@@ -46,8 +46,8 @@ def test_a_layer_subtracts_the_attention_to_the_negative_prompt():
     attn, scale = layer.attn2, torch.tensor([0.0, 0.3, 1.2])
     heads = lambda v: v.unflatten(2, (3, 4)).transpose(1, 2)
 
-    def z(words):
-        q, k, v = heads(attn.to_q(x)), heads(attn.to_k(words)), heads(attn.to_v(words))
+    def z(text):
+        q, k, v = heads(attn.to_q(x)), heads(attn.to_k(text)), heads(attn.to_v(text))
         return ((q @ k.transpose(2, 3) / 2).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
     plain = attn(x, encoder_hidden_states=text)
@@ -156,17 +156,17 @@ def test_the_student_alone_subtracts_and_the_teacher_is_guided_away_from_the_neg
 
 def test_a_recipe_trains_with_negative_prompts(tmp_path, sd):  # noqa: F811
     (tmp_path / "bad.txt").write_text("blurry\ndark\n")
-    words = ("method={name: snoopi, negative_scale: 1.0}", f"negatives={tmp_path / 'bad.txt'}")
+    arguments = ("method={name: snoopi, negative_scale: 1.0}", f"negatives={tmp_path / 'bad.txt'}")
     roles = "optim={student: {lr: 0.001}, fake: {lr: 0.001}}"
-    asked = recipe(tmp_path, sd, shards(tmp_path / "data"), roles, *words)
+    asked = recipe(tmp_path, sd, shards(tmp_path / "data"), roles, *arguments)
     run.check(asked)
     engine = build.make_engine(asked, build.make_feed(asked.data, 0))
     before = toy.weights(engine.nets["student"])
     toy.finish(engine)
     assert not toy.same(before, toy.weights(engine.nets["student"]))
     with pytest.raises(ConfigError, match="negatives: missing; snoopi trains with negative prompts"):
-        recipe(tmp_path, sd, None, roles, words[0])
-    plain = recipe(tmp_path, sd, shards(tmp_path / "data2"), roles, "method={name: snoopi}", words[1])
+        recipe(tmp_path, sd, None, roles, arguments[0])
+    plain = recipe(tmp_path, sd, shards(tmp_path / "data2"), roles, "method={name: snoopi}", arguments[1])
     labels = plain.model_copy(update={"teacher": "shipped:fashion_mnist/teacher"})
     with pytest.raises(ValueError, match="negatives: UNet2DModel takes none"):
         build.check_network(labels, open_teacher(labels.teacher, weights=False))

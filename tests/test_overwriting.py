@@ -12,7 +12,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["train.steps=2", "train.batch=8", "train.report_every=2", "train.save_every=2", "evaluate.metrics=[]"]
 
-# Words of each job that would write into the folder `mine`. {mine} holds files of somebody else's: photos, notes, and
+# Arguments of each job that would write into the folder `mine`. It holds files of somebody else: photos, notes, and
 # files with the names that the platform gives to its own.
 WRITING = {
     "chain": ["chain=fashion_mnist_two_stages name=../mine", "chain={mine}/recipe.yaml name=two"],
@@ -87,17 +87,19 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize(("job", "words"), [(job, words) for job, all_words in WRITING.items() for words in all_words])
-def test_a_job_leaves_the_files_of_others_alone(job, words, mine, one_look, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("job", "arguments"), [(job, arguments) for job, all_words in WRITING.items() for arguments in all_words]
+)
+def test_a_job_leaves_the_files_of_others_alone(job, arguments, mine, one_look, tmp_path, monkeypatch, capsys):
     (tmp_path / "free").mkdir()
     monkeypatch.chdir(tmp_path / "free")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     before = content(mine.parent)
     if job in ("distill", "teach"):
-        words += " " + " ".join(TINY)
-    words = words.format(mine=mine, free=tmp_path / "free").split()
+        arguments += " " + " ".join(TINY)
+    arguments = arguments.format(mine=mine, free=tmp_path / "free").split()
     with pytest.raises(SystemExit) as ended:
-        command(job)(words)
+        command(job)(arguments)
     assert ended.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
     assert len(lines) == 1, lines

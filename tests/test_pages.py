@@ -71,15 +71,15 @@ def opened(browser, written) -> Iterator[Page]:
     """The page, opened from the disk; what it asked for and complained of is checked at the end."""
     context = browser.new_context(viewport={"width": WIDTHS[0], "height": 900}, offline=True)
     page = context.new_page()
-    asked, said = [], []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
+    requests, complaints = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
     page.goto(written.as_uri())
     yield page
     context.close()
-    assert said == []
-    assert [url for url in asked if not url.startswith("data:")] == [written.as_uri()]
+    assert complaints == []
+    assert [url for url in requests if not url.startswith("data:")] == [written.as_uri()]
 
 
 def values(page: Page, selector: str) -> list[float]:
@@ -175,15 +175,15 @@ def test_the_page_fits_the_screen_and_every_control_has_a_name(opened, width):
 @pytest.fixture
 def visit(browser) -> Iterator[Callable[..., Page]]:
     """Opens the page of a server; at the end, only that server was asked and nothing was complained of."""
-    asked, said, opened = [], [], []
+    requests, complaints, opened = [], [], []
 
     def go(address: str, width: int = WIDTHS[0]) -> Page:
         context = browser.new_context(viewport={"width": width, "height": 900})
         page = context.new_page()
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("dialog", lambda dialog: said.append(dialog.message))
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: complaints.append(dialog.message))
         page.goto(address)
         opened.append((context, address))
         return page
@@ -191,8 +191,8 @@ def visit(browser) -> Iterator[Callable[..., Page]]:
     yield go
     for context, _ in opened:
         context.close()
-    assert [text for text in said if "with a status of 40" not in text] == []  # which the browser notes itself
-    assert {url.split("/v1/")[0].rstrip("/") for url in asked if not url.startswith("data:")} == {opened[0][1]}
+    assert [text for text in complaints if "with a status of 40" not in text] == []  # which the browser notes itself
+    assert {url.split("/v1/")[0].rstrip("/") for url in requests if not url.startswith("data:")} == {opened[0][1]}
 
 
 @pytest.fixture(scope="module")

@@ -215,9 +215,9 @@ def test_the_guard_and_its_advice_serve_a_method_with_phases_of_any_name():
 
 def test_a_recipes_networks_are_a_function_of_its_seed():
     """All ranks make the same head, whatever a process drew before."""
-    words = ["recipe=fashion_mnist"]
+    arguments = ["recipe=fashion_mnist"]
     recipes = Path(__file__).parents[1] / "jobs" / "recipes"
-    first, again, other = (load_recipe([*words, f"seed={seed}"], recipes, "fashion_mnist") for seed in (0, 0, 1))
+    first, again, other = (load_recipe([*arguments, f"seed={seed}"], recipes, "fashion_mnist") for seed in (0, 0, 1))
     heads = []
     for recipe in (first, again, other):
         torch.rand(3)

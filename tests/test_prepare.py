@@ -290,32 +290,32 @@ def test_too_many_corrupt_files_stop_the_job_with_a_list_of_all_and_leave_nothin
 # the job
 
 
-def job(capsys, *words):
+def job(capsys, *arguments):
     """Runs the job in this process: the lines that it printed."""
-    command("prepare")(words)
+    command("prepare")(arguments)
     return capsys.readouterr().out.splitlines()
 
 
-def refused(capsys, *words):
+def refused(capsys, *arguments):
     """Runs a job that must end with exit status 2: its one line on standard error."""
     with pytest.raises(SystemExit) as end:
-        job(capsys, *words)
+        job(capsys, *arguments)
     assert end.value.code == 2
     return capsys.readouterr().err.strip()
 
 
 def test_the_job_says_what_it_wrote(tmp_path, capsys):
     source = fashion_files(tmp_path / "idx", True, "t10k")
-    words = ["source=fashion_mnist", f"path={source}", "split=test", "limit=12", f"out={tmp_path / 'out'}"]
-    out = job(capsys, *words)
+    arguments = ["source=fashion_mnist", f"path={source}", "split=test", "limit=12", f"out={tmp_path / 'out'}"]
+    out = job(capsys, *arguments)
     assert "12 rows of 1x28x28 and 10 classes in 1 shards" in out[0]
     summary = json.loads(out[-1])
     assert summary["rows"] == 12 and summary["skipped"] == 0 and open_shards(summary["out"]).rows == 12
-    assert "exists; choose another folder, or replace it with overwrite=true" in refused(capsys, *words)
+    assert "exists; choose another folder, or replace it with overwrite=true" in refused(capsys, *arguments)
 
 
 @pytest.mark.parametrize(
-    "words, line",
+    "arguments, line",
     [
         (["source=folder"], "path: missing; give the source's file or folder, path=..."),
         (["source=fashion_mnist", "size=32"], "size: source=fashion_mnist has no such setting; folder, webdataset"),
@@ -326,8 +326,8 @@ def test_the_job_says_what_it_wrote(tmp_path, capsys):
         (["source=parquet", "path=x", "columns.lable=a"], "columns.lable"),
     ],
 )
-def test_a_setting_that_a_source_does_not_have_is_refused(capsys, words, line):
-    assert refused(capsys, *words, "out=never").startswith(line)
+def test_a_setting_that_a_source_does_not_have_is_refused(capsys, arguments, line):
+    assert refused(capsys, *arguments, "out=never").startswith(line)
 
 
 def test_only_a_shard_set_is_replaced_and_never_the_source_or_what_holds_it(tmp_path, capsys):
@@ -347,15 +347,15 @@ def test_only_a_shard_set_is_replaced_and_never_the_source_or_what_holds_it(tmp_
         ("photos", "notes", "is not a shard set, so it is not replaced"),
         ("photos", "", "is or contains"),
     ):
-        words = ["source=folder", f"path={tmp_path / path}", "size=8", f"out={tmp_path / out}", "overwrite=true"]
-        line = refused(capsys, *words)
+        arguments = ["source=folder", f"path={tmp_path / path}", "size=8", f"out={tmp_path / out}", "overwrite=true"]
+        line = refused(capsys, *arguments)
         assert line.startswith("out: ") and reason in line and "\n" not in line
     pack(folder(tmp_path / "photos"), tmp_path / "set")
     (tmp_path / "set" / "mine.txt").write_text("keep")
-    words = ["source=folder", f"path={tmp_path / 'photos'}", f"out={tmp_path / 'set'}", "overwrite=true"]
-    assert "also holds 'mine.txt'" in refused(capsys, *words)
+    arguments = ["source=folder", f"path={tmp_path / 'photos'}", f"out={tmp_path / 'set'}", "overwrite=true"]
+    assert "also holds 'mine.txt'" in refused(capsys, *arguments)
     (tmp_path / "set" / "mine.txt").unlink()
-    assert "1 rows" in job(capsys, *words)[0]
+    assert "1 rows" in job(capsys, *arguments)[0]
     assert {str(path): path.read_bytes() for path in tmp_path.rglob("*") if str(path) in before} == before
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import yaml
 
-from fewstep.config import ConfigError, Strict, parse_json, read, read_json, read_json_lines, to_yaml, validate, words
+from fewstep.config import (
+    ConfigError,
+    Strict,
+    parse_arguments,
+    parse_json,
+    read,
+    read_json,
+    read_json_lines,
+    to_yaml,
+    validate,
+)
 from fewstep.config.reading import parse_yaml
 
 
@@ -46,7 +56,7 @@ def yaml_file(tmp_path):
     ],
 )  # fmt: skip
 def test_a_word_is_read_as_yaml_1_2_has_it(text, value):
-    (found,) = words([f"x={text}"]).values()
+    (found,) = parse_arguments([f"x={text}"]).values()
     assert found == value and type(found) is type(value)
 
 
@@ -62,18 +72,22 @@ class Numbers(Strict):
 
 
 def test_numbers_take_numbers_as_written():
-    assert validate(Numbers, words(["count=010", "rate=1_000.5", "on=yes"])) == Numbers(count=10, rate=1000.5, on=True)
-    assert validate(Numbers, words(["count=1e3", "rate=3"])) == Numbers(count=1000, rate=3.0)
-    lines = refused(validate, Numbers, words(["count=true", "rate=false", "pair=[1, true]", "by_name={a: true}"]))
+    assert validate(Numbers, parse_arguments(["count=010", "rate=1_000.5", "on=yes"])) == Numbers(
+        count=10, rate=1000.5, on=True
+    )
+    assert validate(Numbers, parse_arguments(["count=1e3", "rate=3"])) == Numbers(count=1000, rate=3.0)
+    lines = refused(
+        validate, Numbers, parse_arguments(["count=true", "rate=false", "pair=[1, true]", "by_name={a: true}"])
+    )
     assert lines.splitlines() == [
         "count: expected a whole number, got true",
         "rate: expected a number, got false",
         "pair.1: expected a number, got true",
         "by_name.a: expected a whole number, got true",
     ]
-    lines = refused(validate, Numbers, words(["count=10:00", f"rate={'9' * 400}."])).splitlines()
+    lines = refused(validate, Numbers, parse_arguments(["count=10:00", f"rate={'9' * 400}."])).splitlines()
     assert lines == ["count: expected a whole number, got '10:00'", "rate: expected a finite number, got inf"]
-    line = refused(validate, Numbers, words(["free={a: [true, {b: .inf}]}"]))
+    line = refused(validate, Numbers, parse_arguments(["free={a: [true, {b: .inf}]}"]))
     assert line.startswith("free.a: expected a finite number, got [True")
     assert refused(validate, Numbers, {"count": 2**63}).startswith("count: must be at most 9.22")
     assert validate(Numbers, {"count": 2**63 - 1}).count == 2**63 - 1

@@ -17,7 +17,7 @@ from job import job as command
 from toy import same, weights
 
 from fewstep import build
-from fewstep.config import ConfigError, words
+from fewstep.config import ConfigError, parse_arguments
 from fewstep.dryrun import activations, describe, saved_bytes
 from fewstep.engine.train import Engine, Report
 from fewstep.metrics.base import evaluate
@@ -33,11 +33,11 @@ NARROW = "network.config.block_out_channels=[32,64,64]"  # many processors are s
 
 
 def commands(recipe: str) -> list[tuple[str, dict[str, Any]]]:
-    """The `python jobs/x.py key=value ...` lines in a recipe's head: job, and its words."""
+    """The `python jobs/x.py key=value ...` lines in a recipe's head: job, and its arguments."""
     head = "#   python jobs/"
     lines = (RECIPES / f"{recipe}.yaml").read_text().splitlines()
     split = [shlex.split(line.removeprefix(head)) for line in lines if line.startswith(head)]
-    return [(job.removesuffix(".py"), words(rest)) for job, *rest in split]
+    return [(job.removesuffix(".py"), parse_arguments(rest)) for job, *rest in split]
 
 
 def argv(given: dict[str, Any], **instead: Any) -> list[str]:

@@ -113,8 +113,8 @@ def test_a_student_that_is_told_the_guidance_scale_starts_as_the_teacher_at_ever
     student = method.nets(toy.Make(teacher, teacher))["student"]
     level, x, cond = TRIG.level(torch.tensor([0.3, 1.5]), 4), torch.randn(2, 2, 1, 1), torch.tensor([0, 4])
     for scale in (1.0, 2.5):
-        told = method.with_scalars(student, torch.full((2,), scale))
-        assert torch.equal(told(x, level, cond), teacher(x, level, cond))
+        conditioned = method.with_scalars(student, torch.full((2,), scale))
+        assert torch.equal(conditioned(x, level, cond), teacher(x, level, cond))
     assert [dict(call.extra) for call in method.calls(student)] == [{"guidance": 2.0}]
     scales = method.scale(Draws(0, 0), 4000)
     assert 1 <= scales.min() and scales.max() < 3 and abs(scales.mean() - 2) < 0.05

@@ -24,8 +24,8 @@ SECRET = f"s3cret-{os.getpid()}"  # not what the checkout's own diff holds, whic
 URI, STORAGE = f"http://ann:{SECRET}@127.0.0.1:9", f"sftp://me:{SECRET}@host/runs"
 
 
-def recipe(*words: str) -> Recipe:
-    return load_recipe(["recipe=fashion_mnist", "name=a", *words], ROOT / "jobs" / "recipes", "")
+def recipe(*arguments: str) -> Recipe:
+    return load_recipe(["recipe=fashion_mnist", "name=a", *arguments], ROOT / "jobs" / "recipes", "")
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +64,9 @@ def test_a_written_recipe_gets_its_secrets_from_the_environment_or_from_another_
 
 
 def test_a_missing_secret_is_asked_for_with_its_key_and_its_variable(folder, monkeypatch):
-    words = [f"recipe={folder / 'recipe.yaml'}"]
+    arguments = [f"recipe={folder / 'recipe.yaml'}"]
     with pytest.raises(ConfigError) as error:
-        load_recipe(words, folder, "")
+        load_recipe(arguments, folder, "")
     lines = str(error.value).splitlines()
     found = {line.partition(":")[0]: line for line in lines}
     assert found.keys() == {"tracking.uri", "storage", "resume", "start.fake"}
@@ -76,7 +76,7 @@ def test_a_missing_secret_is_asked_for_with_its_key_and_its_variable(folder, mon
     )
     assert "storage=... or in the environment variable FEWSTEP_STORAGE" in found["storage"]
     monkeypatch.setenv("FEWSTEP_STORAGE", STORAGE)
-    assert load_recipe([*words, f"tracking.uri={URI}"], folder, "").storage == STORAGE
+    assert load_recipe([*arguments, f"tracking.uri={URI}"], folder, "").storage == STORAGE
     monkeypatch.delenv("FEWSTEP_STORAGE")
     for action in (latest, export_run):
         with pytest.raises(ConfigError, match="storage: sftp://me:.* lacks its secret"):
@@ -147,8 +147,10 @@ def test_a_run_leaves_no_secret_in_its_folder_in_mlflow_in_rays_logs_or_on_the_s
     """The password of a tracking server that does not answer, in a job of its own: grep finds it nowhere."""
     rays = Path("/tmp/ray")
     before = set(rays.glob("session_2*"))
-    words = "recipe=fashion_mnist name=a train.steps=2 train.batch=8 train.report_every=2 train.save_every=2".split()
-    job = [sys.executable, ROOT / "jobs" / "distill.py", *words, "evaluate.metrics=[]", "evaluate.teacher_steps=[]"]
+    arguments = (
+        "recipe=fashion_mnist name=a train.steps=2 train.batch=8 train.report_every=2 train.save_every=2".split()
+    )
+    job = [sys.executable, ROOT / "jobs" / "distill.py", *arguments, "evaluate.metrics=[]", "evaluate.teacher_steps=[]"]
     environment = os.environ | {"MLFLOW_TRACKING_URI": URI, "RAY_ADDRESS": ""}
     done = subprocess.run(job, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -38,8 +38,8 @@ def export(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(export, tmp_path_factory) -> Iterator[Running]:
-    words = [f"model={export}", "teacher=shipped:fashion_mnist/teacher", "steps=3", "queue=200", "batch=1"]
-    with running(tmp_path_factory.mktemp("server"), *words) as found:
+    arguments = [f"model={export}", "teacher=shipped:fashion_mnist/teacher", "steps=3", "queue=200", "batch=1"]
+    with running(tmp_path_factory.mktemp("server"), *arguments) as found:
         yield found
 
 
@@ -65,8 +65,8 @@ def replicas(server: Running, name: str = "Student") -> list[psutil.Process]:
 
 
 def test_its_images_are_those_of_the_sample_job(server, export, tmp_path):
-    words = [f"model={export}", "images=4", "labels=3", "seed=7", f"out={tmp_path / 'grid.png'}"]
-    job("sample")([*words, f"each={tmp_path / 'each'}"])
+    arguments = [f"model={export}", "images=4", "labels=3", "seed=7", f"out={tmp_path / 'grid.png'}"]
+    job("sample")([*arguments, f"each={tmp_path / 'each'}"])
     wanted = [path.read_bytes() for path in sorted((tmp_path / "each").iterdir())]
     assert files(ask(server, prompt="Dress", n=4)) == wanted
     assert len(files(ask(server, model="two-teacher", n=2))) == 2

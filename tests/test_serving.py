@@ -83,8 +83,8 @@ def received(answer: Any) -> list[np.ndarray]:
 
 
 def test_the_images_of_a_seed_are_those_of_the_sample_job(export, generator, tmp_path):
-    words = [f"model={export}", "images=5", "labels=3", "seed=7", f"out={tmp_path / 'grid.png'}"]
-    job("sample")([*words, f"each={tmp_path / 'each'}"])
+    arguments = [f"model={export}", "images=5", "labels=3", "seed=7", f"out={tmp_path / 'grid.png'}"]
+    job("sample")([*arguments, f"each={tmp_path / 'each'}"])
     wanted = [pixels(path.read_bytes()) for path in sorted((tmp_path / "each").iterdir())]
     with TestClient(application(generator).asgi, base_url="http://localhost") as http:
         answer = post(http, prompt="dress", n=5, seed=7)
@@ -121,8 +121,8 @@ def test_a_teacher_is_drawn_in_the_steps_that_are_asked_for():
 
 def test_a_model_of_texts_draws_for_a_prompt(tmp_path):
     folder = tiny.pipeline("sd15", tmp_path / "sd15")
-    words = [f"model={folder}", "images=2", "steps=2", "seed=3", "prompts=a red heart"]
-    job("sample")([*words, f"out={tmp_path / 'grid.png'}", f"each={tmp_path / 'each'}"])
+    arguments = [f"model={folder}", "images=2", "steps=2", "seed=3", "prompts=a red heart"]
+    job("sample")([*arguments, f"out={tmp_path / 'grid.png'}", f"each={tmp_path / 'each'}"])
     wanted = [path.read_bytes() for path in sorted((tmp_path / "each").iterdir())]
     generator = open_student(Settings(model=str(folder), steps=2))
     assert (generator.about.name, generator.about.takes, generator.about.role) == ("sd15", "text", "teacher")
@@ -468,7 +468,7 @@ def test_a_server_that_others_reach_needs_a_token(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("arguments", "says"),
     [
         (["model=nowhere"], "model: no folder"),
         (["model=models:/../../etc@newest"], "model: 'models:/../../etc@newest' is no registered model"),
@@ -478,11 +478,11 @@ def test_a_server_that_others_reach_needs_a_token(monkeypatch):
         (["model=shipped:fashion_mnist/teacher", "images=101"], "images: must be at most 100, got 101"),
     ],
 )
-def test_a_mistake_is_reported_before_ray_starts(words, says, monkeypatch, capsys):
+def test_a_mistake_is_reported_before_ray_starts(arguments, says, monkeypatch, capsys):
     monkeypatch.delenv("FEWSTEP_TOKEN", raising=False)
     monkeypatch.setattr("fewstep.cluster.session.ray.init", lambda *args, **kwargs: pytest.fail("Ray was started"))
     with pytest.raises(SystemExit) as stop:
-        job("serve")(words)
+        job("serve")(arguments)
     assert stop.value.code == 2 and says in capsys.readouterr().err
 
 

@@ -491,12 +491,12 @@ def test_damaged_files_of_cifar10_end_in_words(tmp_path, monkeypatch):
 def test_the_job_hands_its_settings_to_the_source(tmp_path, monkeypatch, capsys):
     fill(tmp_path, {"in/1/0.png": 0, "in/1/0.txt": "caf\xe9".encode("cp1252"), "disk2/1.png": 1, "disk2/1.txt": "x"})
     (tmp_path / "in" / "3").symlink_to(tmp_path / "disk2")
-    words = ["source=folder", f"path={tmp_path / 'in'}", f"out={tmp_path / 'out'}"]
-    assert "follow_links=true" in refused(capsys, *words)
-    words.append("follow_links=true")
-    assert "encoding=cp1252" in refused(capsys, *words)
-    out = job(capsys, *words, "encoding=cp1252", "classes=4")
+    arguments = ["source=folder", f"path={tmp_path / 'in'}", f"out={tmp_path / 'out'}"]
+    assert "follow_links=true" in refused(capsys, *arguments)
+    arguments.append("follow_links=true")
+    assert "encoding=cp1252" in refused(capsys, *arguments)
+    out = job(capsys, *arguments, "encoding=cp1252", "classes=4")
     assert "2 rows of 3x16x16 and 4 classes" in out[0] and out[1] == "  2 of 4 classes have no image: 0, 2"
     assert sorted(rows(tmp_path / "out").values()) == [(1, "café"), (3, "x")]
     monkeypatch.setattr(source, "IMAGE_BYTES", 10)
-    assert "more than 0 MiB" in refused(capsys, *words, "encoding=cp1252", "overwrite=true")
+    assert "more than 0 MiB" in refused(capsys, *arguments, "encoding=cp1252", "overwrite=true")

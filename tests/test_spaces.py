@@ -114,7 +114,7 @@ def test_a_metric_that_no_report_carries_is_refused(recipe):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("SPACE = {}\nMETRIC, MODE = 'fd_fashion', 'min'", "SPACE: empty; give one to 100 dotted recipe keys"),
         ("METRIC, MODE = 'fd_fashion', 'min'", "SPACE: missing"),
@@ -128,9 +128,9 @@ def test_a_metric_that_no_report_carries_is_refused(recipe):
         ),
     ],
 )
-def test_a_file_that_is_no_space_says_what_is_missing(text, said, tmp_path):
+def test_a_file_that_is_no_space_says_what_is_missing(text, message, tmp_path):
     (tmp_path / "mine.py").write_text(text)
-    with pytest.raises(ConfigError, match=f"mine.py: {said}"):
+    with pytest.raises(ConfigError, match=f"mine.py: {message}"):
         load_space(str(tmp_path / "mine.py"), SPACES)
 
 
@@ -138,7 +138,7 @@ IMPORTS = "from fewstep.sweeps.space import *\nMETRIC = 'fd_fashion'\n"
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("SPACE = {1: choice(1)}", r"SPACE\[1\]: a key is the text of a recipe key"),
         ("SPACE = [1]", r"SPACE: got \[1\]; give one to 100 dotted recipe keys"),
@@ -161,9 +161,9 @@ IMPORTS = "from fewstep.sweeps.space import *\nMETRIC = 'fd_fashion'\n"
         ("import nowhere", "cannot be run: ModuleNotFoundError"),
     ],
 )
-def test_a_domain_that_cannot_be_searched_is_refused(text, said, tmp_path):
+def test_a_domain_that_cannot_be_searched_is_refused(text, message, tmp_path):
     (tmp_path / "mine.py").write_text(IMPORTS + text)
-    with pytest.raises(ConfigError, match=f"mine.py: {said}"):
+    with pytest.raises(ConfigError, match=f"mine.py: {message}"):
         load_space(str(tmp_path / "mine.py"), SPACES)
 
 
@@ -176,7 +176,7 @@ def test_a_space_that_is_not_there_is_named_with_its_neighbours():
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("settings", "text"),
     [
         ({"search": "grid", "trials": 3}, "trials: a grid has one trial for each point"),
         ({"search": "random", "warm_start": "x"}, "warm_start: search=random does not learn from trials"),
@@ -186,9 +186,9 @@ def test_a_space_that_is_not_there_is_named_with_its_neighbours():
         ({"paralel": 3}, "paralel: no such key"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(words, text):
+def test_what_cannot_be_asked_is_refused(settings, text):
     with pytest.raises(ConfigError, match=text):
-        validate(Sweep, {"space": "ttur"} | words)
+        validate(Sweep, {"space": "ttur"} | settings)
 
 
 def test_budgets_are_amounts_of_images_or_hours():
@@ -407,7 +407,7 @@ def test_short_names_are_as_short_as_the_recipe_allows(recipe):
 
 
 @pytest.mark.parametrize(
-    ("ratio", "lr", "said"),
+    ("ratio", "lr", "message"),
     [
         (5, 3e-5, ""),
         (1, 3e-5, ""),  # there is no ratio below one
@@ -415,12 +415,12 @@ def test_short_names_are_as_short_as_the_recipe_allows(recipe):
         (10, 1e-5, " a=10 is the largest and lr=1e-05 is the smallest in this space: better may lie beyond."),
     ],
 )
-def test_an_answer_at_the_edge_of_its_space_says_so(ratio, lr, said):
+def test_an_answer_at_the_edge_of_its_space_says_so(ratio, lr, message):
     found = space(
         {"a": choice(1, 5, 10), "lr": loguniform(1e-5, 1e-4), "b": choice("x", "y"), "c": zero_or(uniform(1, 2))}
     )
     values = {"a": ratio, "lr": lr, "b": "y", "c": 0}
-    assert at_the_edge(values, found, {key: key for key in values}) == said
+    assert at_the_edge(values, found, {key: key for key in values}) == message
 
 
 def test_the_table_is_of_the_finished_settings_best_first():

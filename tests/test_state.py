@@ -208,12 +208,14 @@ def test_a_manifest_vouches_for_itself_and_an_older_one_is_mentioned_once(saved,
     assert damaged(saved) == "changed since it was written"
     file.write_text(json.dumps(json.loads(text), indent=3, sort_keys=True))  # its content is the same
     Run(seed=1).load(saved)
-    said = lambda: [record.getMessage() for record in caplog.records if record.name == "fewstep.engine.manifest"]
-    assert said() == []
+    messages = lambda: [record.getMessage() for record in caplog.records if record.name == "fewstep.engine.manifest"]
+    assert messages() == []
     change(saved, signed=False)
     for _ in range(2):
         Run(seed=1).load(saved)
-    assert said() == [f"{file}: written by an older version, without a hash of itself; only its fields were checked"]
+    assert messages() == [
+        f"{file}: written by an older version, without a hash of itself; only its fields were checked"
+    ]
 
 
 def test_a_manifest_without_a_step_or_of_another_format_is_refused(saved):

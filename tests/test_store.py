@@ -81,9 +81,9 @@ def test_losses_are_those_of_the_folder(bucket, tmp_path):
     teacher = send(resolve(TEACHER), "s3://bucket/teacher")
 
     def losses(path: object, teacher: str) -> list[dict]:
-        words = "train.steps=3 train.batch=4 train.report_every=1 train.save_every=3 optim.student.warmup_steps=0"
-        words = [*words.split(), f"data.path={path}", "data.memory_mib=0", f"teacher={teacher}"]
-        recipe = load_recipe(["recipe=fashion_mnist", f"out={tmp_path}", *words], RECIPES, "")
+        arguments = "train.steps=3 train.batch=4 train.report_every=1 train.save_every=3 optim.student.warmup_steps=0"
+        arguments = [*arguments.split(), f"data.path={path}", "data.memory_mib=0", f"teacher={teacher}"]
+        recipe = load_recipe(["recipe=fashion_mnist", f"out={tmp_path}", *arguments], RECIPES, "")
         with build.make_feed(recipe.data, recipe.seed) as feed:
             assert isinstance(feed, StreamFeed)
             engine = build.make_engine(recipe, feed)
@@ -159,8 +159,8 @@ def fetch_all(folder: str, limit: int, turns: int, seed: int) -> None:
             except FileNotFoundError:
                 continue
         assert content == bytes([i]) * size
-        held = [p for p in Path(folder, "cache/shards").glob("*") if len(p.name) == 64]
-        assert len(held) <= 5
+        copies = [p for p in Path(folder, "cache/shards").glob("*") if len(p.name) == 64]
+        assert len(copies) <= 5
     Path(folder, f"done-{seed}").touch()
 
 
@@ -300,11 +300,11 @@ def test_a_network_statistics_and_an_export_at_a_url_are_those_of_the_folder(buc
     shipped = resolve("shipped:fashion_mnist")
     for name in ("teacher", "features.safetensors", "statistics.npz"):
         send(shipped / name, f"{bucket}/{name}")
-    words = "images=20 batch=20 steps=[1] metrics=[fd_fashion]".split()
+    arguments = "images=20 batch=20 steps=[1] metrics=[fd_fashion]".split()
 
     def scores(root: str) -> list[dict]:
         files = [f"features={root}/features.safetensors", f"reference={root}/statistics.npz"]
-        job("evaluate")([f"model={root}/teacher", *files, *words])
+        job("evaluate")([f"model={root}/teacher", *files, *arguments])
         found = json.loads(capsys.readouterr().out.splitlines()[-1])["scores"]
         return [{key: value for key, value in score.items() if key != "seconds"} for score in found]
 
@@ -321,8 +321,8 @@ def pictures(folder: Path, count: int = 12) -> Path:
     return folder
 
 
-def prepare(out: object, photos: Path, *words: str) -> None:
-    job("prepare")(["source=folder", f"path={photos}", "channels=1", f"out={out}", *words])
+def prepare(out: object, photos: Path, *arguments: str) -> None:
+    job("prepare")(["source=folder", f"path={photos}", "channels=1", f"out={out}", *arguments])
 
 
 def test_prepare_writes_the_same_rows_to_a_store_and_the_manifest_last(bucket, tmp_path, capsys, monkeypatch):
@@ -433,8 +433,8 @@ def test_an_export_goes_to_a_store_whole(bucket, tmp_path):
 def test_no_secret_of_a_url_is_written_or_shown(monkeypatch, tmp_path, capsys):
     secret = f"s3cret-{os.getpid()}"
     url = f"sftp://me:{secret}@127.0.0.1/data"
-    words = [f"data.path={url}/set", f"teacher={url}/teacher", f"evaluate.features={url}/f.safetensors"]
-    recipe = load_recipe(["recipe=fashion_mnist", "name=a", *words], RECIPES, "")
+    arguments = [f"data.path={url}/set", f"teacher={url}/teacher", f"evaluate.features={url}/f.safetensors"]
+    recipe = load_recipe(["recipe=fashion_mnist", "name=a", *arguments], RECIPES, "")
     assert secret not in json.dumps(recipe.written) + json.dumps(recipe.numbers) + recipe.fingerprint
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe.written))
     again = [f"recipe={tmp_path / 'recipe.yaml'}"]

@@ -38,7 +38,7 @@ TTUR = "method.critic_updates_per_student_update"
 HEAD = "from fewstep.sweeps.space import *\nMETRIC, MODE = 'fd_fashion', 'min'\n"
 
 
-def words(tmp: Path, *more: str) -> list[str]:
+def arguments(tmp: Path, *more: str) -> list[str]:
     """A sweep of the demo recipe cut to six steps of eight images, in `tmp`."""
     small = [
         f"out={tmp / 'runs'}",
@@ -51,7 +51,7 @@ def words(tmp: Path, *more: str) -> list[str]:
         "evaluate.metrics=[fd_fashion,diversity]",
         "cluster.threads=1",
     ]
-    return list({word.split("=")[0]: word for word in (*small, *more)}.values())
+    return list({argument.split("=")[0]: argument for argument in (*small, *more)}.values())
 
 
 def space_file(tmp: Path, text: str) -> str:
@@ -80,7 +80,7 @@ def trials_of(folder: Path) -> dict[int, Trial]:
 
 
 @pytest.mark.parametrize(
-    ("text", "more", "said"),
+    ("text", "more", "message"),
     [
         ("SPACE = {'method.gan_wieght': choice(0, 1)}", [], "SPACE['method.gan_wieght']"),
         ("SPACE = {'method.gan_weight': choice(0, -1)}", [], "must be at least 0, got -1"),
@@ -91,23 +91,23 @@ def trials_of(folder: Path) -> dict[int, Trial]:
         ("SPACE = {'method.gan_weight': choice(0, 1)}", ["budget=47images"], "no room for one trial of 48 images"),
     ],
 )
-def test_a_mistake_ends_a_sweep_before_it_begins(text, more, said, tmp_path, capsys):
+def test_a_mistake_ends_a_sweep_before_it_begins(text, more, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        sweep([space_file(tmp_path, text), *words(tmp_path, *more)])
+        sweep([space_file(tmp_path, text), *arguments(tmp_path, *more)])
     assert stop.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_trial_that_needs_more_than_the_cluster_is_refused(ray_cluster, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        sweep(["space=ttur", *words(tmp_path, "cluster.workers=64", "train.batch=64")])
+        sweep(["space=ttur", *arguments(tmp_path, "cluster.workers=64", "train.batch=64")])
     assert "cluster.workers: a trial needs 64.01 CPUs, the cluster has 4 CPUs" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "s" / "trials.jsonl").exists()
 
 
 def test_a_dry_run_says_what_would_run(tmp_path, capsys):
-    assert sweep(["--dry-run", "space=ttur_gan_weight", "search=grid", "corner_seeds=3", *words(tmp_path)]) is None
+    assert sweep(["--dry-run", "space=ttur_gan_weight", "search=grid", "corner_seeds=3", *arguments(tmp_path)]) is None
     assert "grid, none scheduler, 20 trials of 48 images" in capsys.readouterr().out
 
 
@@ -137,7 +137,7 @@ def record_of(tmp: Path, *scores: list[float]) -> Record:
 
 @pytest.mark.parametrize("name", ["asha", "median"])
 def test_a_scheduler_stops_what_lags_behind_the_record(name, tmp_path):
-    recipe = load_recipe(words(tmp_path, "evaluate.every_images=16"), RECIPES, "fashion_mnist")
+    recipe = load_recipe(arguments(tmp_path, "evaluate.every_images=16"), RECIPES, "fashion_mnist")
     space = Space("s", "?", {TTUR: choice(1, 2)}, "fd", "min", {"fd": "min"})
     record = record_of(tmp_path, [3.0, 2.0, 1.0], [3.1, 2.1, 1.1], [3.2, 2.2, 1.2])
     scheduler = tuned.scheduler_of(Sweep(space="s", scheduler=name, reduction=2), space, recipe, record)
@@ -164,7 +164,7 @@ def test_a_population_stays_within_its_bounds():
 def test_trials_are_runs_below_one_and_a_failed_one_says_why(ray_cluster, store, tmp_path, capsys):
     """Two trials, one of which cannot find its data."""
     space = space_file(tmp_path, "SPACE = {'data.path': choice('shipped:fashion_mnist/shards', '/nowhere')}")
-    argv = [space, "search=grid", *words(tmp_path, f"tracking.uri={store}", "tracking.experiment=sweep")]
+    argv = [space, "search=grid", *arguments(tmp_path, f"tracking.uri={store}", "tracking.experiment=sweep")]
     closing = sweep(argv)
     folder = tmp_path / "runs" / "s"
     assert {k: closing[k] for k in ("trials", "finished", "failed", "images")} == dict(
@@ -180,7 +180,7 @@ def test_trials_are_runs_below_one_and_a_failed_one_says_why(ray_cluster, store,
     assert parent.metrics["sweep/trials"] == 2
 
     score = closing["fd_fashion"]  # an earlier sweep teaches another one, where nothing but its space differs
-    recipe = localized(load_recipe(words(tmp_path, f"tracking.uri={store}"), RECIPES, "fashion_mnist"))
+    recipe = localized(load_recipe(arguments(tmp_path, f"tracking.uri={store}"), RECIPES, "fashion_mnist"))
     other = Space("gan", "?", {"method.gan_weight": choice(3e-3, 1e-2)}, "fd_fashion", "min", {"fd_fashion": "min"})
     learner = Sweep(space="gan", warm_start=parent.run_id)
     assert earlier_trials(learner, other, recipe) == [({"method.gan_weight": 0.003}, [score])]
@@ -188,7 +188,7 @@ def test_trials_are_runs_below_one_and_a_failed_one_says_why(ray_cluster, store,
         earlier_trials(learner, other, apply(recipe, {"train.steps": 7}))
 
     before = (folder / "trials.jsonl").read_bytes()
-    assert sweep(argv)["run_id"] == closing["run_id"]  # the same words again find everything done
+    assert sweep(argv)["run_id"] == closing["run_id"]  # the same arguments again find everything done
     assert (folder / "trials.jsonl").read_bytes() == before
 
 
@@ -199,7 +199,7 @@ def environment() -> dict[str, str]:
 
 def driver(tmp: Path, store: str, *more: str) -> subprocess.Popen:
     """jobs/sweep.py in a process and a Ray of its own."""
-    command = [sys.executable, str(ROOT / "jobs" / "sweep.py"), *words(tmp, f"tracking.uri={store}", *more)]
+    command = [sys.executable, str(ROOT / "jobs" / "sweep.py"), *arguments(tmp, f"tracking.uri={store}", *more)]
     with open(tmp / f"{time.time_ns()}.log", "w") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment(), cwd=tmp)
 
@@ -275,7 +275,12 @@ def test_the_same_error_in_the_first_trials_stops_the_sweep(ray_cluster, store, 
     space = space_file(
         tmp_path, f"SPACE = {{'data.path': choice('{lost}'), 'method.gan_weight': choice(0, 1e-3, 2e-3, 3e-3)}}"
     )
-    argv = [space, "search=grid", "parallel=1", *words(tmp_path, f"tracking.uri={store}", "tracking.experiment=alike")]
+    argv = [
+        space,
+        "search=grid",
+        "parallel=1",
+        *arguments(tmp_path, f"tracking.uri={store}", "tracking.experiment=alike"),
+    ]
     with pytest.raises(SystemExit):
         sweep(argv)
     assert "the first 3 trials failed with the same error" in capsys.readouterr().err
@@ -296,7 +301,7 @@ def test_searches_learn_from_each_other_and_keep_to_their_budgets(ray_cluster, s
         "SPACE = {'optim.student.lr': loguniform(1e-5, 1e-3), 'method.gan_weight': choice(0, 3e-3)}",
     )
     common = [space, f"tracking.uri={store}", "tracking.experiment=searches", "evaluate.every_images=16"]
-    first = sweep([*words(tmp_path, *common, "name=first", "search=random", "trials=3", "seeds=2", "finalists=1")])
+    first = sweep([*arguments(tmp_path, *common, "name=first", "search=random", "trials=3", "seeds=2", "finalists=1")])
     trials = trials_of(tmp_path / "runs" / "first").values()
     found = sorted((t for t in trials if t.seed == 0), key=lambda t: t.score("fd_fashion"))
     again = [t for t in trials if t.seed == 1]
@@ -304,12 +309,12 @@ def test_searches_learn_from_each_other_and_keep_to_their_budgets(ray_cluster, s
     assert first["fd_fashion"] == pytest.approx((found[0].score("fd_fashion") + again[0].score("fd_fashion")) / 2)
 
     learned = ["name=second", "search=gp", "scheduler=median", "warm_start=first", "budget=200images", "parallel=1"]
-    second = sweep([*words(tmp_path, *common, *learned)])
+    second = sweep([*arguments(tmp_path, *common, *learned)])
     assert "warm_start: 4 of the 4 trials of first lie in this space" in capsys.readouterr().out
     assert 200 - 48 < second["images"] <= 200
     assert second["finished"] + second["stopped_early"] == second["trials"]
 
-    third = sweep([*words(tmp_path, *common, "name=third", "search=pareto", "trials=3")])
+    third = sweep([*arguments(tmp_path, *common, "name=third", "search=pareto", "trials=3")])
     trials = trials_of(tmp_path / "runs" / "third")
     scores = {n: (t.score("fd_fashion"), -t.score("diversity")) for n, t in trials.items()}
     front = {n for n, a in scores.items() if not any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in scores.values())}

@@ -68,7 +68,7 @@ def shards(folder: Path, scale: float = 1.0, width: int = 12, rows: int = 8, col
     return folder
 
 
-def recipe(folder: Path, teacher: Path, data: Path | None, *words: str) -> Recipe:
+def recipe(folder: Path, teacher: Path, data: Path | None, *arguments: str) -> Recipe:
     path = folder / "tiny.yaml"
     roles = ("student", "fake", "disc")
     content = {
@@ -81,7 +81,7 @@ def recipe(folder: Path, teacher: Path, data: Path | None, *words: str) -> Recip
         "out": str(folder / "runs"),
     }
     path.write_text(yaml.safe_dump(content))
-    named = dict(word.split("=", 1) for word in ("name=a", *words))
+    named = dict(argument.split("=", 1) for argument in ("name=a", *arguments))
     return open_recipe(str(path), folder, {key: yaml.safe_load(value) for key, value in named.items()})
 
 
@@ -158,11 +158,11 @@ def test_columns_are_added_shard_by_shard_and_a_second_start_goes_on(tmp_path, s
     assert rows["real"].shape == (6, 4, 8, 8) and rows["text"].shape == (6, tiny.TOKENS, 12)
     source = open_shards(tmp_path / "pictures")
     tables = [source.read(unit) for unit in range(len(source.units))]
-    words = [text for table in tables for text in table.column("caption").to_pylist()]
+    captions = [text for table in tables for text in table.column("caption").to_pylist()]
     pixels = np.concatenate([decode_all(table.column("image").to_pylist(), source.size)[0] for table in tables])
     means = first.codec.encode(torch.from_numpy(pixels).float() / 127.5 - 1)
     near = torch.cdist(rows["real"].flatten(1), means.flatten(1))
-    texts = first.encoder.columns(words)["text"]
+    texts = first.encoder.columns(captions)["text"]
     same_text = torch.cdist(rows["text"].flatten(1), texts.flatten(1)).argmin(1)
     assert torch.equal(near.argmin(1), same_text) and sorted(same_text.tolist()) == list(range(6))
 
@@ -186,14 +186,14 @@ def test_a_recipe_trains_on_latents_and_embedded_captions(tmp_path, sd):
     engine = build.make_engine(asked, build.make_feed(asked.data, 0), folder=asked.checkpoints)
     conditions = engine.conditions
     assert isinstance(conditions, Texts) and conditions.prompts is None
-    assert len(conditions.listing) == 8 and set(conditions.words(8)) == {f"thing {i}" for i in range(8)}
+    assert len(conditions.listing) == 8 and set(conditions.listed_texts(8)) == {f"thing {i}" for i in range(8)}
     torch.testing.assert_close(conditions.nothing["text"], open_encoder(sd, NET).columns([""])["text"])
     before = toy.weights(engine.nets["student"])
     toy.finish(engine)
     assert not toy.same(before, toy.weights(engine.nets["student"]))
     sampler = build.student_sampler(asked.method, engine.sampling)
     samples = build.make_samples(sampler, 5, batch=4)
-    assert samples.images.shape == (5, 3, 64, 64) and samples.words == conditions.words(5)
+    assert samples.images.shape == (5, 3, 64, 64) and samples.prompts == conditions.listed_texts(5)
     assert samples.calls == 4 and samples.labels is None
     teacher = build.make_samples(build.teacher_sampler(engine.nets["teacher"], 8, 2.0), 2)
     assert (teacher.sampler, teacher.calls) == ("ddim-8-guided-2", 16)
@@ -203,15 +203,15 @@ def test_a_recipe_trains_on_latents_and_embedded_captions(tmp_path, sd):
     again = build.make_samples(open_sampler(str(asked.folder)), 5, batch=4)
     assert torch.equal(again.images, samples.images)
     other = build.make_samples(open_sampler(str(asked.folder), prompts=["a cat"]), 2)
-    assert other.words == ("a cat", "a cat")
+    assert other.prompts == ("a cat", "a cat")
 
 
 def test_a_student_generates_for_the_prompts_of_a_file(tmp_path, sd):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\na bird\n")
-    words = [f"prompts={tmp_path / 'prompts.txt'}"]
-    asked = recipe(tmp_path, sd, shards(tmp_path / "data"), *words)
+    arguments = [f"prompts={tmp_path / 'prompts.txt'}"]
+    asked = recipe(tmp_path, sd, shards(tmp_path / "data"), *arguments)
     net = build.make_teacher(asked)
-    assert net.conditions.prompts.words == ("a cat", "a dog", "a bird")
+    assert net.conditions.prompts.texts == ("a cat", "a dog", "a bird")
     expected = open_encoder(sd, NET).columns(["a dog"])["text"]
     torch.testing.assert_close(net.conditions.listed(torch.tensor([1, 4]))["text"], expected.expand(2, -1, -1))
     drawn = net.conditions.draw(build.Draws(0, 0), 64)["text"]
@@ -220,8 +220,8 @@ def test_a_student_generates_for_the_prompts_of_a_file(tmp_path, sd):
 
 def test_a_regression_on_pairs_of_a_text_teacher_prepares_a_student_as_a_chain(tmp_path, sdxl):
     """The chain of sdxl_1step on a tiny SDXL: each row of the pairs is the teacher's sample of its noise and prompt."""
-    pairs, words = tmp_path / "pairs", ["a cat", "a dog", "a bird"]
-    job("pairs")([f"teacher={sdxl}", f"prompts={json.dumps(words)}", "pairs=7", "steps=3", "batch=4", f"out={pairs}"])
+    pairs, prompts = tmp_path / "pairs", ["a cat", "a dog", "a bird"]
+    job("pairs")([f"teacher={sdxl}", f"prompts={json.dumps(prompts)}", "pairs=7", "steps=3", "batch=4", f"out={pairs}"])
     with open_feed(pairs) as feed:
         rows = next(feed.batches(0, 7))
     net = build.with_pipeline(open_teacher(sdxl), sdxl)
@@ -229,7 +229,7 @@ def test_a_regression_on_pairs_of_a_text_teacher_prepares_a_student_as_a_chain(t
     with torch.no_grad():
         x0 = build.teacher_sampler(net, 3).sample(rows["noise"], net.conditions.of(rows), build.Draws(0, 0))
     torch.testing.assert_close(rows["real"], x0, rtol=1e-2, atol=1e-2)
-    columns = open_encoder(sdxl, NET).columns(words)
+    columns = open_encoder(sdxl, NET).columns(prompts)
     nearest = torch.cdist(rows["pooled"], columns["pooled"])
     assert nearest.min(1).values.max() < 1e-2 and sorted(nearest.argmin(1).bincount().tolist()) == [2, 2, 3]
 
@@ -392,9 +392,9 @@ def test_an_export_that_makes_other_images_is_refused(tmp_path, sd, monkeypatch)
 def test_mistakes_are_named_at_the_door(tmp_path, sd, sdxl):
     data = shards(tmp_path / "data")
 
-    def refused(says: str, teacher: Path = sd, path: Path = data, *words: str):
+    def refused(says: str, teacher: Path = sd, path: Path = data, *arguments: str):
         with pytest.raises((ValueError, ConfigError), match=says) as error:
-            run.check(recipe(tmp_path, teacher, path, *words))
+            run.check(recipe(tmp_path, teacher, path, *arguments))
         assert "\n" not in str(error.value)
 
     refused("licence: missing; say the licence of the teacher's weights", sd, data, "licence=null")
@@ -439,8 +439,8 @@ def test_a_teacher_whose_maps_are_not_square_has_no_gan_head(tmp_path, sd):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 def test_memory_is_counted_without_networks_as_with_them(tmp_path, sd, lora, precision):
-    words = ["roles.student.lora={rank: 4}", "roles.fake.lora={rank: 4}"] if lora else []
-    asked = recipe(tmp_path, sd, shards(tmp_path / "data"), f"precision={precision}", *words)
+    arguments = ["roles.student.lora={rank: 4}", "roles.fake.lora={rank: 4}"] if lora else []
+    asked = recipe(tmp_path, sd, shards(tmp_path / "data"), f"precision={precision}", *arguments)
     for mine, real in zip(dryrun.memory(asked), dryrun._rows(asked, build.make_nets(asked)), strict=True):
         mine["activations"] = pytest.approx(mine["activations"], rel=0.15)  # attention keeps less on a real CPU
         assert real == mine
@@ -478,9 +478,9 @@ def test_published_sizes_are_counted_on_any_number_of_gpus(name, monkeypatch):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rows = {}
     for workers in (1, 8, 64):
-        words = {"data": None, "cluster.workers": workers, "train.batch": 2 * workers, "name": "a", "prompts": None}
-        words |= {"method.gan_weight": 0} if "flux" not in name else {}
-        asked = open_recipe(name, RECIPES, {key: value for key, value in words.items() if key != "data"})
+        changes = {"data": None, "cluster.workers": workers, "train.batch": 2 * workers, "name": "a", "prompts": None}
+        changes |= {"method.gan_weight": 0} if "flux" not in name else {}
+        asked = open_recipe(name, RECIPES, {key: value for key, value in changes.items() if key != "data"})
         asked = asked.model_copy(update={"data": None})
         monkeypatch.setattr(build, "make_teacher", lambda *a, **k: new_denoiser(network, "bf16", weights=False))
         rows[workers] = {row["role"]: row for row in dryrun.memory(asked)}
@@ -503,9 +503,9 @@ def test_adapters_of_sdxl_take_a_fraction_of_weights_and_optimisers(monkeypatch)
     monkeypatch.setattr(build, "make_teacher", lambda *a, **k: new_denoiser(network, "bf16", weights=False))
     monkeypatch.setattr(dryrun, "activations", lambda forward, count: 0)
 
-    def counted(name: str, **words) -> float:
+    def counted(name: str, **changes) -> float:
         shared = {"name": "a", "cluster.workers": 1, "train.batch": 2, "method.gan_weight": 0}
-        asked = open_recipe(name, RECIPES, shared | words).model_copy(update={"data": None})
+        asked = open_recipe(name, RECIPES, shared | changes).model_copy(update={"data": None})
         return sum(row["weights"] + row["optimiser"] for row in dryrun.memory(asked)) / 2**30
 
     whole = counted("sdxl_4step")

@@ -625,9 +625,9 @@ def test_a_recipe_becomes_dotted_parameters():
 def test_provenance_names_commit_and_differences(tmp_path):
     assert provenance(tmp_path).tags["git.commit"] == "not a git checkout"
     assert "git.diff" not in provenance(tmp_path).files
-    git = lambda *words: (
+    git = lambda *arguments: (
         subprocess.run(
-            ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *words],
+            ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *arguments],
             check=True,
             capture_output=True,
             text=True,

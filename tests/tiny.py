@@ -94,9 +94,9 @@ def text_encoder(width: int, projected: bool = False, out: int = 10) -> Any:
     """CLIP's text encoder with random weights."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    words, size = {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}, 2 * width
+    tokens, size = {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}, 2 * width
     layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": TOKENS}
-    config = CLIPTextConfig(hidden_size=width, intermediate_size=size, projection_dim=out, **words, **layers)
+    config = CLIPTextConfig(hidden_size=width, intermediate_size=size, projection_dim=out, **tokens, **layers)
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 
 

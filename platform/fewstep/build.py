@@ -131,7 +131,7 @@ def with_pipeline(
     net.codec = find_latents(folder)
     if isinstance(net.conditions, Texts):
         encoder = open_encoder(folder, network_of(net).model)
-        embed = lambda words: None if words is None else Prompts(encoder.columns(words), tuple(words))
+        embed = lambda texts: None if texts is None else Prompts(encoder.columns(texts), tuple(texts))
         given = embed(prompts), encoder.nothing(), embed(listing), embed(negatives)
         net.conditions = Texts(net.conditions.shapes, *given)
         if encoder.cut:
@@ -175,12 +175,12 @@ def given_prompts(given: list[str] | str | None) -> list[str] | None:
     """The prompts that a job was given: one, a list, or a .txt file. Raises ValueError for an empty one."""
     if isinstance(given, str):
         given = read_prompts(given, "prompts") if given.endswith(".txt") else [given]
-    if given is not None and not all(words.strip() for words in given or [""]):
+    if given is not None and not all(text.strip() for text in given or [""]):
         raise ValueError(f"prompts: {given}, of which one is empty; give texts")
     return given
 
 
-def listed_words(recipe: Recipe) -> list[str]:
+def listed_prompts(recipe: Recipe) -> list[str]:
     """The prompts that scores and grids ask for, as `furnish` chooses them; [] where none are known. Nothing is
     encoded."""
     for field, ref in (("evaluate.prompts", recipe.evaluate.prompts), ("prompts", recipe.prompts)):
@@ -188,7 +188,7 @@ def listed_words(recipe: Recipe) -> list[str]:
             return read_prompts(ref, field)
     if recipe.data is None or not (shards := open_data(recipe.data)).manifest.captions:
         return []
-    return list(prompts_of(shards, ()).words)
+    return list(prompts_of(shards, ()).texts)
 
 
 def prompts_of(shards: Shards, columns: Sequence[str], count: int = LISTED) -> Prompts:
@@ -200,9 +200,9 @@ def prompts_of(shards: Shards, columns: Sequence[str], count: int = LISTED) -> P
         if rows < count:
             tables.append(shards.read(unit, columns=names))
             rows += where.rows
-    found = {c.name: np.concatenate([numbers(table, c) for table in tables])[:count] for c in described}
-    words = [text for table in tables for text in table.column("caption").to_pylist()] if "caption" in names else []
-    return Prompts({name: torch.from_numpy(values) for name, values in found.items()}, tuple(words[:count]))
+    arrays = {c.name: np.concatenate([numbers(table, c) for table in tables])[:count] for c in described}
+    texts = [text for table in tables for text in table.column("caption").to_pylist()] if "caption" in names else []
+    return Prompts({name: torch.from_numpy(values) for name, values in arrays.items()}, tuple(texts[:count]))
 
 
 @dataclass
@@ -412,12 +412,12 @@ def latest(folder: Path | str, known: Sequence[str | None] = ()) -> Path | str |
     """
     if "://" in str(folder):
         return newest(folder)
-    found = newest(Path(folder) / "checkpoints")
-    if found is None and (Path(folder) / "recipe.yaml").is_file():
+    checkpoint = newest(Path(folder) / "checkpoints")
+    if checkpoint is None and (Path(folder) / "recipe.yaml").is_file():
         recipe = read_run(Path(folder), *known)
         check_secrets(recipe)
-        found = newest(recipe.checkpoints)
-    return found
+        checkpoint = newest(recipe.checkpoints)
+    return checkpoint
 
 
 def fingerprints(recipe: Recipe, shards: Shards | None) -> dict[str, str]:
@@ -511,10 +511,10 @@ def check_data(data: Feed | NoData | Shards, student: Denoiser, needs: Sequence[
         )
     if shards is not None and isinstance(student.conditions, Texts):
         for name, wanted in student.conditions.shapes.items():
-            found = shards.column(name).shape
-            if name != "mask" and found[-1:] != wanted[-1:]:
+            own = shards.column(name).shape
+            if name != "mask" and own[-1:] != wanted[-1:]:
                 raise ValueError(
-                    f"data.path: its column {name!r} has {found[-1]} numbers a token, but the network takes "
+                    f"data.path: its column {name!r} has {own[-1]} numbers a token, but the network takes "
                     f"{wanted[-1]}; encode the captions with this teacher's text encoders: python jobs/encode.py"
                 )
     if isinstance(data, Shards) and student.codec is not None:
@@ -569,9 +569,9 @@ class Sampler:
     picture_shape: tuple[int, int, int]
     pictures: Callable[[Tensor], Tensor] = lambda x0: x0
 
-    def words(self, images: int) -> tuple[str, ...]:
+    def prompts(self, images: int) -> tuple[str, ...]:
         """The prompts of the first samples; () of a network that takes none."""
-        return self.conditions.words(images) if isinstance(self.conditions, Texts) else ()
+        return self.conditions.listed_texts(images) if isinstance(self.conditions, Texts) else ()
 
 
 def student_sampler(method: Any, nets: Mapping[str, nn.Module]) -> Sampler:
@@ -661,7 +661,7 @@ def make_samples(
     whole = _interleave(torch.cat(mine), batch, world)
     if whole is None:
         return None
-    shape, conditions, words = sampler.shape, sampler.conditions, sampler.words(images)
+    shape, conditions, prompts = sampler.shape, sampler.conditions, sampler.prompts(images)
     labels = conditions.listed(torch.arange(images)) if conditions.classes else None
 
     def starts(count: int) -> tuple[Tensor, Any]:
@@ -669,7 +669,7 @@ def make_samples(
         z = torch.cat([draws.normal("z", (batch, *shape)) for draws in parts])[:count]
         return z, conditions.listed(torch.arange(count, device=world.device))
 
-    return Samples(whole[:images], labels, sampler.name, sampler.calls, seconds, seed, checkpoint, words, starts)
+    return Samples(whole[:images], labels, sampler.name, sampler.calls, seconds, seed, checkpoint, prompts, starts)
 
 
 def _interleave(mine: Tensor, batch: int, world: World) -> Tensor | None:

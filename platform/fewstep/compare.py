@@ -185,11 +185,11 @@ def _cell(values: Mapping[int, float], records: Sequence[Record]) -> dict[str, A
 
 def _mark(cells: Sequence[dict[str, Any]], column: Mapping[str, Any]) -> None:
     """Marks the best of a column, and the cells that the spread of seeds does not tell from it."""
-    found = [(Spread(c["mean"], c["std"], c["seeds"]), c) for c in cells if c["mean"] is not None]
-    if column["better"] is None or len(found) < 2:
+    spreads = [(Spread(c["mean"], c["std"], c["seeds"]), c) for c in cells if c["mean"] is not None]
+    if column["better"] is None or len(spreads) < 2:
         return
-    best, _ = (min if column["better"] == "lower" else max)(found, key=lambda pair: pair[0].mean)
-    for spread, cell in found:
+    best, _ = (min if column["better"] == "lower" else max)(spreads, key=lambda pair: pair[0].mean)
+    for spread, cell in spreads:
         if spread is best:
             cell["mark"] = "best"
         elif spread.near(best):

@@ -19,9 +19,9 @@ def judge(facts: dict[str, Any]) -> list[Check]:
     cluster = facts["cluster"]
     if cluster["error"] is not None:
         where = cluster["address"] or "this machine"
-        said, _, way_out = cluster["error"].removeprefix("RAY_ADDRESS: ").partition("; ")
+        reason, _, way_out = cluster["error"].removeprefix("RAY_ADDRESS: ").partition("; ")
         start = "start one with: ray start --head, or unset RAY_ADDRESS to use this machine alone"
-        return [Check("cluster", "broken", f"{where}: {said}", way_out or start)]
+        return [Check("cluster", "broken", f"{where}: {reason}", way_out or start)]
     nodes = {name: node for name, node in facts["nodes"].items() if node["error"] is None}
     if not nodes:
         return list(_judge_cluster(facts))
@@ -86,20 +86,20 @@ def _loopback(address: str) -> bool:
 
 def _by_value(values: dict[str, Any]) -> dict[Any, str]:
     """Which nodes have each value: {value: "node a, node b"}."""
-    found: dict[Any, list[str]] = {}
+    nodes_of: dict[Any, list[str]] = {}
     for name, value in values.items():
-        found.setdefault(value, []).append(name)
-    return {value: ", ".join(names) for value, names in found.items()}
+        nodes_of.setdefault(value, []).append(name)
+    return {value: ", ".join(names) for value, names in nodes_of.items()}
 
 
 def _judge_versions(nodes: dict[str, Any]) -> Iterator[Check]:
     same = []
     for package in next(iter(nodes.values()))["versions"]:
-        found = _by_value({name: node["versions"][package] for name, node in nodes.items()})
-        if len(found) == 1 and None not in found:
-            same.append(f"{package} {next(iter(found))}")
+        nodes_of = _by_value({name: node["versions"][package] for name, node in nodes.items()})
+        if len(nodes_of) == 1 and None not in nodes_of:
+            same.append(f"{package} {next(iter(nodes_of))}")
             continue
-        where = "; ".join(f"{version or 'none'} on {names}" for version, names in found.items())
+        where = "; ".join(f"{version or 'none'} on {names}" for version, names in nodes_of.items())
         remedy = LOCK if package != "python" else "use one Python for the cluster and for who submits"
         yield Check("versions", "broken", f"{package}: {where}", remedy)
     if same:
@@ -146,11 +146,11 @@ def _judge_reduce(reduce: dict[str, Any]) -> Check:
 
 def _judge_parts(facts: dict[str, Any], nodes: dict[str, Any]) -> Iterator[Check]:
     """The parts' checks, each once for all nodes, and what only a look at several nodes can tell."""
-    found: dict[str, dict[str, Check]] = {}
+    by_name: dict[str, dict[str, Check]] = {}
     for node, has in nodes.items():
         for check in has["checks"]:
-            found.setdefault(check["check"], {})[node] = Check(**check)
-    for name, checks in found.items():
+            by_name.setdefault(check["check"], {})[node] = Check(**check)
+    for name, checks in by_name.items():
         merged = _merged(name, checks)
         if merged.status == "ok" and name.removeprefix("storage ") in facts["folders"]:
             merged = _judge_shared(name.removeprefix("storage "), merged, nodes)
@@ -168,20 +168,20 @@ def _merged(name: str, checks: dict[str, Check]) -> Check:
     """One check of all nodes: the worst of them, with the nodes that say so."""
     status = max((check.status for check in checks.values()), key=STATUSES.index)
     worst = {node: check for node, check in checks.items() if check.status == status}
-    found = _by_value({node: check.result for node, check in worst.items()})
-    if status == "ok" and len(found) == 1:
-        return replace(next(iter(worst.values())), result=f"{next(iter(found))}, on {_count(len(checks), 'node')}")
-    result = "; ".join(f"{names}: {result}" for result, names in found.items())
+    nodes_of = _by_value({node: check.result for node, check in worst.items()})
+    if status == "ok" and len(nodes_of) == 1:
+        return replace(next(iter(worst.values())), result=f"{next(iter(nodes_of))}, on {_count(len(checks), 'node')}")
+    result = "; ".join(f"{names}: {result}" for result, names in nodes_of.items())
     return Check(name, status, result, next(iter(worst.values())).remedy)
 
 
 def _judge_shared(key: str, check: Check, nodes: dict[str, Any]) -> Check:
     """A folder that every node can write has to be one folder."""
     blind = {node: [other for other in nodes if other not in has["sees"].get(key, [])] for node, has in nodes.items()}
-    found = [f"{node} does not see what {', '.join(others)} wrote" for node, others in blind.items() if others]
-    if not found:
+    lines = [f"{node} does not see what {', '.join(others)} wrote" for node, others in blind.items() if others]
+    if not lines:
         return check
-    return Check(check.check, "broken", f"{check.result}, and not shared: {'; '.join(found)}",
+    return Check(check.check, "broken", f"{check.result}, and not shared: {'; '.join(lines)}",
                  f"choose a folder that all nodes mount with {key}=..., or storage=s3://bucket/folder for the "
                  "checkpoints")  # fmt: skip
 

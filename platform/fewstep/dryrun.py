@@ -120,16 +120,16 @@ def machine_notes(recipe: Recipe) -> list[str]:
     c, cpus = recipe.cluster, os.cpu_count() or 1
     if os.environ.get("RAY_ADDRESS"):
         return ["RAY_ADDRESS names a cluster, which was not asked what it has; python jobs/doctor.py asks it"]
-    found = []
+    notes = []
     if c.workers * c.cpus_per_worker > cpus:
-        found.append(
+        notes.append(
             f"cluster.workers: {c.workers:,} of {c.cpus_per_worker:g} CPUs each, and this machine has {cpus}, which "
             "they would share"
         )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if c.device == "cuda" and gpus < c.workers:
-        found.append(f"cluster.device: cuda for {c.workers:,} workers, and torch sees {gpus} GPUs on this machine")
-    return found
+        notes.append(f"cluster.device: cuda for {c.workers:,} workers, and torch sees {gpus} GPUs on this machine")
+    return notes
 
 
 def describe(recipe: Recipe, exports: bool = False) -> str:

@@ -253,11 +253,11 @@ def usable(folder: Path, what: str, field: str = "name") -> None:
     choose = f"choose another with {field}=..."
     if not folder.is_dir():
         raise FolderError(f"{field}: {str(folder)!r} is a file; {choose}")
-    found = kind_of(folder)
+    kind = kind_of(folder)
     # a process that is killed while it writes the mark leaves a part of it
-    if found == what or (found is None and all(path.name.startswith(f".{MARK}.") for path in folder.iterdir())):
+    if kind == what or (kind is None and all(path.name.startswith(f".{MARK}.") for path in folder.iterdir())):
         return
-    holds = f"holds a {found}, and no {what}" if found else f"holds files, but no {what} of ours"
+    holds = f"holds a {kind}, and no {what}" if kind else f"holds files, but no {what} of ours"
     raise FolderError(f"{field}: {str(folder)!r} {holds}, so nothing is written there; {choose}")
 
 

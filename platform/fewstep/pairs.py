@@ -32,12 +32,12 @@ def write_pairs(
     """Writes a shard set of pairs: a sample, as an image or a latent, what it was asked for, a class or an embedded
     prompt, and the number of its noise, from which training makes the noise again. source: facts of the teacher, for
     the manifest. Raises ShardError."""
-    classes, words = sampler.conditions.classes or 0, sampler.words(pairs)
+    classes, prompts = sampler.conditions.classes or 0, sampler.prompts(pairs)
     columns = [Column(name="noise", kind="noise", shape=(1,), dtype="int64")]
     for name, value in _stored(sampler.conditions.listed(torch.arange(1))).items():
         columns.append(Column(name=name, kind=name, shape=value.shape[1:], dtype=str(value.dtype)))
     latent = sampler.shape != sampler.picture_shape
-    options = {"encoding": "float16" if latent else "png", "classes": classes, "captions": bool(words)}
+    options = {"encoding": "float16" if latent else "png", "classes": classes, "captions": bool(prompts)}
     options |= {"source": {"source": "pairs", "sampler": sampler.name, "seed": seed} | masked(source)}
     with ShardWriter(out, sampler.shape, columns=columns, **options, seed=seed, overwrite=overwrite) as writer:
         for first in range(0, pairs, batch):
@@ -48,7 +48,7 @@ def write_pairs(
             samples = (x0.half() if latent else to_uint8(x0)).cpu().numpy()
             stored = _stored(cond) | {"noise": numbers[:, None]}
             for i, sample in enumerate(samples):
-                label, caption = int(cond[i]) if classes else None, words[first + i] if words else None
+                label, caption = int(cond[i]) if classes else None, prompts[first + i] if prompts else None
                 writer.add(sample, label, caption, **{name: value[i] for name, value in stored.items()})
 
 

@@ -23,6 +23,7 @@ from .config import (
     new_name,
     not_found,
     override_all,
+    parse_arguments,
     read,
     renamed,
     resolve,
@@ -31,7 +32,6 @@ from .config import (
     resolve_ref,
     validate,
     with_new_names,
-    words,
 )
 from .config.keys import keys
 from .engine.guard import Guard
@@ -191,7 +191,7 @@ class Recipe(Strict):
     """Folder of a diffusers pipeline or of a network of this project, its URL (s3://bucket/x), or hub:owner/name.
     shipped:fashion_mnist/teacher is embedded."""
     licence: str | None = None
-    """Licence of the teacher's weights, an SPDX name or a word of your own, for the card of the student. A teacher that
+    """Licence of the teacher's weights, an SPDX name or a name of your own, for the card of the student. A teacher that
     takes texts needs one."""
     prompts: LocalPath | None = None
     """Text file of prompts, one a line, that a student of texts generates for in training. null takes the captions of
@@ -326,18 +326,18 @@ class Recipe(Strict):
     @property
     def notes(self) -> list[str]:
         """A line on each setting that is allowed and seldom meant."""
-        train, found = self.train, []
+        train, notes = self.train, []
         for role, optim in self.optim.items():
             if optim.warmup_steps > train.steps:
-                found.append(
+                notes.append(
                     f"optim.{role}.warmup_steps: {optim.warmup_steps} is beyond train.steps {train.steps}, so the rate "
                     "never reaches lr"
                 )
         if train.save_every > train.steps:
-            found.append(
+            notes.append(
                 f"train.save_every: {train.save_every} is beyond train.steps {train.steps}: only the last step is saved"
             )
-        return found
+        return notes
 
     @property
     def folder(self) -> Path:
@@ -472,7 +472,7 @@ def find_recipe(ref: str, folder: Path) -> Path:
 
 def load_recipe(argv: list[str], folder: Path, default: str) -> Recipe:
     """Reads the recipe of a command line `recipe=name key.sub=value ...`. Raises ConfigError with every mistake."""
-    overrides = words(argv)
+    overrides = parse_arguments(argv)
     return open_recipe(str(overrides.pop("recipe", default)), folder, overrides)
 
 

@@ -486,19 +486,19 @@ def check(recipe: Recipe) -> None:
     Nothing is trained or kept, and no weights are read. Raises ValueError or OSError naming the field; of several
     mistakes a ConfigError with a line each.
     """
-    found: list[Exception] = []
+    errors: list[Exception] = []
 
     def tried(look: Callable[[], T]) -> T | None:
         try:
             return look()
         except (ValueError, OSError) as error:
-            found.append(error)
+            errors.append(error)
             return None
 
     check_secrets(recipe)
     tried(lambda: tracking_uri(recipe.tracking.uri))
     tried(lambda: _check_folders(recipe))
-    if not found:
+    if not errors:
         tried(lambda: _check_resume(recipe))
     net = tried(lambda: build.check_network(recipe, build.make_teacher(recipe, weights=False)))
     if recipe.data is not None:
@@ -509,10 +509,10 @@ def check(recipe: Recipe) -> None:
     metrics = tried(lambda: build.make_metrics(recipe))
     if net is not None and metrics:
         tried(lambda: _check_scores(recipe, metrics, net))
-    if len(found) == 1:
-        raise found[0]
-    if found:
-        raise ConfigError("\n".join(map(str, found)))
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ConfigError("\n".join(map(str, errors)))
 
 
 def _check_scores(recipe: Recipe, metrics: list[Measure], net: Denoiser) -> None:
@@ -520,8 +520,8 @@ def _check_scores(recipe: Recipe, metrics: list[Measure], net: Denoiser) -> None
     _check_memory("evaluate.batch", e.batch, net, "sampled at once")
     _check_memory("evaluate.images", e.images, net, "scored together", item_bytes=1)
     try:
-        words = build.listed_words(recipe) if isinstance(net.conditions, Texts) else ()
-        check_samples(metrics, net.picture_shape, net.classes, e.images, words)
+        prompts = build.listed_prompts(recipe) if isinstance(net.conditions, Texts) else ()
+        check_samples(metrics, net.picture_shape, net.classes, e.images, prompts)
     except ValueError as error:
         raise ValueError(f"evaluate.metrics: {error}") from None
     if recipe.train.keep_best and best_by in recipe.seen_by_loss and not e.rank_seen_by_loss:

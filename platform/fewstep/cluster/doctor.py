@@ -63,13 +63,13 @@ WITHOUT_RECIPE = ["class_consistency", "diversity", "fid", "kid"]
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that must match on all nodes; None for a missing package."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def torch_wanted() -> str | None:
@@ -98,13 +98,13 @@ def part_checks(recipe: dict[str, Any]) -> list[Check]:
         parsed = Recipe.model_validate(recipe)
     except Exception as error:
         return [Check("recipe", "broken", one_line(error), LOCK)]
-    found: list[Check] = []
+    checks: list[Check] = []
     for name in PARTS:
         try:
-            found += importlib.import_module(name).check(parsed)
+            checks += importlib.import_module(name).check(parsed)
         except Exception as error:
-            found.append(Check(name, "broken", one_line(error), LOCK))
-    return found
+            checks.append(Check(name, "broken", one_line(error), LOCK))
+    return checks
 
 
 def _write_probes(folders: dict[str, str], probe: str) -> None:
@@ -261,16 +261,16 @@ def _gather(refs: dict[str, Any], until: float) -> dict[str, tuple[Any, str | No
 
     left = max(until - time.monotonic(), 0.1)
     done = set(ray.wait(list(refs.values()), num_returns=len(refs), timeout=left)[0]) if refs else set()
-    found: dict[str, tuple[Any, str | None]] = {}
+    answers: dict[str, tuple[Any, str | None]] = {}
     for name, ref in refs.items():
         if ref not in done:
-            found[name] = None, f"no answer within {left:.0f} s"
+            answers[name] = None, f"no answer within {left:.0f} s"
             continue
         try:
-            found[name] = ray.get(ref), None
+            answers[name] = ray.get(ref), None
         except Exception as error:  # any error is a result about that node
-            found[name] = None, _last_line(getattr(error, "cause", None) or error)
-    return found
+            answers[name] = None, _last_line(getattr(error, "cause", None) or error)
+    return answers
 
 
 def _look(recipe: dict[str, Any], ids: dict[str, str], until: float) -> dict[str, Any]:
@@ -288,8 +288,8 @@ def _look(recipe: dict[str, Any], ids: dict[str, str], until: float) -> dict[str
     nodes = {name: {"error": error} if facts is None else facts for name, (facts, error) in answers.items()}
     alive = [name for name, facts in nodes.items() if facts["error"] is None]
     seen = ask(_visible_probes, {name: (folders, [probes[other] for other in alive]) for name in alive})
-    for name, (found, _) in seen.items():
-        for key, files in (found or {}).items():
+    for name, (visible, _) in seen.items():
+        for key, files in (visible or {}).items():
             nodes[name]["sees"][key] = [other for other in alive if probes[other] in files]
     ask(_remove_probes, {name: (folders, probes[name]) for name in alive})
     return nodes

@@ -53,23 +53,25 @@ class Encode:
                 pixels, bad = decode_all(table.column("image").to_pylist(), self.shards.size)
                 if bad:
                     raise ShardError(f"{self.shards.name(unit, bad[0][0])}: {bad[0][1]}; prepare the set without it")
-                words = table.column("caption").to_pylist()
-                for first in range(0, len(words), self.batch):
+                captions = table.column("caption").to_pylist()
+                for first in range(0, len(captions), self.batch):
                     here = slice(first, first + self.batch)
                     # by the name of a shard on a disk: in a store it holds a hash, too, and latents are the same
                     draws = Draws(self.seed, fold(f"shard-{part:05d}.parquet", unit, first))
-                    latents, columns = self.columns(pixels[here], words[here], draws)
-                    for i, caption in enumerate(words[here]):
+                    latents, columns = self.columns(pixels[here], captions[here], draws)
+                    for i, caption in enumerate(captions[here]):
                         writer.add(latents[i], caption=caption, **{key: value[i] for key, value in columns.items()})
         return writer.manifest.rows
 
     @torch.no_grad()
-    def columns(self, pixels: np.ndarray, words: list[str], draws: Draws) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def columns(
+        self, pixels: np.ndarray, captions: list[str], draws: Draws
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Sampled latents, scaled as the network takes them, and the captions' embeddings, float16."""
         pictures = torch.from_numpy(pixels).to(self.device).float().div_(127.5).sub_(1)
-        shape = (len(words), *latent_shape(self.codec, self.shards.size))
+        shape = (len(captions), *latent_shape(self.codec, self.shards.size))
         latents = self.codec.encode(pictures, draws.normal("latent", shape).to(self.device))
-        embedded = self.encoder.columns(words)
+        embedded = self.encoder.columns(captions)
         kept = {key: value.byte() if key == "mask" else value.half() for key, value in embedded.items()}
         return latents.cpu().half().numpy(), {key: value.numpy() for key, value in kept.items()}
 

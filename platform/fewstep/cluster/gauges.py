@@ -114,10 +114,10 @@ class WorkerGauges(Gauges):
         self.set("images_per_second", metrics["images_per_s"], rank=rank)
         self.set("data_wait_ratio", metrics["data_wait"], rank=rank)
         for role, kinds in memory(engine).items():
-            for kind, held in kinds.items():
-                self.set("memory_bytes", held, rank=rank, role=role, kind=kind)
-        for kind, held in cuda_memory(engine.world.device).items():
-            self.set("cuda_memory_bytes", held, rank=rank, kind=kind)
+            for kind, size in kinds.items():
+                self.set("memory_bytes", size, rank=rank, role=role, kind=kind)
+        for kind, size in cuda_memory(engine.world.device).items():
+            self.set("cuda_memory_bytes", size, rank=rank, kind=kind)
         for phase in engine.updates:
             if f"{phase}_s" in metrics:  # a phase may not have run since the last report
                 self.set("phase_seconds", metrics[f"{phase}_s"], rank=rank, phase=phase)

@@ -29,7 +29,7 @@ def train(recipe: Recipe, dry_run: bool = False, exports: bool = False) -> dict[
     with Progress(recipe) as progress:
         result = fit(recipe, progress, keep_lock=True, notes=notes)  # the job adds to the folder after the run
     if not result["finished"]:
-        own = [word for word in sys.argv[1:] if not word.startswith("name=")]
+        own = [argument for argument in sys.argv[1:] if not argument.startswith("name=")]
         again = masked(shlex.join(["python", sys.argv[0], *own, f"name={recipe.name}"]))
         print(json.dumps({"run_id": result["run_id"], "finished": False, "step": result["step"], "again": again}))
         return None

@@ -145,11 +145,11 @@ def run(settings: Settings, template: Path) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     http = HTTPOptions(host=settings.host, port=settings.port, request_timeout_s=settings.timeout_s + GRACE_S)
     serve.start(proxy_location="HeadOnly", http_options=http, logging_config=LOGGING)
-    found = serve.context._get_global_client().http_config
-    if (found.host, found.port) != (settings.host, settings.port):
+    current = serve.context._get_global_client().http_config
+    if (current.host, current.port) != (settings.host, settings.port):
         raise ValueError(
-            f"host: Ray Serve runs on this cluster already, at {found.host}:{found.port}; give host={found.host} "
-            f"port={found.port}, or stop it with: serve shutdown"
+            f"host: Ray Serve runs on this cluster already, at {current.host}:{current.port}; give host={current.host} "
+            f"port={current.port}, or stop it with: serve shutdown"
         )
     stop = threading.Event()
     handle = serve.run(app, name=student.name, route_prefix="/")
@@ -171,10 +171,10 @@ def run(settings: Settings, template: Path) -> None:
 def _check_port(settings: Settings) -> None:
     """Raises ValueError where the port is taken, which Ray Serve would report late."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family) as found:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            found.bind((settings.host, settings.port))
+            listener.bind((settings.host, settings.port))
         except OSError as error:
             raise ValueError(
                 f"port: {settings.host}:{settings.port} cannot be listened on ({error.strerror}); choose another"

@@ -112,10 +112,10 @@ def own_folder() -> Path:
     way_out = "name a folder of your own, with a short path, by RAY_TMPDIR=..."
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
+        info = folder.lstat()
     except OSError as error:
         raise ValueError(f"{folder}: cannot be made for Ray's files ({reason(error)}); {way_out}") from None
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise ValueError(
             f"{folder}: belongs to another user or is open to others, and Ray's files would lie in it; remove it, or "
             + way_out
@@ -187,7 +187,7 @@ def _environment() -> dict[str, Any]:
 def _loopback() -> str:
     """Returns the name of the network interface with 127.0.0.1, such as lo."""
     interfaces = psutil.net_if_addrs()
-    return next(name for name in interfaces if any(found.address == "127.0.0.1" for found in interfaces[name]))
+    return next(name for name in interfaces if any(address.address == "127.0.0.1" for address in interfaces[name]))
 
 
 def is_private() -> bool:

@@ -165,8 +165,8 @@ def _fit(
 def submission() -> dict[str, str]:
     """The tag of a submitted job with its id at Ray's job server; {} for a job that was started by hand."""
     config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    found = config.get("metadata", {}).get("job_submission_id")
-    return {"ray.submission_id": found} if found else {}
+    job = config.get("metadata", {}).get("job_submission_id")
+    return {"ray.submission_id": job} if job else {}
 
 
 def _attempt(recipe: Recipe, device: str, config: dict[str, Any]) -> dict[str, Any]:

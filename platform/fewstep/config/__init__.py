@@ -1,9 +1,9 @@
 """Settings from files and command lines, validated; every mistake is reported before anything runs.
 
-A recipe is YAML; `key.sub=value` words override it (values are YAML too); a pydantic model validates the whole.
+A recipe is YAML; `key.sub=value` arguments override it (values are YAML too); a pydantic model validates the whole.
 """
 
-from .command import Command, command, plain_errors, words
+from .command import Command, command, parse_arguments, plain_errors
 from .keys import page
 from .paths import ASSETS, home, resolve, resolve_out, resolve_out_ref, resolve_ref
 from .reading import ConfigError, UserError, as_text, parse_json, read, read_json, read_json_lines, to_yaml
@@ -42,6 +42,7 @@ __all__ = [
     "override",
     "override_all",
     "page",
+    "parse_arguments",
     "parse_json",
     "plain_errors",
     "read",
@@ -55,5 +56,4 @@ __all__ = [
     "to_yaml",
     "validate",
     "with_new_names",
-    "words",
 ]

@@ -1,4 +1,4 @@
-"""The command line of a job: `key.sub=value` words, --help, and one way to report a mistake."""
+"""The command line of a job: `key.sub=value` arguments, --help, and one way to report a mistake."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from .settings import Strict, nearest, override_all, validate
 FORM = "arguments have the form key=value or key.sub=value, such as seed=1"
 
 
-def words(argv: Sequence[str]) -> dict[str, Any]:
-    """`key.sub=value` words as {dotted key: value}; values are YAML.
+def parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
+    """`key.sub=value` arguments as {dotted key: value}; values are YAML.
 
-    Raises ConfigError for words of another form, given twice, or with a comment in them.
+    Raises ConfigError for an argument of another form, a key given twice, or a value with a comment in it.
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     wrong = []
-    for word in argv:
-        key, equals, text = word.partition("=")
+    for argument in argv:
+        key, equals, text = argument.partition("=")
         if not equals or not all(key.split(".")):
-            wrong.append(f"{quoted(word)}: {FORM}")
-        elif key in found:
+            wrong.append(f"{quoted(argument)}: {FORM}")
+        elif key in values:
             wrong.append(f"{key}: given twice")
         elif text.startswith("#") or (" #" in text and text[0] not in "'\"[{"):
             wrong.append(f"{key}: a # begins a comment; put the value in quotes: '{key}=\"{text}\"'")
         else:
             try:
-                found[key] = parse_yaml(text, key)
+                values[key] = parse_yaml(text, key)
             except ConfigError as error:
                 wrong.append(str(error))
     if wrong:
         raise ConfigError("\n".join(wrong))
-    return found
+    return values
 
 
 @contextlib.contextmanager
@@ -72,10 +72,10 @@ def _message(error: Exception) -> str:
 
 
 class Command:
-    """A job as people start it: reads the words of the command line, answers --help, and reports mistakes.
+    """A job as people start it: reads the command line, answers --help, and reports mistakes.
 
-    main: called with the settings, and with the other words as {dotted key: value} where `others` names the model that
-    they are keys of; returns the exit status, None for 0.
+    main: called with the settings; and where `others` is given, with the other arguments as {dotted key: value}. It
+    returns the exit status, None for 0. others: the model that those are keys of.
     """
 
     def __init__(self, main: Callable[..., int | None], settings: type[Strict], others: type[Strict] | None = None):
@@ -83,11 +83,11 @@ class Command:
         self.doc = (main.__globals__.get("__doc__") or settings.__doc__ or "").strip()
 
     def __call__(self, argv: Sequence[str] | None = None) -> None:
-        """Runs the job with these words, by default the process's own. Raises SystemExit for a status other than 0."""
+        """Runs the job, by default with the process's arguments. Raises SystemExit for a status other than 0."""
         argv = sys.argv[1:] if argv is None else argv
         with plain_errors():
             if {"--help", "-h"} & set(argv):
-                prefixes = [word for word in argv if "=" not in word and not word.startswith("-")]
+                prefixes = [argument for argument in argv if "=" not in argument and not argument.startswith("-")]
                 print(help_text(self.doc, self.models, prefixes))
                 sys.stdout.flush()
                 return
@@ -104,11 +104,13 @@ class Command:
         """The arguments of `main`. `--dry-run` stands for `dry_run=true`. Raises ConfigError with every mistake."""
         own = names(self.settings)
         flags = {f"--{name.replace('_', '-')}": name for name, kind in own.items() if kind is bool}
-        unknown = [word for word in argv if word.startswith("-") and "=" not in word and word not in flags]
+        unknown = [
+            argument for argument in argv if argument.startswith("-") and "=" not in argument and argument not in flags
+        ]
         if unknown:
             hint = nearest(unknown[0], [*flags, "--help"])
-            raise ConfigError("\n".join(f"{word}: no such option; {hint}" for word in unknown))
-        given = words([f"{flags[word]}=true" if word in flags else word for word in argv])
+            raise ConfigError("\n".join(f"{argument}: no such option; {hint}" for argument in unknown))
+        given = parse_arguments([f"{flags[argument]}=true" if argument in flags else argument for argument in argv])
         if self.others is None:
             return (validate(self.settings, override_all({}, given)),)
         known = [*own, *names(self.others)]
@@ -116,7 +118,7 @@ class Command:
         for key in list(given):
             head = key.split(".")[0]
             near = difflib.get_close_matches(head, known, n=1)
-            if head in own or (head not in known and near and near[0] in own):  # a slip in one of the job's own words
+            if head in own or (head not in known and near and near[0] in own):  # a slip in one of the job's own keys
                 mine[key] = given.pop(key)
         return validate(self.settings, override_all({}, mine)), given
 
@@ -124,5 +126,5 @@ class Command:
 def command(
     settings: type[Strict], others: type[Strict] | None = None
 ) -> Callable[[Callable[..., int | None]], Command]:
-    """Makes a function a Command, which reads its words as `settings`."""
+    """Makes a function a Command, which reads its arguments as `settings`."""
     return lambda main: Command(main, settings, others)

@@ -41,7 +41,7 @@ class Key:
 
     @property
     def value(self) -> str:
-        """Type, range and default in words."""
+        """Type, range and default, as text."""
         if self.group and self.default not in ("null", "{}"):
             return self.type
         return f"{self.type}; {'required' if self.default is None else f'default {self.default}'}"
@@ -91,7 +91,7 @@ def _plain(shape: Mapping[str, Any]) -> str:
 
 
 def _type(shape: Mapping[str, Any], defs: Mapping[str, Any]) -> str:
-    """A JSON schema's type and range in words."""
+    """A JSON schema's type and range, as text."""
     shape = _followed(shape, defs)
     if "anyOf" in shape:
         return " or ".join(_type(part, defs) for part in shape["anyOf"])
@@ -106,8 +106,10 @@ def _type(shape: Mapping[str, Any], defs: Mapping[str, Any]) -> str:
         return GROUP
     limits = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
     limits |= {"pattern": "of the form"}
-    said = [f"{word} {shape[key]}" for key, word in limits.items() if shape.get(key) not in (None, INT_MIN, INT_MAX)]
-    return " ".join([KINDS.get(kind, "any value"), " and ".join(said)]).strip()
+    bounds = [
+        f"{phrase} {shape[key]}" for key, phrase in limits.items() if shape.get(key) not in (None, INT_MIN, INT_MAX)
+    ]
+    return " ".join([KINDS.get(kind, "any value"), " and ".join(bounds)]).strip()
 
 
 def _spelt(value: Any) -> str:
@@ -131,19 +133,19 @@ def help_text(doc: str, models: Sequence[type[BaseModel]], prefixes: Sequence[st
     others = [key for model in models[1:] for key in keys(model) if key.name not in {key.name for key in own}]
     if prefixes:
         return "\n".join(_lines(key for prefix in prefixes for key in _narrowed([*own, *others], prefix)))
-    lines = [doc, "", "Arguments are key=value words, whose values are YAML:", "", *_lines(own)]
+    lines = [doc, "", "Arguments have the form key=value; values are YAML:", "", *_lines(own)]
     if others:
-        lines += ["", "All other words are keys of the recipe. --help KEY prints those below KEY alone:", ""]
+        lines += ["", "All other arguments are keys of the recipe. --help KEY prints those below KEY alone:", ""]
     return "\n".join([*lines, *_lines(others)])
 
 
 def _narrowed(all_keys: Sequence[Key], prefix: str) -> list[Key]:
     parts = prefix.split(".")
-    found = [key for key in all_keys if _matches(key.name.split("."), parts) or key.choice == prefix]
-    if not found:
+    matches = [key for key in all_keys if _matches(key.name.split("."), parts) or key.choice == prefix]
+    if not matches:
         known = sorted({key.name for key in all_keys})
         raise ConfigError(f"--help {prefix}: no such key; {nearest(prefix, known)}")
-    return found
+    return matches
 
 
 def _matches(key: Sequence[str], prefix: Sequence[str]) -> bool:
@@ -176,7 +178,7 @@ def page(jobs: Mapping[str, Sequence[type[BaseModel]]], recipe: type[BaseModel])
     parts = [HEAD, "## Recipes", *_sections(keys(recipe))]
     for file, (own, *others) in jobs.items():
         parts += [f"## {file}", " ".join((own.__doc__ or "").split()), _table(keys(own))]
-        parts += ["All other words are keys of the recipe."] if others else []
+        parts += ["All other arguments are keys of the recipe."] if others else []
     return "\n\n".join(parts) + "\n"
 
 

@@ -143,8 +143,8 @@ def _opened(data: bytes) -> ImageFile:
     raise CorruptImage(f"no {', '.join(FORMATS)} file")
 
 
-def _other_size(found: tuple[int, int], wanted: tuple[int, int]) -> OtherSize:
-    return OtherSize(f"{found[1]}x{found[0]} pixels where the set has {wanted[0]}x{wanted[1]}")
+def _other_size(actual: tuple[int, int], wanted: tuple[int, int]) -> OtherSize:
+    return OtherSize(f"{actual[1]}x{actual[0]} pixels where the set has {wanted[0]}x{wanted[1]}")
 
 
 _TURNS = {
@@ -163,10 +163,10 @@ def _orientation(image: ImageFile) -> int:
     if not image.info.keys() & {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}:
         return 1
     try:
-        found = image.getexif().get(0x0112)
+        orientation = image.getexif().get(0x0112)
     except PILLOW_ERRORS:
         return 1
-    return found if isinstance(found, int) else 1
+    return orientation if isinstance(orientation, int) else 1
 
 
 def _opaque(picture: Image.Image, info: dict, background: tuple[int, int, int], changes: list[str]) -> Image.Image:

@@ -134,7 +134,7 @@ def _how(style: Style) -> str:
 def _drawings(folder: Path, style: Style, groups: Sequence[str] = ()) -> dict[str, str]:
     """The SVG texts of a package by name: those of some groups, or all but those of a skin tone. Raises SourceError."""
     files = _files(folder, style)
-    found = {}
+    drawings = {}
     try:
         package, icons, metadata = (
             parse_json(files[name], f"{style.package}/{name}", limit=IMAGE_BYTES) for name in NEEDED
@@ -147,12 +147,12 @@ def _drawings(folder: Path, style: Style, groups: Sequence[str] = ()) -> dict[st
         wanted = {name for group in groups for name in known[group]} if groups else icons["icons"].keys()
         for name, icon in icons["icons"].items():
             if name in wanted and "skin-tone" not in name:
-                found[name] = _svg({key: icons.get(key) for key in ("width", "height")} | icon)
+                drawings[name] = _svg({key: icons.get(key) for key in ("width", "height")} | icon)
     except SourceError:
         raise
     except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"path: {style.package} in {folder} is damaged ({one_line(error)}); {_how(style)}") from None
-    return found
+    return drawings
 
 
 def _files(folder: Path, style: Style) -> dict[str, bytes]:
@@ -160,17 +160,17 @@ def _files(folder: Path, style: Style) -> dict[str, bytes]:
     archive = folder / style.archive
     for unpacked in (folder / style.package, folder / "node_modules" / style.package):
         if all((unpacked / name).is_file() for name in NEEDED):
-            found: dict[str, Any] = {name: read_image(unpacked / name) for name in NEEDED}
+            files: dict[str, Any] = {name: read_image(unpacked / name) for name in NEEDED}
             break
     else:
         if not archive.is_file():
             raise SourceError(f"path: no {style.archive} in {str(folder)!r}; {_how(style)}")
         inside = members(archive, lambda name: IMAGE_BYTES * (name.removeprefix("package/") in NEEDED))
-        found = {name.removeprefix("package/"): data for name, data in inside if data}
-    missing = [name for name in NEEDED if not isinstance(found.get(name), bytes)]
+        files = {name.removeprefix("package/"): data for name, data in inside if data}
+    missing = [name for name in NEEDED if not isinstance(files.get(name), bytes)]
     if missing:
         raise SourceError(f"path: {style.package} in {folder} has no readable {missing[0]}; {_how(style)}")
-    return found
+    return files
 
 
 def _svg(icon: dict[str, Any]) -> str:

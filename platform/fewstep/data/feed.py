@@ -159,7 +159,7 @@ class Feed(ABC):
     def _finish(
         self,
         values: torch.Tensor,
-        found: np.ndarray,
+        row_labels: np.ndarray,
         texts: list[str] | None,
         more: Mapping[str, torch.Tensor],
         epochs: np.ndarray,
@@ -177,10 +177,10 @@ class Feed(ABC):
             images[mirrored] = images[mirrored].flip(-1)
         columns = Rows(real=images)
         if self.classes:
-            columns["label"] = torch.from_numpy(np.array(found, np.int64))
+            columns["label"] = torch.from_numpy(np.array(row_labels, np.int64))
         if self.with_captions:
             columns["caption"] = texts
-        columns |= {name: held.float() for name, held in more.items() if name != "noise"}
+        columns |= {name: tensor.float() for name, tensor in more.items() if name != "noise"}
         if "noise" in more:
             columns["noise"] = noise(more["noise"][:, 0].numpy(), self.shape)
         return columns
@@ -286,8 +286,8 @@ class StreamFeed(Feed):
             rows = piece.rows % self.plan.units[unit]
             try:
                 table = self.shards.read(unit, rows)
-            except ShardError as found:
-                self._lose(unit, found)
+            except ShardError as another:
+                self._lose(unit, another)
                 continue
             if unit == piece.unit:
                 self._warn(unit, f"{error}; it could be read when it was tried again")
@@ -304,24 +304,24 @@ class StreamFeed(Feed):
                 tables.close()
 
     def _decode(self, epochs: np.ndarray, rows: np.ndarray, table: pa.Table, pool: ThreadPoolExecutor) -> Any:
-        found = labels(table)
+        row_labels = labels(table)
         texts = table.column("caption").to_pylist() if self.with_captions else None
         more = {c.name: numbers(table, c).copy() for c in self.shards.numbers}
         if self.shards.manifest.kind == "latent":
             values = torch.from_numpy(latents(table, self.shape).copy())
-            return self._finish(values, found, texts, _tensors(more), epochs, rows)
+            return self._finish(values, row_labels, texts, _tensors(more), epochs, rows)
         values, bad = decode_all(table.column("image").to_pylist(), self.shape, pool, self.threads)
         if bad:
-            found, used = found.copy(), table.column("row").to_numpy()
+            row_labels, used = row_labels.copy(), table.column("row").to_numpy()
         for i, reason in bad:
             self._note(int(used[i]), reason)
             values[i], other = self._stand_in(int(epochs[i]), int(rows[i]))
-            found[i] = labels(other)[0]
+            row_labels[i] = labels(other)[0]
             if texts is not None:
                 texts[i] = other.column("caption")[0].as_py()
             for column in self.shards.numbers:
                 more[column.name][i] = numbers(other, column)[0]
-        return self._finish(torch.from_numpy(values), found, texts, _tensors(more), epochs, rows)
+        return self._finish(torch.from_numpy(values), row_labels, texts, _tensors(more), epochs, rows)
 
     def _stand_in(self, epoch: int, row: int) -> tuple[np.ndarray, pa.Table]:
         """The pixels and the row that replace a corrupt one; its row group is read once more."""

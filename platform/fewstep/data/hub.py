@@ -61,8 +61,8 @@ def parquet(path: Path | None, split: str = "train", reading: Reading = PLAIN) -
         names += here
         for kind, values, check in (("label", labels, label_of), ("caption", captions, caption_of)):
             if kind in columns:
-                found = (row[columns[kind]] for row in _read(file, [columns[kind]], 4096))
-                values += [check(value, name) for value, name in zip(found, here, strict=True)]
+                column = (row[columns[kind]] for row in _read(file, [columns[kind]], 4096))
+                values += [check(value, name) for value, name in zip(column, here, strict=True)]
     if not names:
         raise SourceError(f"path: no rows in {str(path)!r}; give other files")
     labels, captions = labels or [None] * len(names), captions or [None] * len(names)

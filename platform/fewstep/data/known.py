@@ -45,9 +45,9 @@ def fashion_mnist(path: Path | None = None, split: str = "train", reading: Readi
     names = (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
     places = [path] if path else [DEBIAN]
     for place in places:
-        found = [_either(place, name) for name in names]
-        if all(found):
-            images, labels = (_idx(file) for file in found)
+        files = [_either(place, name) for name in names]
+        if all(files):
+            images, labels = (_idx(file) for file in files)
             break
     else:
         if path:
@@ -120,14 +120,14 @@ def cifar10(path: Path | None, split: str = "train", reading: Reading = PLAIN) -
     batches = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
     labels_json = {"train": "train_lables.json", "test": "test_lables.json"}[split]  # spelt so in the package
     wanted = [name + suffix for name in batches for suffix in (".bin", ".png", "")] + [labels_json]
-    found = _members(path, wanted, reading)
+    members = _members(path, wanted, reading)
     try:
-        if all(f"{name}.bin" in found for name in batches):
-            pairs = [_cifar_binary(found[f"{name}.bin"]) for name in batches]
-        elif all(f"{name}.png" in found for name in batches) and labels_json in found:
-            pairs = _cifar_sheets([found[f"{name}.png"] for name in batches], found[labels_json])
-        elif all(name in found for name in batches):
-            pairs = [_cifar_pickle(found[name]) for name in batches]
+        if all(f"{name}.bin" in members for name in batches):
+            pairs = [_cifar_binary(members[f"{name}.bin"]) for name in batches]
+        elif all(f"{name}.png" in members for name in batches) and labels_json in members:
+            pairs = _cifar_sheets([members[f"{name}.png"] for name in batches], members[labels_json])
+        elif all(name in members for name in batches):
+            pairs = [_cifar_pickle(members[name]) for name in batches]
         else:
             missing = f"not all of {', '.join(batches)} (as .bin, .png or pickles)"
             raise SourceError(f"path: {str(path)!r} has {missing}; {how}")
@@ -158,20 +158,20 @@ def _check_split(split: str) -> None:
 
 def _members(path: Path, wanted: Sequence[str], reading: Reading) -> dict[str, bytes]:
     """The contents of the wanted files, by their last name, in a folder or a tar; nothing is unpacked to disk."""
-    found: dict[str, bytes | CorruptImage | None] = {}
+    contents: dict[str, bytes | CorruptImage | None] = {}
     if path.is_dir():
         tree = walk(path, reading)
         names = [name for name in (*tree.files, *tree.outside) if name.rpartition("/")[2] in wanted]
         tree.check(names)
-        found = {name.rpartition("/")[2]: read_image(path / name) for name in names}
+        contents = {name.rpartition("/")[2]: read_image(path / name) for name in names}
     else:
         for name, data in members(path, lambda name: IMAGE_BYTES if name.rpartition("/")[2] in wanted else 0):
             if name.rpartition("/")[2] in wanted:
-                found[name.rpartition("/")[2]] = data
-    for name, data in found.items():
+                contents[name.rpartition("/")[2]] = data
+    for name, data in contents.items():
         if not isinstance(data, bytes):
             raise SourceError(f"{path}: {name}: {data or f'more than {IMAGE_BYTES >> 20} MiB'}; fetch it again")
-    return found
+    return contents
 
 
 def _cifar_binary(data: bytes) -> tuple[np.ndarray, np.ndarray]:

@@ -91,8 +91,8 @@ class Column(Strict):
         if not bad.any():
             return None
         row = int(bad.any(1).argmax())
-        found = f"a number {flat[row][bad[row]][0]:g} in the column {self.name!r}"
-        return row, found + (f", and there are {low:g} to {high:g}" if limits else ", and all are finite")
+        text = f"a number {flat[row][bad[row]][0]:g} in the column {self.name!r}"
+        return row, text + (f", and there are {low:g} to {high:g}" if limits else ", and all are finite")
 
 
 class Shard(Strict):

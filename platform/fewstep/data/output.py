@@ -82,12 +82,12 @@ class Store:
     def finish(self, manifest: Manifest) -> None:
         """Writes the manifest, and removes the set that it replaces. Raises ShardError, FolderError and StoreError."""
         replaceable(self.out, SHARDS, overwrite=self.overwrite, own=self.sent)  # the work may have taken hours
-        found = {name: info["size"] for name, info in self.out.files().items()}
+        sizes = {name: info["size"] for name, info in self.out.files().items()}
         for name, size in self.sent.items():
-            if found.get(name) != size:
+            if sizes.get(name) != size:
                 raise ShardError(f"{self.out / name}: lost while the set was written; start again")
         (self.out / MANIFEST).write(_text(manifest).encode())
-        former, self.sent = found.keys() - self.sent.keys() - {MANIFEST}, {}
+        former, self.sent = sizes.keys() - self.sent.keys() - {MANIFEST}, {}
         for name in sorted(former):
             (self.out / name).unlink()
 

@@ -334,8 +334,8 @@ def _verify_values(manifest: Manifest, path: Path | Place, file: pq.ParquetFile)
                 if len(bad):
                     wrong = bad[0], f"has the label {labels[bad[0]]}, the manifest says 0 <= label < {manifest.classes}"
             elif column.is_numbers:
-                found = column.mistake(numbers(table, column), manifest.range if column.kind == "latent" else None)
-                wrong = found and (found[0], f"has {found[1]}")
+                mistake = column.mistake(numbers(table, column), manifest.range if column.kind == "latent" else None)
+                wrong = mistake and (mistake[0], f"has {mistake[1]}")
             if wrong is not None:
                 raise ShardError(f"{path}: row {first + int(wrong[0])} {wrong[1]}; {RESTORE}")
         first += table.num_rows
@@ -540,10 +540,10 @@ class ShardWriter:
         self._end_file()
         if not self._shards:
             raise ShardError(f"out: no rows were written to {str(self.out)!r}; the source gave none")
-        found = {"range": self._extremes} if self.manifest.kind == "latent" else {}
+        fields = {"range": self._extremes} if self.manifest.kind == "latent" else {}
         changed = [f"{count} picture{'s' * (count > 1)} {change}" for change, count in sorted(self.changes.items())]
         self.manifest = self.manifest.model_copy(
-            update=found | {"rows": sum(s.rows for s in self._shards), "shards": tuple(self._shards),
+            update=fields | {"rows": sum(s.rows for s in self._shards), "shards": tuple(self._shards),
                             "skipped": tuple(self._skipped), "notes": (*self.notes, *changed)}
         )  # fmt: skip
         self.output.finish(self.manifest)
@@ -578,8 +578,8 @@ def join(parts: Sequence[Path | Place], out: Path | Place, source: dict[str, Any
                 named = shard.model_copy(update={"file": f"shard-{len(kept):05d}.parquet"})
                 kept.append(whole.copy(shards.path / shard.file, named))
         low, high = zip(*(shards.manifest.range for shards in opened), strict=True)
-        found = {"range": (min(low), max(high)), "rows": sum(s.rows for s in opened), "shards": tuple(kept)}
-        manifest = first.model_copy(update=found | {"source": source})
+        fields = {"range": (min(low), max(high)), "rows": sum(s.rows for s in opened), "shards": tuple(kept)}
+        manifest = first.model_copy(update=fields | {"source": source})
         whole.finish(manifest)
     finally:
         whole.discard()

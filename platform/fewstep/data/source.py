@@ -195,17 +195,17 @@ def classes_of(labels: Sequence[Label | None], names: Sequence[str], classes: in
             f"path: labels are names in some rows and numbers in others: {first[True][0]!r} of {first[True][1]!r}, "
             f"{first[False][0]} of {first[False][1]!r}"
         )
-    found = sorted(set(labels), key=_in_order)
-    numeric = True not in first or all(isinstance(_in_order(name)[1], int) for name in found)
+    distinct = sorted(set(labels), key=_in_order)
+    numeric = True not in first or all(isinstance(_in_order(name)[1], int) for name in distinct)
     if True in first and not (numeric and classes is not None):
-        if classes is not None and classes != len(found):
-            raise SourceError(f"classes: {classes}, but the labels have {len(found)} names")
-        number = {name: i for i, name in enumerate(found)}
+        if classes is not None and classes != len(distinct):
+            raise SourceError(f"classes: {classes}, but the labels have {len(distinct)} names")
+        number = {name: i for i, name in enumerate(distinct)}
         notes = ()
-        if numeric and [_in_order(name)[1] for name in found] != list(range(len(found))):
-            some = ", ".join(found[:3])
+        if numeric and [_in_order(name)[1] for name in distinct] != list(range(len(distinct))):
+            some = ", ".join(distinct[:3])
             notes = (f"the names {some}, ... are classes 0, 1, ...; classes=N takes them as class numbers",)
-        return Classes(len(found), tuple(found), [number[label] for label in labels], notes)
+        return Classes(len(distinct), tuple(distinct), [number[label] for label in labels], notes)
     values = [_in_order(label)[1] for label in labels] if True in first else list(labels)
     for bad in (min(values), max(values)):
         if not 0 <= bad < (classes or MAX_CLASSES):

@@ -156,14 +156,14 @@ def _key_and_suffix(name: str) -> tuple[str, str]:
 
 
 def _image(row: _Row) -> bytes | CorruptImage:
-    found = [suffix for suffix in row.suffixes if suffix in SUFFIXES]
-    if len(found) != 1:
+    images = [suffix for suffix in row.suffixes if suffix in SUFFIXES]
+    if len(images) != 1:
         others = ", ".join(row.suffixes[:8])
         return CorruptImage(
-            f"{'no image' if not found else 'several images'} among its members ({others}); a member's suffix begins "
+            f"{'no image' if not images else 'several images'} among its members ({others}); a member's suffix begins "
             "at the first dot of its name"
         )
-    data = row.parts[found[0]]
+    data = row.parts[images[0]]
     return too_large(f"more than {IMAGE_BYTES >> 20}") if data is None else data
 
 

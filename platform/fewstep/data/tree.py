@@ -20,7 +20,7 @@ def is_hidden(path: str) -> bool:
 
 @dataclass(frozen=True)
 class Tree:
-    """The files below a folder, by their paths relative to it, in order; what was left out, in words.
+    """The files below a folder, by their paths relative to it, in order; what was left out, as text.
 
     outside: links to files outside the folder, which are not followed, and what they lead to.
     """

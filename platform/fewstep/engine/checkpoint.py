@@ -377,11 +377,11 @@ def load(
         into: dict[str, Tensor] = {}
         constants: dict[str, Tensor] = {}
         for name, net in nets.items():
-            found = _part(manifest["tensors"], f"net.{name}")
+            names = _part(manifest["tensors"], f"net.{name}")
             own = net.state_dict()
-            _fits(own, {key: manifest["tensors"][whole] for key, whole in found.items()}, f"{path}, {name}")
-            into |= {whole: own[key].detach() for key, whole in found.items()}
-            constants |= {whole: value for key, whole in found.items() if not (value := own[key]).is_floating_point()}
+            _fits(own, {key: manifest["tensors"][whole] for key, whole in names.items()}, f"{path}, {name}")
+            into |= {whole: own[key].detach() for key, whole in names.items()}
+            constants |= {whole: value for key, whole in names.items() if not (value := own[key]).is_floating_point()}
         into |= {whole: torch.empty_like(value) for whole, value in constants.items()}
         tensors = manifest["tensors"]
         states = {role: _slots(tensors, role, nets[role], optim, into, path) for role, optim in optims.items()}
@@ -407,14 +407,14 @@ def _slots(
 
     Raises CheckpointError where the checkpoint's state is not what this optimiser keeps of a parameter that trains.
     """
-    params, found, states = dict(net.named_parameters()), defaultdict(dict), {}
+    params, slots_of, states = dict(net.named_parameters()), defaultdict(dict), {}
     for key, whole in _part(tensors, f"optim.{role}").items():
         name, _, slot = key.rpartition(".")
         if name not in params:
             raise CheckpointError(f"{path}: does not fit the optimiser; {whole} belongs to no parameter")
-        found[name][slot] = whole
+        slots_of[name][slot] = whole
     kept: dict[Any, dict[str, Tensor]] = {}
-    for name, slots in found.items():
+    for name, slots in slots_of.items():
         param = params[name]
         alike = (param.ndim, param.dtype, param.device)
         if alike not in kept:

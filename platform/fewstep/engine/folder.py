@@ -35,14 +35,14 @@ def complete(path: Ref) -> bool:
 def checkpoints(folder: Ref) -> list[Ref]:
     """The complete checkpoints in a folder, oldest first: paths on a disk, URLs elsewhere."""
     place = Place.of(folder)
-    steps = sorted((int(found[1]), name) for name in place.names() if (found := NAME.fullmatch(name)))
+    steps = sorted((int(match[1]), name) for name in place.names() if (match := NAME.fullmatch(name)))
     return [(place / name).ref for _, name in steps if (place / name / MANIFEST).is_file()]
 
 
 def newest(folder: Ref) -> Ref | None:
     """The newest complete checkpoint in a folder, or None."""
-    found = checkpoints(folder)
-    return found[-1] if found else None
+    paths = checkpoints(folder)
+    return paths[-1] if paths else None
 
 
 def foreign(folder: Ref) -> str | None:

@@ -128,36 +128,36 @@ class Watch:
 
     def _current_findings(self) -> list[Finding]:
         """Findings of the last check. `since` is the step at which the signal first passed SUSPECT."""
-        guard, (first, signals), found = self.guard, self.seen[-1], {}
+        guard, (first, signals), findings = self.guard, self.seen[-1], {}
         if "brightness" in signals:
             v, limit = signals["brightness"], guard.brightness
             text = f"brightness is {v:+.2f} of the data's standard deviations off (limit {limit:g})"
-            found["brightness"] = abs(v) / limit, text
+            findings["brightness"] = abs(v) / limit, text
         if "saturation" in signals:
             v, limit = signals["saturation"], guard.saturation
             text = f"saturation is {v:.2f} above the data's share of values beyond the range (limit {limit:g})"
-            found["saturation"] = v / limit, text
+            findings["saturation"] = v / limit, text
         if "diversity" in signals and self.best > 0:
             v, limit = signals["diversity"], guard.diversity
             text = f"diversity fell to {v:.2f} of the data's from {self.best:.2f} (limit {limit * self.best:.2f})"
-            found["diversity"] = (1 - v / self.best) / (1 - limit), text
-        suspect = [name for name, (severity, _) in found.items() if severity >= SUSPECT]
+            findings["diversity"] = (1 - v / self.best) / (1 - limit), text
+        suspect = [name for name, (severity, _) in findings.items() if severity >= SUSPECT]
         self.suspected = {name: self.suspected.get(name, first) for name in suspect}
-        return [Finding(severity, self.suspected.get(name, first), text) for name, (severity, text) in found.items()]
+        return [Finding(severity, self.suspected.get(name, first), text) for name, (severity, text) in findings.items()]
 
     def _window_findings(self) -> list[Finding]:
         """Findings over all checks of the window: swing of the brightness, accuracy of the discriminator."""
-        guard, found = self.guard, []
+        guard, findings = self.guard, []
         if offsets := [(signals["brightness"], first) for first, signals in self.seen if "brightness" in signals]:
             (low, a), (high, b), limit = min(offsets), max(offsets), guard.swing
             text = f"brightness swings from {low:+.2f} to {high:+.2f} of the data's standard deviations off"
-            found.append(Finding((high - low) / limit, min(a, b), f"{text} (limit {limit:g} apart)"))
+            findings.append(Finding((high - low) / limit, min(a, b), f"{text} (limit {limit:g} apart)"))
         right = [signals["accuracy"] for _, signals in self.seen if "accuracy" in signals]
         if len(right) == guard.window:
             v, limit = min(right), guard.accuracy
             text = f"the discriminator's accuracy stays at {v:.2f} or above for {guard.window} checks (limit {limit:g})"
-            found.append(Finding(v / limit, self.seen[0][0], text))
-        return found
+            findings.append(Finding(v / limit, self.seen[0][0], text))
+        return findings
 
 
 def signals_of(metrics: Mapping[str, float]) -> dict[str, float]:

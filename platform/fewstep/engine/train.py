@@ -419,16 +419,16 @@ class Engine:
         prepared for it; several are prepared again, each when its loss is due."""
         if phase.measure is None:
             return {}
-        found: list[Terms] = []
+        measures: list[Terms] = []
         for i, batch in enumerate(micro):
             if not prepared:
                 batch = self.method.prepare(self.nets, batch, phase.trains if len(micro) == 1 else ())
             with torch.no_grad():
                 means, own = phase.measure(self.nets, batch)
-            found.append(means)
+            measures.append(means)
             micro[i] = (batch if prepared or len(micro) == 1 else micro[i]).make(**own)
-        names = sorted(found[0])
-        means = torch.stack([torch.stack([f[name].detach() for f in found]).mean() for name in names])
+        names = sorted(measures[0])
+        means = torch.stack([torch.stack([f[name].detach() for f in measures]).mean() for name in names])
         return {f"mean/{n}": v for n, v in zip(names, self.world.mean(means.to(self.world.device)), strict=True)}
 
     def _reshard(self) -> None:

@@ -164,9 +164,9 @@ class World:
         """The mappings of all ranks in one; of a name that several ranks give, the last rank's value."""
         if self.size == 1:
             return values
-        found: list[dict[str, float]] = [{}] * self.size
-        dist.all_gather_object(found, values)
-        return {name: value for of_rank in found for name, value in of_rank.items()}
+        gathered: list[dict[str, float]] = [{}] * self.size
+        dist.all_gather_object(gathered, values)
+        return {name: value for of_rank in gathered for name, value in of_rank.items()}
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -38,7 +38,7 @@ class DMD(DistributionMatching):
         helper = {"features": make.helper("features")} if self.distance == "helper" else {}
         return super().nets(make) | helper
 
-    def extra(self, nets: Nets, batch: Batch, found: Terms) -> Terms:
+    def extra(self, nets: Nets, batch: Batch, match: Terms) -> Terms:
         if not self.regression_weight:
             return {}
         z, cond, target = batch.rows["noise"], batch.real_cond, batch.real

@@ -112,11 +112,11 @@ class DMD2(DistributionMatching):
         features, angle = out[1] if plain else out, level.angle.flatten()
         return {"gradient": gradient, "normaliser": normaliser, "features": features, "angle": angle}
 
-    def extra(self, nets: Nets, batch: Batch, found: Terms) -> Terms:
+    def extra(self, nets: Nets, batch: Batch, match: Terms) -> Terms:
         if not self.gan_weight:
             return {}
         shared = self.gan_draw == "match"
-        maps = found["features"] if shared else self.features(nets, batch, "gan", batch.x, batch.cond)
+        maps = match["features"] if shared else self.features(nets, batch, "gan", batch.x, batch.cond)
         return {"gan": self.gan_weight * gan_generator(nets["disc"](maps))}
 
     def critic_loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:

@@ -70,8 +70,8 @@ class DPDMD(DMD2):
         shrink = end.sigma / start.sigma
         return x, start, (x_end - shrink * x) / (end.alpha - shrink * start.alpha)
 
-    def extra(self, nets: Nets, batch: Batch, found: Terms) -> Terms:
-        terms = super().extra(nets, batch, found)
+    def extra(self, nets: Nets, batch: Batch, match: Terms) -> Terms:
+        terms = super().extra(nets, batch, match)
         if not self.anchor_steps:
             return terms
         x, level, x0 = self.anchor(nets, batch)

@@ -72,27 +72,27 @@ class FDistill(DMD2):
 
     def measure(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
         """The matching term and its weight h (B,), whose mean is taken over the global batch."""
-        found, means = super().matching(nets, batch), {}
-        r = nets["disc"](found.pop("features")).exp().clamp(*self.ratio)
+        match, means = super().matching(nets, batch), {}
+        r = nets["disc"](match.pop("features")).exp().clamp(*self.ratio)
         if self.bins:
-            here = self.bin(found["angle"])
+            here = self.bin(match["angle"])
             for k in range(self.bins):
                 means |= {f"in/{k}": here[:, k].mean(), f"r/{k}": (here[:, k] * r).mean()}
             r = r / (here @ nets["disc"].bin_means)
         h = H[self.divergence](r)
-        return {"weight": h.mean()} | means, found | {"weight": h}
+        return {"weight": h.mean()} | means, match | {"weight": h}
 
     def matching(self, nets: Nets, batch: Batch) -> Terms:
         if not self.weighs:
             return super().matching(nets, batch)
-        found, h = batch.made, batch.made["weight"] / batch.made["mean/weight"]
+        shared, h = batch.made, batch.made["weight"] / batch.made["mean/weight"]
         if self.bins:
-            share, r = (torch.stack([found[f"mean/{what}/{k}"] for k in range(self.bins)]) for what in ("in", "r"))
+            share, r = (torch.stack([shared[f"mean/{what}/{k}"] for k in range(self.bins)]) for what in ("in", "r"))
             old, disc = nets["disc"].bin_means, nets["disc"]
             new = self.bin_decay * old + (1 - self.bin_decay) * r / share
             disc.next_bin_means.copy_(torch.where(share > 0, new, old))
-        gradient = found["gradient"] * h.view(-1, *[1] * (batch.x.ndim - 1))
-        return {"gradient": gradient, "normaliser": found["normaliser"]}
+        gradient = shared["gradient"] * h.view(-1, *[1] * (batch.x.ndim - 1))
+        return {"gradient": gradient, "normaliser": shared["normaliser"]}
 
     def after(self, nets: Nets, phase: Phase, step: int) -> None:
         if phase.name == "student" and self.weighs and self.bins:

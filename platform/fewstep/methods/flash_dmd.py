@@ -93,9 +93,9 @@ class FlashDMD(DMD2):
         """The pixel discriminator's logits (B,) of images x (B, ...)."""
         return nets["disc"](clean_maps(nets["teacher"], x, cond, self.taps))
 
-    def extra(self, nets: Nets, batch: Batch, found: Terms) -> Terms:
+    def extra(self, nets: Nets, batch: Batch, match: Terms) -> Terms:
         if not self.split or not self.gan_weight:
-            return super().extra(nets, batch, found)
+            return super().extra(nets, batch, match)
         return {"gan": self.gan_weight * hinge_generator(self.verdict(nets, batch.made["low"], batch.cond))}
 
     def critic_loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:

@@ -90,5 +90,5 @@ class LCM(Trajectory):
         return F.mse_loss(ours, goal) if self.distance == "mse" else pseudo_huber(ours, goal)
 
     def loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
-        found = self.pair(nets, batch)
-        return {"consistency": self.difference(found["ours"], found["goal"])}, statistics(found["made"], batch.real)
+        pair = self.pair(nets, batch)
+        return {"consistency": self.difference(pair["ours"], pair["goal"])}, statistics(pair["made"], batch.real)

@@ -97,18 +97,18 @@ class DistributionMatching(Method):
             gradient, normaliser = self.direction(x, *self.scores(nets, batch, x_t, level), level)
         return {"gradient": gradient, "normaliser": normaliser}
 
-    def extra(self, nets: Nets, batch: Batch, found: Terms) -> Terms:
+    def extra(self, nets: Nets, batch: Batch, match: Terms) -> Terms:
         """Further terms of the student's loss, weighted. found: of `matching`."""
         return {}
 
     def student_loss(self, nets: Nets, batch: Batch) -> tuple[Terms, Terms]:
-        terms, found, health = {}, {}, statistics(batch.x, batch.real)
+        terms, match, health = {}, {}, statistics(batch.x, batch.real)
         if self.matching_weight:
-            found = self.matching(nets, batch)
-            terms["match"] = self.matching_weight * surrogate(self.match_samples(batch), found["gradient"])
-            norm = found["gradient"].flatten(1).norm(dim=1).mean()
-            health |= {"match_gradient": norm, "match_normaliser": found["normaliser"].mean()}
-        return terms | self.extra(nets, batch, found), health
+            match = self.matching(nets, batch)
+            terms["match"] = self.matching_weight * surrogate(self.match_samples(batch), match["gradient"])
+            norm = match["gradient"].flatten(1).norm(dim=1).mean()
+            health |= {"match_gradient": norm, "match_normaliser": match["normaliser"].mean()}
+        return terms | self.extra(nets, batch, match), health
 
     # The critic
 

@@ -84,12 +84,12 @@ class PhasedDMD(DistributionMatching):
         updates, count = super().phases(), self.number + 1
         if not self.interleaved:
             return updates
-        found = []
+        phases = []
         for i, update in ((i, update) for i in range(count) for update in updates):
             role, name = self.team(i)[updates.index(update)], update.name + ("" if i == self.number else f"{i + 1}")
             loss = partial(self._in_turn, i, update.loss.__name__)
-            found.append(Phase(name, (role,), loss, every=count * update.every, first=i))
-        return tuple(found)
+            phases.append(Phase(name, (role,), loss, every=count * update.every, first=i))
+        return tuple(phases)
 
     def _in_turn(self, phase: int, what: str, nets: Nets, batch: Batch, *more: Any) -> Any:
         """A function of a phase's own run, by name, with the networks that it would have."""

@@ -60,7 +60,7 @@ class SwiftBrush(DistributionMatching):
         weight = (level.angle.sin() * level.angle.cos()).float()
         return weight * (fake - real), weight.flatten()
 
-    def extra(self, nets: Nets, batch: Batch, found: Terms) -> Terms:
+    def extra(self, nets: Nets, batch: Batch, match: Terms) -> Terms:
         if not self.alignment_weight:
             return {}
         weight = self.alignment_weight * (1 - batch.progress)

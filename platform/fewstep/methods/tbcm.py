@@ -52,15 +52,15 @@ class TBCM(SCM):
     @torch.no_grad()
     def points(self, nets: Nets, batch: Batch) -> tuple[Tensor, Level, Tensor, Any, float | Tensor]:
         x, cond, levels, scale = batch.z, batch.cond, self.levels(batch), self.scale(batch.draws, len(batch.z))
-        teacher, found = self.teacher(nets, scale, batch.null), []
+        teacher, trajectory = self.teacher(nets, scale, batch.null), []
         for level, to in zip(levels, [*levels[1:], None], strict=True):
             dx = velocity(teacher, x, level.t, cond)
-            found.append((x, level.t, dx))
+            trajectory.append((x, level.t, dx))
             if to is not None:
                 dt = (level.t - to.t).view_as(level.alpha)
                 x = dt.cos().float() * x - dt.sin().float() * dx  # DDIM, exact in angles
-        x, t, dx = (torch.cat(each) for each in zip(*found[1:], strict=True))
-        count = len(found) - 1
+        x, t, dx = (torch.cat(each) for each in zip(*trajectory[1:], strict=True))
+        count = len(trajectory) - 1
         scale = scale.repeat(count) if isinstance(scale, Tensor) else scale
         conds = None if cond is None else reduce(join, [cond] * count)
         return x, TRIG.level(t, x.ndim), dx, conds, scale

@@ -19,11 +19,13 @@ COLOURS = {
 
 def asked(samples: Samples, part: str, metric: str) -> list[str]:
     """A part of each caption: name, style or colour. Raises ValueError for a caption that does not say it."""
-    found = [ASKED.fullmatch(words) for words in samples.words]
-    if not found or None in found:
-        wrong = repr(samples.words[found.index(None)]) if found else "none"
-        raise ValueError(f"samples.words: {wrong}; {metric} needs '<name>, in <style> style, on a <colour> background'")
-    return [match[part] for match in found]
+    matches = [ASKED.fullmatch(prompt) for prompt in samples.prompts]
+    if not matches or None in matches:
+        wrong = repr(samples.prompts[matches.index(None)]) if matches else "none"
+        raise ValueError(
+            f"samples.prompts: {wrong}; {metric} needs '<name>, in <style> style, on a <colour> background'"
+        )
+    return [match[part] for match in matches]
 
 
 def backgrounds(images: Tensor) -> list[str]:

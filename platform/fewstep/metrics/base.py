@@ -70,8 +70,8 @@ class Samples:
     """Images to be scored, and how they came about.
 
     images: uint8 (N, C, H, W), CPU. labels: int64 (N,), the classes asked for; None for an unconditional sampler.
-    sampler: the sampler and its settings in words. calls: network calls an image. seconds: time to make all of them.
-    checkpoint: "last", or "best of n" where the checkpoint was chosen by its score among n. words: the prompts asked
+    sampler: the sampler and its settings, as text. calls: network calls an image. seconds: time to make all of them.
+    checkpoint: "last", or "best of n" where the checkpoint was chosen by its score among n. prompts: those asked
     for, N of them, or () of a sampler that takes none. starts: unit noises and conditions of the first n samples, by n;
     None where they are not known.
     Raises ValueError naming the field when types or counts do not fit.
@@ -84,7 +84,7 @@ class Samples:
     seconds: float
     seed: int
     checkpoint: str = "last"
-    words: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
     starts: Callable[[int], tuple[Tensor, Any]] | None = field(default=None, repr=False, compare=False)
     features: Features = field(init=False, repr=False, compare=False)
 
@@ -99,8 +99,8 @@ class Samples:
                 f"samples.labels: {self.labels.dtype} {tuple(self.labels.shape)}; "
                 f"expected int64 ({len(self.images)},), a class for every image"
             )
-        if len(self.words) not in (0, len(self.images)):
-            raise ValueError(f"samples.words: {len(self.words)} for {len(self.images)} images; one for every image")
+        if len(self.prompts) not in (0, len(self.images)):
+            raise ValueError(f"samples.prompts: {len(self.prompts)} for {len(self.images)} images; one for every image")
         object.__setattr__(self, "features", Features(self.images))
 
     def __len__(self) -> int:
@@ -209,8 +209,8 @@ class File:
 
 def file_fields(model: type[Strict]) -> dict[str, File]:
     """The fields of a settings model that name a file, with the kind of each."""
-    found = {name: [m for m in f.metadata if isinstance(m, File)] for name, f in model.model_fields.items()}
-    return {name: kinds[0] for name, kinds in found.items() if kinds}
+    kinds_by_field = {name: [m for m in f.metadata if isinstance(m, File)] for name, f in model.model_fields.items()}
+    return {name: kinds[0] for name, kinds in kinds_by_field.items() if kinds}
 
 
 class Metric(Strict):
@@ -327,17 +327,17 @@ def check_samples(
     shape: tuple[int, int, int],
     classes: int | None,
     images: int,
-    words: Sequence[str] = (),
+    prompts: Sequence[str] = (),
 ) -> None:
     """Raises ValueError where a metric cannot score what a sampler will make; nothing is sampled.
 
-    shape: (C, H, W) of an image. classes: labels are 0, 1, ..., classes - 1 in turn; None for no labels. words: prompts
+    shape: (C, H, W) of an image. classes: labels are 0, 1, ..., classes - 1 in turn; None for no labels. prompts: those
     that are asked for in turn; () of a sampler that takes none.
     """
     pixels = torch.zeros(1, *shape, dtype=torch.uint8).expand(images, *shape)
     labels = torch.arange(images) % classes if classes else None
-    texts = tuple(words[i % len(words)] for i in range(images)) if words else ()
-    samples = Samples(pixels, labels, "none", 0, 0.0, 0, words=texts, starts=_no_starts)
+    asked = tuple(prompts[i % len(prompts)] for i in range(images)) if prompts else ()
+    samples = Samples(pixels, labels, "none", 0, 0.0, 0, prompts=asked, starts=_no_starts)
     object.__setattr__(samples, "features", _OneImage(pixels))
     for metric in metrics:
         with contextlib.suppress(_Reached):

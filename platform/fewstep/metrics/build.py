@@ -92,13 +92,13 @@ class Metrics(Strict):
 
     def needs(self) -> list[Need]:
         """The files that the metrics are measured with, each once."""
-        found: dict[tuple[str, str | None], Need] = {}
+        needs: dict[tuple[str, str | None], Need] = {}
         for metric in self.chosen():
             for name, kind in file_fields(type(metric)).items():
                 key = name if name in file_fields(type(self)) else f"settings.{metric.name}.{name}"
-                need = found.setdefault((key, getattr(metric, name)), Need(key, getattr(metric, name), kind, []))
+                need = needs.setdefault((key, getattr(metric, name)), Need(key, getattr(metric, name), kind, []))
                 need.metrics.append(metric.name)
-        return list(found.values())
+        return list(needs.values())
 
     def seen_by(self, networks: Iterable[Path]) -> list[str]:
         """The metrics whose network is one of these files, byte for byte, and those of the teacher.

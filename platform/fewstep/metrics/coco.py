@@ -73,9 +73,9 @@ class Protocol:
                 f"samples.images: {channels} channels of {height} x {width} pixels; {name} takes colour pictures of "
                 f"{self.side} pixels or more"
             )
-        if 2 * len(set(samples.words)) <= self.images:
+        if 2 * len(set(samples.prompts)) <= self.images:
             raise ValueError(
-                f"samples.words: {len(set(samples.words)):,} different prompts; {name} takes a caption for each of "
+                f"samples.prompts: {len(set(samples.prompts)):,} different prompts; {name} takes a caption for each of "
                 f"{self.images:,} pictures: name a file of them, one a line, with evaluate.prompts=..."
             )
 
@@ -199,5 +199,5 @@ class ClipScore(Metric):
     def _score(self, clip: Clip, samples: Samples) -> Score:
         PROTOCOLS[self.name.removeprefix("clip_")].check(samples, self.name)
         pictures = torch.from_numpy(samples.features.of(clip).features)
-        texts = clip.texts([CAPTION + words for words in samples.words])
+        texts = clip.texts([CAPTION + prompt for prompt in samples.prompts])
         return score(self.name, (pictures * texts).sum(1).mean().item(), samples, extractor=clip.hash)

@@ -33,8 +33,8 @@ def find_inception(download: bool = True) -> Path:
 
     Raises FileNotFoundError that says which file to put where, ValueError where another file was downloaded.
     """
-    if found := [folder / FILE for folder in folders() if (folder / FILE).is_file()]:
-        return found[0]
+    if files := [folder / FILE for folder in folders() if (folder / FILE).is_file()]:
+        return files[0]
     absent = f"no {FILE} in {' or '.join(map(repr, map(str, folders())))}"
     if not download:
         raise FileNotFoundError(absent)
@@ -51,9 +51,9 @@ def find_inception(download: bool = True) -> Path:
                 f"inception: {absent}, and {error}; download {downloads_helper.inception_url} to "
                 f"{str(cache / FILE)!r} or name the file with inception=<path>. {INSTEAD}"
             ) from None
-        if (found := sha256_of(path)) != SHA256:
+        if (digest := sha256_of(path)) != SHA256:
             raise ValueError(
-                f"inception: what {downloads_helper.inception_url} gave has sha256 {found}, {FILE} has {SHA256}; "
+                f"inception: what {downloads_helper.inception_url} gave has sha256 {digest}, {FILE} has {SHA256}; "
                 "name the right file with inception=<path>"
             )
         return path.rename(cache / FILE)
@@ -106,8 +106,8 @@ def open_inception(path: Path, device: str | torch.device = "cpu") -> Inception:
 
 def check_official(path: Path) -> None:
     """Raises OSError or ValueError where the file does not hold the official weights."""
-    if (found := sha256_of(path)) != SHA256:
-        raise ValueError(f"{path} is not the official {FILE}: its sha256 is {found[:12]}..., not {SHA256[:12]}...")
+    if (digest := sha256_of(path)) != SHA256:
+        raise ValueError(f"{path} is not the official {FILE}: its sha256 is {digest[:12]}..., not {SHA256[:12]}...")
 
 
 INCEPTION = File(

@@ -35,20 +35,20 @@ class Scorer:
     def pictures(self, images: Tensor) -> Tensor:
         """Directions (N, D) of uint8 images (N, 3, H, W)."""
         parts = (self.pixels(part).to(self.device) for part in images.split(self.batch))
-        found = [self.model.get_image_features(pixel_values=part).pooler_output.cpu() for part in parts]
-        return torch.nn.functional.normalize(torch.cat(found), dim=1)
+        features = [self.model.get_image_features(pixel_values=part).pooler_output.cpu() for part in parts]
+        return torch.nn.functional.normalize(torch.cat(features), dim=1)
 
     def pixels(self, images: Tensor) -> Tensor:
         """The network's input of uint8 images."""
         return images.float() / 127.5 - 1
 
     @torch.no_grad()
-    def texts(self, words: Sequence[str]) -> Tensor:
+    def texts(self, captions: Sequence[str]) -> Tensor:
         """Directions (T, D) of texts."""
-        tokens = self.tokenizer(list(words), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        tokens = self.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
         parts = [part.to(self.device) for part in tokens.split(self.batch)]
-        found = [self.model.get_text_features(input_ids=part).pooler_output.cpu() for part in parts]
-        return torch.nn.functional.normalize(torch.cat(found), dim=1)
+        features = [self.model.get_text_features(input_ids=part).pooler_output.cpu() for part in parts]
+        return torch.nn.functional.normalize(torch.cat(features), dim=1)
 
     def __call__(self, images: Tensor) -> Outputs:
         return Outputs(self.pictures(images).numpy())
@@ -116,12 +116,12 @@ class Retrieval:
         pictures = torch.from_numpy(samples.features.of(self.scorer).features)
         known = sorted(set(own))
         if len(known) < 2:
-            raise ValueError(f"samples.words: all ask for the {self.part} {known[0]!r}; {self.name} needs several")
+            raise ValueError(f"samples.prompts: all ask for the {self.part} {known[0]!r}; {self.name} needs several")
         count = min(CHOICES, len(known))
         rows = []
-        for words, mine in zip(samples.words, own, strict=True):
-            start, (first, last) = known.index(mine), ASKED.fullmatch(words).span(self.part)
-            rows.append([words[:first] + known[(start + i) % len(known)] + words[last:] for i in range(count)])
+        for prompt, mine in zip(samples.prompts, own, strict=True):
+            start, (first, last) = known.index(mine), ASKED.fullmatch(prompt).span(self.part)
+            rows.append([prompt[:first] + known[(start + i) % len(known)] + prompt[last:] for i in range(count)])
         distinct = list(dict.fromkeys(text for row in rows for text in row))
         place = {text: i for i, text in enumerate(distinct)}
         texts = self.scorer.texts(distinct)[torch.tensor([[place[text] for text in row] for row in rows])]

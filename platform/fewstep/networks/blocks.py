@@ -121,11 +121,11 @@ def in_bf16(net: nn.Module) -> None:
 def store_in(module: nn.Module, dtype: torch.dtype) -> None:
     """Stores a frozen module's floating parameters and buffers in `dtype`: new tensors take the place of the old."""
     for part in module.modules():
-        for held in (part._parameters, part._buffers):
-            for name, value in held.items():
+        for tensors in (part._parameters, part._buffers):
+            for name, value in tensors.items():
                 if value is not None and value.is_floating_point():
                     new = value.detach().to(dtype)
-                    held[name] = nn.Parameter(new, requires_grad=False) if held is part._parameters else new
+                    tensors[name] = nn.Parameter(new, requires_grad=False) if tensors is part._parameters else new
 
 
 def in_float32(net: nn.Module) -> None:

@@ -94,7 +94,7 @@ class Prompts:
     """Embedded prompts: columns (N, ...), on the CPU, and the N texts, or () where they are not kept."""
 
     columns: Mapping[str, Tensor]
-    words: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
     _held: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -129,9 +129,9 @@ class Texts:
         return self
 
     def _listed(self) -> Prompts:
-        if (found := self.listing or self.prompts) is None:
+        if (prompts := self.listing or self.prompts) is None:
             raise ValueError("prompts: missing; a network that takes texts generates for embedded prompts")
-        return found
+        return prompts
 
     def draw(self, draws: Draws, count: int, rows: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Tensor]:
         if self.prompts is None and rows:
@@ -170,15 +170,15 @@ class Texts:
         """The same conditions, whose listed samples are less a negative prompt (1, ...), by column."""
         old = self._listed()
         columns = self.without(old.columns, negative, torch.full((len(old),), scale))
-        return replace(self, listing=Prompts(columns, old.words))
+        return replace(self, listing=Prompts(columns, old.texts))
 
     def listed(self, numbers: Tensor) -> dict[str, Tensor]:
         return self._listed().pick(numbers % len(self._listed()))
 
-    def words(self, count: int) -> tuple[str, ...]:
+    def listed_texts(self, count: int) -> tuple[str, ...]:
         """The prompts of the samples 0, 1, ..., count - 1, as they are listed; () where only their numbers are kept."""
-        words = self._listed().words
-        return tuple(words[i % len(words)] for i in range(count)) if words else ()
+        texts = self._listed().texts
+        return tuple(texts[i % len(texts)] for i in range(count)) if texts else ()
 
     def zeros(self, count: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         return {name: torch.zeros(count, *shape, device=device) for name, shape in self.shapes.items()}

@@ -40,9 +40,9 @@ class Record(dict):
 
 
 def _record(meta: Any) -> Record:
-    found = Record(meta.get("state") or {}) if isinstance(meta, dict) else Record()
-    found.kind = str(meta.get("class_name", "")) if isinstance(meta, dict) else ""
-    return found
+    record = Record(meta.get("state") or {}) if isinstance(meta, dict) else Record()
+    record.kind = str(meta.get("class_name", "")) if isinstance(meta, dict) else ""
+    return record
 
 
 def _storage(data: bytes) -> Any:
@@ -104,12 +104,12 @@ def read_pickle(path: Path) -> Pickle:
             file.seek(0)
             of_torch = start.startswith(ZIP) or start == LEGACY
             content = torch.load(file, "cpu", weights_only=True) if of_torch else _Reader(file).load()
-        found = Pickle({name: value.contiguous().clone() for name, value in _tensors(content)}, list(_kinds(content)))
+        pickle = Pickle({name: value.contiguous().clone() for name, value in _tensors(content)}, list(_kinds(content)))
     except Exception as error:  # whatever a file of others makes of the reader
         raise ValueError(f"pickle: {str(path)!r} is refused: {one_line(error, 300)}") from None
-    if not found.tensors:
+    if not pickle.tensors:
         raise ValueError(f"pickle: {str(path)!r} holds no tensor")
-    return found
+    return pickle
 
 
 def _tensors(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -145,17 +145,17 @@ def _is_plain(value: Any) -> bool:
 def to_denoiser(tensors: Mapping[str, Tensor], network: Network, part: str) -> Denoiser:
     """A network with those of the tensors whose names begin with `part`. Raises ValueError where they are not its."""
     prefix = f"{part}." if part else ""
-    found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     net = empty_denoiser(network)
     own = net.backbone.model.state_dict()
-    differ = sorted(own.keys() ^ found.keys())
-    differ += sorted(key for key in own.keys() & found.keys() if own[key].shape != found[key].shape)
+    differ = sorted(own.keys() ^ weights.keys())
+    differ += sorted(key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape)
     if differ:
         raise ValueError(
             f"part: {part!r}: its tensors and those of {network.model} differ in {len(differ)} of {len(own)}, such as "
             f"{quoted(differ[0])}; leave network out to write them under their own names"
         )
-    if bad := next((key for key, value in found.items() if not value.float().isfinite().all()), None):
+    if bad := next((key for key, value in weights.items() if not value.float().isfinite().all()), None):
         raise ValueError(f"part: {prefix}{bad} holds numbers that are not finite")
-    net.backbone.model.load_state_dict({key: value.float() for key, value in found.items()})
+    net.backbone.model.load_state_dict({key: value.float() for key, value in weights.items()})
     return net

@@ -78,14 +78,14 @@ def entries(
         first, *more = (_numbers(nets[role], call) for role in call.roles)
         if any(numbers != first for numbers in more):
             raise ExportError("export: networks of different classes differ in schedule or prediction; give them one")
-        words = {
+        fields = {
             "unet": unets[call.roles[0]],
             "then": call.then,
             "kept": call.kept,
             "takes": call.takes,
             "routes": [unets[role] for role in call.routes] or None,
         }
-        out.append(first | words)
+        out.append(first | fields)
     return out
 
 
@@ -152,14 +152,14 @@ def exported_calls(folder: Path) -> tuple[Call, ...] | None:
     if sampling is None:
         return None
     try:
-        found = validate(_Sampling, sampling if isinstance(sampling, dict) else {"calls": sampling}).calls
+        entries = validate(_Sampling, sampling if isinstance(sampling, dict) else {"calls": sampling}).calls
     except ConfigError as error:
         raise ValueError(f"{index}: sampling.{'; '.join(str(error).splitlines())}") from None
-    if any(entry.shift is not None for entry in found):
+    if any(entry.shift is not None for entry in entries):
         raise ValueError(f"{index}: its calls take further scalars, which only its own pipeline.py knows; give the run")
     role = lambda unet: "student" if unet == "unet" else unet
     return tuple(
-        Call(e.alpha, e.sigma, role(e.unet), e.then, e.kept, e.takes, tuple(map(role, e.routes or ()))) for e in found
+        Call(e.alpha, e.sigma, role(e.unet), e.then, e.kept, e.takes, tuple(map(role, e.routes or ()))) for e in entries
     )
 
 
@@ -167,10 +167,10 @@ def exported_class_names(folder: Path, classes: int | None) -> tuple[str, ...]:
     """Names of the classes in an export, in order; () where it has none, or not one for each class."""
     index = folder / INDEX
     sampling = read_json(index).get("sampling") if index.is_file() else None
-    found = sampling.get("class_names") if isinstance(sampling, dict) else None
-    if not isinstance(found, list) or len(found) != classes or not all(isinstance(name, str) for name in found):
+    names = sampling.get("class_names") if isinstance(sampling, dict) else None
+    if not isinstance(names, list) or len(names) != classes or not all(isinstance(name, str) for name in names):
         return ()
-    return tuple(found)
+    return tuple(names)
 
 
 def check_exportable(denoiser: Denoiser, calls: Sequence[Call]) -> None:
@@ -287,8 +287,8 @@ def _in_fresh_process(folder: Path) -> Tensor:
         images = Path(tmp) / "images.safetensors"
         # diffusers copies pipeline.py into its module cache before it runs it: not into the user's for a trial
         env = os.environ | {"HF_MODULES_CACHE": str(Path(tmp) / "modules"), "HF_HUB_OFFLINE": "1"}
-        words = [sys.executable, "-P", "-c", CHECK, str(folder), str(CHECKED_IMAGES), str(images)]
-        done = subprocess.run(words, env=env, capture_output=True, text=True, cwd=tmp)
+        fields = [sys.executable, "-P", "-c", CHECK, str(folder), str(CHECKED_IMAGES), str(images)]
+        done = subprocess.run(fields, env=env, capture_output=True, text=True, cwd=tmp)
         if done.returncode:
             raise ExportError(f"export: diffusers does not load it, so it was not kept: {done.stderr.strip()[-600:]}")
         return load_file(images)["x0"]

@@ -54,15 +54,15 @@ asked = json.load(open(student + "/inference.json"))["call"]
 def images(pipe):
     generator = torch.manual_seed(0)
     return pipe(json.loads(inputs), generator=generator, output_type="pt", **asked).images.float().contiguous()
-found = {"its images": images(diffusers.DiffusionPipeline.from_pretrained(student, dtype=torch.float32))}
+results = {"its images": images(diffusers.DiffusionPipeline.from_pretrained(student, dtype=torch.float32))}
 if lora:
     pipe = diffusers.DiffusionPipeline.from_pretrained(teacher, dtype=torch.float32)
     config = json.load(open(student + "/scheduler/scheduler_config.json"))
     pipe.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
     pipe.load_lora_weights(lora)
-    found["with the adapter its images"] = images(pipe)
+    results["with the adapter its images"] = images(pipe)
 assert "fewstep" not in sys.modules, "the folder needs more than diffusers"
-save_file(found, out)
+save_file(results, out)
 """
 
 

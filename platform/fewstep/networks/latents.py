@@ -64,8 +64,8 @@ class Latents:
     @torch.no_grad()
     def encode(self, pictures: Tensor, eps: Tensor | float = 0.0) -> Tensor:
         """Latents as networks take them, of pictures in [-1, 1]: means, or samples where eps is N(0, I)."""
-        found = self.model(pictures.device).encode(pictures, return_dict=False)[0]
-        z = found.mean + found.std * eps if hasattr(found, "mean") and hasattr(found, "std") else found
+        encoded = self.model(pictures.device).encode(pictures, return_dict=False)[0]
+        z = encoded.mean + encoded.std * eps if hasattr(encoded, "mean") and hasattr(encoded, "std") else encoded
         return (z - self.shift) * self.factor
 
     def rest(self) -> None:

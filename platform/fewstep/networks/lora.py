@@ -183,7 +183,7 @@ def _new_factors(layer: nn.Module, rank: int, seed: int) -> tuple[Tensor, Tensor
 def find_layers(base: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
     """The layers that `targets` name, by path, in the order of the base; see `Lora`. Raises ValueError."""
     layers = {path: layer for path, layer in base.named_modules() if path and isinstance(layer, LAYERS)}
-    found: set[str] = set()
+    paths: set[str] = set()
     for target in targets:
         patterns: Sequence[str] = (target,)
         if target == "all":
@@ -193,10 +193,10 @@ def find_layers(base: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]
         matched = {path for path in layers if any(_ends(path, pattern) for pattern in patterns)}
         if not matched:
             raise ValueError(_no_match(base, target, layers))
-        found |= matched
-    if not found:
+        paths |= matched
+    if not paths:
         raise ValueError("targets: none given; name layers, or give attention or all")
-    return {path: layer for path, layer in layers.items() if path in found}
+    return {path: layer for path, layer in layers.items() if path in paths}
 
 
 def _ends(path: str, pattern: str) -> bool:

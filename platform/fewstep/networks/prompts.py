@@ -22,34 +22,34 @@ INDEX = "model_index.json"
 Columns = dict[str, Tensor]
 
 
-def _sd(pipe: Any, words: list[str]) -> Columns:
-    return {"text": pipe.encode_prompt(words, pipe.device, 1, False)[0]}
+def _sd(pipe: Any, prompts: list[str]) -> Columns:
+    return {"text": pipe.encode_prompt(prompts, pipe.device, 1, False)[0]}
 
 
-def _sdxl(pipe: Any, words: list[str]) -> Columns:
-    text, _, pooled, _ = pipe.encode_prompt(words, device=pipe.device, do_classifier_free_guidance=False)
+def _sdxl(pipe: Any, prompts: list[str]) -> Columns:
+    text, _, pooled, _ = pipe.encode_prompt(prompts, device=pipe.device, do_classifier_free_guidance=False)
     return {"text": text, "pooled": pooled}
 
 
-def _sd3(pipe: Any, words: list[str]) -> Columns:
-    found = pipe.encode_prompt(words, None, None, device=pipe.device, do_classifier_free_guidance=False)
-    return {"text": found[0], "pooled": found[2]}
+def _sd3(pipe: Any, prompts: list[str]) -> Columns:
+    outputs = pipe.encode_prompt(prompts, None, None, device=pipe.device, do_classifier_free_guidance=False)
+    return {"text": outputs[0], "pooled": outputs[2]}
 
 
-def _flux(pipe: Any, words: list[str]) -> Columns:
-    text, pooled, _ = pipe.encode_prompt(words, None, pipe.device)
+def _flux(pipe: Any, prompts: list[str]) -> Columns:
+    text, pooled, _ = pipe.encode_prompt(prompts, None, pipe.device)
     return {"text": text, "pooled": pooled}
 
 
-def _masked(pipe: Any, words: list[str], **more: Any) -> Columns:
-    text, mask, *_ = pipe.encode_prompt(words, do_classifier_free_guidance=False, device=pipe.device, **more)
+def _masked(pipe: Any, prompts: list[str], **more: Any) -> Columns:
+    text, mask, *_ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=pipe.device, **more)
     return {"text": text, "mask": mask}
 
 
-def _sana(pipe: Any, words: list[str]) -> Columns:
+def _sana(pipe: Any, prompts: list[str]) -> Columns:
     """Sana's pipeline puts an instruction before each prompt, but not before the empty one that stands for none."""
     name = "complex_human_instruction"
-    return _masked(pipe, words, **{name: inspect.signature(pipe.__call__).parameters[name].default})
+    return _masked(pipe, prompts, **{name: inspect.signature(pipe.__call__).parameters[name].default})
 
 
 FAMILIES: dict[str, tuple[str, Callable[[Any, list[str]], Columns]]] = {
@@ -74,16 +74,16 @@ class Encoder:
         self.pipe, self.encode, self.cut = pipe, encode, 0
 
     @torch.no_grad()
-    def columns(self, words: Sequence[str], batch: int = 64) -> Columns:
+    def columns(self, prompts: Sequence[str], batch: int = 64) -> Columns:
         """Embedded prompts (N, ...) by column, on the CPU; an empty one is the encoded empty string."""
         with _quiet():  # of texts that are cut, which are counted
-            self.cut += self.too_long(words)
-            parts = [self.encode(self.pipe, list(words[i : i + batch])) for i in range(0, len(words), batch)]
+            self.cut += self.too_long(prompts)
+            parts = [self.encode(self.pipe, list(prompts[i : i + batch])) for i in range(0, len(prompts), batch)]
         return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
 
-    def too_long(self, words: Sequence[str]) -> int:
+    def too_long(self, prompts: Sequence[str]) -> int:
         """Number of prompts with more tokens than the first tokenizer's longest text."""
-        tokens = self.pipe.tokenizer(list(words), truncation=False).input_ids
+        tokens = self.pipe.tokenizer(list(prompts), truncation=False).input_ids
         return sum(len(row) > self.pipe.tokenizer.model_max_length for row in tokens)
 
     def nothing(self) -> Columns:

@@ -81,8 +81,8 @@ def outline(name: str, arguments: Mapping[str, Any], tensors: int | None = None)
     check_config(arguments)
     with torch.device("meta"), _on_registration(_at_most(tensors or TENSORS)):
         model = _construct(name, arguments)
-    held = {**dict(model.named_parameters()), **model.state_dict()}
-    computed = sum(buffer.nbytes for key, buffer in model.named_buffers() if key not in held)
+    own = {**dict(model.named_parameters()), **model.state_dict()}
+    computed = sum(buffer.nbytes for key, buffer in model.named_buffers() if key not in own)
     if computed > COMPUTED_BYTES:
         raise ValueError(f"computes {computed >> 20:,} MiB when it is built, more than {COMPUTED_BYTES >> 20:,}")
     return model
@@ -168,10 +168,10 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     if INDEX in names:
         return _shards(folder / INDEX)
     pattern = r"diffusion_pytorch_model\.(\w+?)(-\d+-of-\d+)?\.safetensors"
-    found = {match[1]: match[2] is not None for path in names if (match := re.fullmatch(pattern, path))}
-    if len(found) > 1:
-        raise ValueError(f"teacher: {folder} has the variants {', '.join(sorted(found))}; keep one")
-    for variant, sharded in found.items():
+    variants = {match[1]: match[2] is not None for path in names if (match := re.fullmatch(pattern, path))}
+    if len(variants) > 1:
+        raise ValueError(f"teacher: {folder} has the variants {', '.join(sorted(variants))}; keep one")
+    for variant, sharded in variants.items():
         if not sharded:
             return [folder / f"diffusion_pytorch_model.{variant}.safetensors"]
         indices = (f"{WEIGHTS}.index.{variant}.json", f"{WEIGHTS}.{variant}.index.json")
@@ -207,17 +207,17 @@ def headers(files: list[Path]) -> dict[str, Stored]:
 
     Raises ValueError naming a file that is missing or damaged, and a tensor that is twice there or no number.
     """
-    found: dict[str, Stored] = {}
+    stored: dict[str, Stored] = {}
     for file in files:
         with _opened(file) as tensors:
             for key in tensors.keys():
                 part = tensors.get_slice(key)
-                if key in found:
-                    raise ValueError(f"{file}: {key} is also in {found[key].file.name}")
+                if key in stored:
+                    raise ValueError(f"{file}: {key} is also in {stored[key].file.name}")
                 if part.get_dtype() not in FLOATS:
                     raise ValueError(f"{file}: {key} is of dtype {part.get_dtype()}; known: {', '.join(FLOATS)}")
-                found[key] = Stored(file, key, part.get_dtype(), tuple(part.get_shape()))
-    return found
+                stored[key] = Stored(file, key, part.get_dtype(), tuple(part.get_shape()))
+    return stored
 
 
 @contextmanager
@@ -253,8 +253,8 @@ def check_headers(model: nn.Module, stored: Mapping[str, Stored], where: Path) -
 
 def unread_of(net: nn.Module) -> dict[str, Stored]:
     """Places of the weights that are still to be read, by their names in a network; {} for one that has all."""
-    found = ((path, vars(module).get("unread", {})) for path, module in net.named_modules())
-    return {f"{path}.{key}".lstrip("."): stored for path, unread in found for key, stored in unread.items()}
+    modules = ((path, vars(module).get("unread", {})) for path, module in net.named_modules())
+    return {f"{path}.{key}".lstrip("."): stored for path, unread in modules for key, stored in unread.items()}
 
 
 def fill(net: nn.Module, device: torch.device | str = "cpu") -> nn.Module:

@@ -217,13 +217,13 @@ def label_of(text: str, about: About) -> int:
 def read(data: bytes) -> Body:
     """The body of a request. Raises Refusal naming the field."""
     try:
-        found = json.loads(data, parse_constant=_no_number)
-        if not isinstance(found, dict):
+        content = json.loads(data, parse_constant=_no_number)
+        if not isinstance(content, dict):
             raise ValueError("give an object")
     except (ValueError, RecursionError) as error:
         raise Refusal(400, f"the body is no JSON object: {quoted(str(error))}", "invalid_json") from None
     try:
-        return validate(Body, found)
+        return validate(Body, content)
     except ConfigError as error:
         lines = str(error).splitlines()
         raise Refusal(400, "; ".join(lines), "invalid_value", lines[0].partition(":")[0]) from None
@@ -239,9 +239,9 @@ async def _received(request: Request) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" or "content-encoding" in request.headers:
         raise Refusal(415, "Content-Type: send application/json, not compressed", "unsupported_type")
-    said = request.headers.get("content-length", "0")
+    length = request.headers.get("content-length", "0")
     body, too_long = bytearray(), Refusal(413, f"the body is longer than {BODY_BYTES:,} bytes", "too_long")
-    if not said.isdecimal() or int(said) > BODY_BYTES:
+    if not length.isdecimal() or int(length) > BODY_BYTES:
         raise too_long
     async for chunk in request.stream():
         body += chunk

@@ -11,7 +11,7 @@ from .settings import is_loopback
 
 
 class Refusal(Exception):
-    """An answer that is an error: an HTTP status, a text, and OpenAI's words for it.
+    """An answer that is an error: an HTTP status, a text, and OpenAI's terms for it.
 
     param: the field at fault. headers: further ones.
     """

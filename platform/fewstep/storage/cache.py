@@ -122,8 +122,8 @@ def _made(name: str, place: Place) -> Path:
 def _fetch(place: Place, path: Path, size: int) -> None:
     """Copies a file of the store and compares its size."""
     place.fetch(path, size)
-    if (found := path.stat().st_size) != size:
-        raise StoreError(f"{place}: {found} bytes came, and the store's listing says {size}; start again")
+    if (copied := path.stat().st_size) != size:
+        raise StoreError(f"{place}: {copied} bytes came, and the store's listing says {size}; start again")
 
 
 def _used(path: Path, size: int) -> bool:
@@ -139,15 +139,15 @@ def _used(path: Path, size: int) -> bool:
 
 def _make_room(folder: Path, limit: int) -> None:
     """Removes copies, those first that were not used for the longest time, until the others take at most `limit`."""
-    found = []
+    copies = []
     for path in folder.iterdir():
         if path.suffix == ".lock":
             continue
         with contextlib.suppress(FileNotFoundError):  # removed by another process
             stat = path.stat()
-            found.append((stat.st_mtime, stat.st_size, path))
-    total = sum(size for _, size, _ in found)
-    for _, size, path in sorted(found):
+            copies.append((stat.st_mtime, stat.st_size, path))
+    total = sum(size for _, size, _ in copies)
+    for _, size, path in sorted(copies):
         if total <= limit:
             return
         path.unlink(missing_ok=True)

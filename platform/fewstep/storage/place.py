@@ -138,7 +138,7 @@ class Place:
 
         Raises StoreError, also for a bucket that does not exist and for a path that leads out of the folder.
         """
-        found = {}
+        entries = {}
         listed = self.ask(lambda: _placed(lambda: self.fs.find(self.path, detail=True)))
         for path, info in sorted(listed.items()):
             if path == self.path or info["type"] != "file":  # the file of this name, and marks of empty folders
@@ -146,8 +146,8 @@ class Place:
             name = path.removeprefix(f"{self.path}/")
             if name == path or "\\" in name or {"", ".", ".."} & set(name.split("/")):
                 raise StoreError(f"{self}: holds {path!r}, which is no plain path below it; remove that")
-            found[name] = info
-        return found
+            entries[name] = info
+        return entries
 
     def names(self) -> list[str]:
         """Returns the sorted names in this folder, or [] if the folder does not exist."""

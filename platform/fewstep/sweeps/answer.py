@@ -33,15 +33,15 @@ def label(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
 
 def at_the_edge(values: Mapping[str, Any], space: Space, names: Mapping[str, str]) -> str:
     """A sentence that names the settings at an end of their range, because a better value may lie beyond it."""
-    found = []
+    edges = []
     for key, value in values.items():
         domain = space.domains[key]
         if getattr(domain, "ordered", True) and len(domain.edges()) > 1:
             at = domain.axis_position(value)
             # nothing lies below zero, which switches a part off, or below a count of one
             side = "largest" if at > 0.99 else "smallest" if at < 0.01 and value not in (0, 1) else None
-            found += [f"{label({key: value}, names)} is the {side}"] if side else []
-    return f" {' and '.join(found)} in this space: better may lie beyond." if found else ""
+            edges += [f"{label({key: value}, names)} is the {side}"] if side else []
+    return f" {' and '.join(edges)} in this space: better may lie beyond." if edges else ""
 
 
 def best_score(trials: Sequence[Trial], space: Space) -> float | None:

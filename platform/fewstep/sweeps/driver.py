@@ -63,7 +63,7 @@ def sweep(
         try:
             return _sweep(asked, space, base, recipe, template, cluster)
         except KeyboardInterrupt:
-            own = [word for word in sys.argv[1:] if not word.startswith("name=")]
+            own = [argument for argument in sys.argv[1:] if not argument.startswith("name=")]
             again = masked(shlex.join(["python", sys.argv[0], *own, f"name={asked.name}"]))
             raise KeyboardInterrupt(f"interrupted; resume with: {again}") from None
 

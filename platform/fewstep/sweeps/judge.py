@@ -85,8 +85,8 @@ def judge(trials: Sequence[Trial], metric: str, mode: str, name: Callable[[dict[
         return Verdict(best, (), f"{name(best.values)} wins: {metric} {_over_seeds(best.score)}{lead}.")
     named = "; ".join(f"{name(s.values)} with {_over_seeds(s.score)}" for s in rivals[:3])
     named += f"; and {len(rivals) - 3} more" if len(rivals) > 3 else ""
-    found = f"{name(best.values)} has {metric} {_over_seeds(best.score)}"
-    return Verdict(best, rivals, f"No winner: {found}; within the spread of seeds lie {named}.")
+    text = f"{name(best.values)} has {metric} {_over_seeds(best.score)}"
+    return Verdict(best, rivals, f"No winner: {text}; within the spread of seeds lie {named}.")
 
 
 def _over_seeds(score: Spread) -> str:

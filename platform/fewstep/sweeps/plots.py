@@ -51,13 +51,13 @@ def draw(
 ) -> dict[str, Figure]:
     """Draws the figures that fit this sweep. Returns them by name. names: short names of the keys."""
     scored = [t for t in trials if t.state in (FINISHED, STOPPED) and math.isfinite(t.score(space.metric))]
-    found = settings(trials, space.metric, space.mode)
+    ranking = settings(trials, space.metric, space.mode)
     if not scored:
         return {}
     figures: dict[str, Figure] = {}
     with matplotlib.rc_context(STYLE):
-        if _is_grid(found):
-            figures["map"] = score_map(space, found, names)
+        if _is_grid(ranking):
+            figures["map"] = score_map(space, ranking, names)
         if len(space.domains) > 1:
             figures["parallel"] = parallel(space, scored, names)
         if shares:
@@ -284,29 +284,29 @@ def pareto(space: Space, trials: Sequence[Trial], others: Sequence[str]) -> Figu
     return figure
 
 
-def _is_grid(found: Sequence[Setting]) -> bool:
+def _is_grid(ranking: Sequence[Setting]) -> bool:
     """True if exactly two keys vary and all their combinations have a score."""
-    keys = list(found[0].values) if found else []
-    if len(keys) != 2 or any(list(s.values) != keys for s in found):
+    keys = list(ranking[0].values) if ranking else []
+    if len(keys) != 2 or any(list(s.values) != keys for s in ranking):
         return False
-    columns = [{json.dumps(s.values[key]) for s in found} for key in keys]
+    columns = [{json.dumps(s.values[key]) for s in ranking} for key in keys]
     size = [len(column) for column in columns]
-    return max(size) <= MAP_SIDE and min(size) > 1 and len(found) > 0.6 * size[0] * size[1]
+    return max(size) <= MAP_SIDE and min(size) > 1 and len(ranking) > 0.6 * size[0] * size[1]
 
 
-def score_map(space: Space, found: Sequence[Setting], names: Mapping[str, str]) -> Figure:
+def score_map(space: Space, ranking: Sequence[Setting], names: Mapping[str, str]) -> Figure:
     """A map of a grid of two keys: mean scores, with the standard deviation of settings with several seeds."""
-    down, across = found[0].values
+    down, across = ranking[0].values
     rows, columns = (
-        sorted({s.values[key] for s in found}, key=space.domains[key].axis_position) for key in (down, across)
+        sorted({s.values[key] for s in ranking}, key=space.domains[key].axis_position) for key in (down, across)
     )
-    norm = _norm([s.score.mean for s in found])
+    norm = _norm([s.score.mean for s in ranking])
     figure = Figure(figsize=(min(WIDTH, 1.6 + 1.05 * len(columns)), 0.9 + 0.55 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    for setting in found:
+    for setting in ranking:
         x, y = columns.index(setting.values[across]), rows.index(setting.values[down])
         at = float(norm(setting.score.mean)) if space.mode == "min" else 1 - float(norm(setting.score.mean))
-        best = setting is found[0]
+        best = setting is ranking[0]
         axes.add_patch(
             matplotlib.patches.Rectangle(
                 (x - 0.48, y - 0.46),

@@ -28,10 +28,10 @@ def _heads(metrics: Sequence[str], trials: Sequence[Trial]) -> list[str]:
 
 def markdown(space: Space, trials: Sequence[Trial], names: Mapping[str, str], metrics: Sequence[str]) -> str:
     """The finished settings as a table, the best first: values, each metric's mean ± standard deviation over seeds."""
-    found = settings(trials, space.metric, space.mode)
+    ranking = settings(trials, space.metric, space.mode)
     head = [*(f"`{names[key]}`" for key in space.domains), *_heads(metrics, trials), "seeds"]
     lines = [f"| {' | '.join(head)} |", f"|{'|'.join(['---'] * len(space.domains) + ['---:'] * (len(metrics) + 1))}|"]
-    for i, setting in enumerate(found):
+    for i, setting in enumerate(ranking):
         values = [shown(setting.values.get(key, "")) for key in space.domains]
         scores = [_score(setting, metric) for metric in metrics]
         if i == 0:

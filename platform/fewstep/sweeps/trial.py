@@ -146,9 +146,9 @@ class TrialRun:
     def _await_checkpoint(self, step: int) -> None:
         """Waits for the checkpoint of a scored step, so that another member of the population can copy it."""
         while self._thread.is_alive():
-            found = [c for c in checkpoints(self.recipe.checkpoints) if step_of(c) == step]
-            if found:
-                self.checkpoint = str(found[0])
+            paths = [c for c in checkpoints(self.recipe.checkpoints) if step_of(c) == step]
+            if paths:
+                self.checkpoint = str(paths[0])
                 return
             time.sleep(POLL_S)
 
@@ -172,8 +172,8 @@ def read_pointer(folder: Path) -> dict[str, Any]:
 
 def generations(folder: Path, name: str) -> list[Path]:
     """Folders of a trial's runs, oldest first: `<name>`, then `<name>-g2`, ... for each change by a population."""
-    found = [folder / name, *sorted(folder.glob(f"{name}-g*"), key=lambda p: int(p.name.rpartition("-g")[2]))]
-    return [path for path in found if (path / "recipe.yaml").is_file()]
+    paths = [folder / name, *sorted(folder.glob(f"{name}-g*"), key=lambda p: int(p.name.rpartition("-g")[2]))]
+    return [path for path in paths if (path / "recipe.yaml").is_file()]
 
 
 def spent(folder: Path, name: str) -> tuple[int, float]:

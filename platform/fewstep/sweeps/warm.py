@@ -33,8 +33,8 @@ def earlier_trials(sweep: Sweep, space: Space, recipe: Recipe) -> list[tuple[dic
                 f"warm_start: sweep {parent.name!r} has {key} {theirs} and this one {wanted[key]}, so scores do not "
                 "compare; give the same value, or search the key"
             )
-    found = [_trial(store, sweep, space, recipe, child) for child in children]
-    used = [trial for trial in found if trial is not None]
+    trials = [_trial(store, sweep, space, recipe, child) for child in children]
+    used = [trial for trial in trials if trial is not None]
     print(f"warm_start: {len(used)} of the {len(children)} trials of {parent.name} lie in this space")
     return used
 

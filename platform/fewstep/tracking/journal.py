@@ -193,12 +193,12 @@ class Journal:
 
     def pending(self, limit: int = 1000) -> list[Entry]:
         """Returns at most `limit` unacknowledged operations, oldest first."""
-        found: list[Entry] = []
+        entries: list[Entry] = []
         for entry in self.entries(self._offset):
-            found.append(entry)
-            if len(found) == limit:
+            entries.append(entry)
+            if len(entries) == limit:
                 break
-        return found
+        return entries
 
     def acknowledge(self, entries: list[Entry]) -> None:
         """Marks the operations up to the last of `entries` as sent and deletes the copies of their files."""

@@ -29,9 +29,9 @@ class SystemMetrics:
 
     def read(self) -> dict[str, float]:
         """Values by name, `system/<node>/<metric>`: percentages and megabytes; the processors' since the last call."""
-        found = {}
+        metrics = {}
         for monitor in self.monitors:
             monitor.collect_metrics()
-            found |= {f"{PREFIX}{self.node}/{name}": float(v) for name, v in monitor.aggregate_metrics().items()}
+            metrics |= {f"{PREFIX}{self.node}/{name}": float(v) for name, v in monitor.aggregate_metrics().items()}
             monitor.clear_metrics()
-        return found
+        return metrics

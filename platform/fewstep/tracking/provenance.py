@@ -42,8 +42,8 @@ def provenance(root: Path, **fingerprints: str) -> Provenance:
 
 
 def _git(root: Path) -> tuple[dict[str, str], dict[str, str]]:
-    def git(*words: str) -> subprocess.CompletedProcess[str]:
-        command = ["git", "-C", str(root), *words]
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", "-C", str(root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
 
     try:

@@ -89,17 +89,17 @@ class Store:
                     if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                         raise
         if ref == "last":
-            found = self._search("", 1)
+            runs = self._search("", 1)
         elif "'" in ref and '"' in ref:  # a query of MLflow cannot quote both
-            found = [run for run in self._search("", None) if run.name == ref]
+            runs = [run for run in self._search("", None) if run.name == ref]
         else:
             mark = '"' if "'" in ref else "'"
-            found = self._search(f"attributes.run_name = {mark}{ref}{mark}", 5)
-        if len(found) == 1:
-            return found[0]
-        if found:
+            runs = self._search(f"attributes.run_name = {mark}{ref}{mark}", 5)
+        if len(runs) == 1:
+            return runs[0]
+        if runs:
             raise ValueError(
-                f"run: {ref!r} is the name of several runs; give an id: {', '.join(r.run_id for r in found)}"
+                f"run: {ref!r} is the name of several runs; give an id: {', '.join(r.run_id for r in runs)}"
             )
         names = [run.name for run in self._search("", PAGE)]
         hint = "".join(f"did you mean {name!r}? " for name in difflib.get_close_matches(ref, names, n=1))
@@ -108,14 +108,14 @@ class Store:
 
     def children(self, parent: Run) -> list[Run]:
         """The child runs of `parent`, such as the trials of a sweep, sorted by name."""
-        found = self._search(f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent.run_id}'", None)
-        return sorted(found, key=lambda run: (run.name, run.start_ms))
+        children = self._search(f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent.run_id}'", None)
+        return sorted(children, key=lambda run: (run.name, run.start_ms))
 
     def history(self, run: Run, metric: str) -> list[Point]:
         """All reports of a metric, sorted by step. Of several at one step the newest counts, as on MLflow's page."""
         with store_errors(self.uri):
-            found = self._client.get_metric_history(run.run_id, metric)
-        newest = {m.step: Point(m.step, m.value, m.timestamp) for m in sorted(found, key=lambda m: m.timestamp)}
+            points = self._client.get_metric_history(run.run_id, metric)
+        newest = {m.step: Point(m.step, m.value, m.timestamp) for m in sorted(points, key=lambda m: m.timestamp)}
         return [newest[step] for step in sorted(newest)]
 
     def files(self, run: Run, folder: str = "") -> list[str]:
@@ -130,22 +130,22 @@ class Store:
 
     def grids(self, run: Run, name: str) -> dict[int, str]:
         """The artifact paths of the images that the run reported under `name`, by step."""
-        found = [(re.fullmatch(r".*/step-(\d+)\.png", path), path) for path in self.files(run, f"grids/{name}")]
-        return dict(sorted((int(match[1]), path) for match, path in found if match))
+        pictures = [(re.fullmatch(r".*/step-(\d+)\.png", path), path) for path in self.files(run, f"grids/{name}")]
+        return dict(sorted((int(match[1]), path) for match, path in pictures if match))
 
     def _search(self, query: str, limit: int | None) -> list[Run]:
         """The newest `limit` runs that match a query; None: all of them."""
-        found, token = [], None
-        while limit is None or len(found) < limit:
+        runs, token = [], None
+        while limit is None or len(runs) < limit:
             with store_errors(self.uri):
                 page = self._client.search_runs(
                     self._experiments, query, max_results=limit or PAGE, order_by=NEWEST, page_token=token
                 )
-            found += [_run(run) for run in page]
+            runs += [_run(run) for run in page]
             token = page.token
             if not token:
                 break
-        return found[:limit]
+        return runs[:limit]
 
 
 def find_run(uri: str | None, ref: str, experiment: str | None = None) -> Run:
@@ -179,10 +179,10 @@ def exported(ref: str, uri: str | None = None) -> Iterator[Path]:
             options = {"dst_path": folder, "tracking_uri": client.tracking_uri}
             place = Path(mlflow.artifacts.download_artifacts(source, **options))
             try:
-                found = inside(place)
+                path = inside(place)
             except ValueError as error:
                 raise UserError(f"model: {quoted(ref)}: {error}") from None
-        yield found
+        yield path
 
 
 def inside(folder: Path) -> Path:
@@ -191,9 +191,9 @@ def inside(folder: Path) -> Path:
 
     path = folder / "MLmodel"
     data = Model.load(str(path)).flavors.get("python_function", {}).get("data") if path.is_file() else None
-    if not isinstance(data, str) or not (found := (folder / data).resolve()).is_relative_to(folder.resolve()):
+    if not isinstance(data, str) or not (path := (folder / data).resolve()).is_relative_to(folder.resolve()):
         raise ValueError("it holds no export of ours; register one with tracking.model of a run")
-    return found
+    return path
 
 
 def _run(run: MlflowRun) -> Run:

@@ -89,9 +89,9 @@ class Sender:
         if opened["run_id"]:
             run = self.client.get_run(opened["run_id"])
         else:
-            found = self.client.search_runs([experiment_id], f"tags.`fewstep.journal` = '{opened['journal']}'")
+            runs = self.client.search_runs([experiment_id], f"tags.`fewstep.journal` = '{opened['journal']}'")
             tags = opened["tags"] | {"fewstep.journal": opened["journal"]}
-            run = found[0] if found else self.client.create_run(experiment_id, opened["time"], tags, opened["name"])
+            run = runs[0] if runs else self.client.create_run(experiment_id, opened["time"], tags, opened["name"])
         self.journal.run_id, self.journal.experiment_id = run.info.run_id, run.info.experiment_id
         self.journal.mark()
 
@@ -221,8 +221,8 @@ class Sender:
         """Id of the logged model of this entry, which is made and filled where it is not yet whole."""
         op, run_id, client = entry.op, self.journal.run_id, self.client
         experiments, tags = [self.journal.experiment_id], {"fewstep.serial": str(entry.serial)}
-        found = client.search_logged_models(experiments, f"source_run_id = '{run_id}'")
-        model = next((m for m in found if tags.items() <= m.tags.items()), None)
+        models = client.search_logged_models(experiments, f"source_run_id = '{run_id}'")
+        model = next((m for m in models if tags.items() <= m.tags.items()), None)
         if model is None:
             name = re.sub(r"[/:.%'\"]", "_", op["name"])  # what MLflow does not take in a logged model's name
             model = client.create_logged_model(experiments[0], name, run_id, tags)

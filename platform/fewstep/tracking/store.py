@@ -165,20 +165,20 @@ def experiment(client: MlflowClient, uri: str, name: str) -> str:
     """
     path = database(uri)
     place = (path.parent / "mlartifacts" / re.sub(r"[^\w.-]", "_", name)).as_uri() if path else None
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         try:
             return client.create_experiment(name, artifact_location=place)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        found = client.get_experiment_by_name(name)
-    if found.lifecycle_stage == "deleted":
+        experiment = client.get_experiment_by_name(name)
+    if experiment.lifecycle_stage == "deleted":
         raise TrackingError(
             f"experiment {name!r} is deleted; bring it back with: mlflow experiments restore "
-            f"--experiment-id {found.experiment_id}"
+            f"--experiment-id {experiment.experiment_id}"
         )
-    return found.experiment_id
+    return experiment.experiment_id
 
 
 def page(uri: str, experiment_id: str, run_id: str) -> str:
