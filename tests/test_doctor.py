@@ -133,7 +133,7 @@ def test_what_does_not_answer_is_a_finding_and_not_a_wait(ray_cluster):
     refs = {"a": hang.remote(0), "b": hang.remote(600), "c": fail.remote()}
     ray_cluster.wait([refs["c"]])
     started = time.monotonic()
-    found = doctor._gather(refs, started + 3)
+    found = doctor._collect_answers(refs, started + 3)
     assert time.monotonic() - started < 6
     ray_cluster.cancel(refs["b"], force=True)
     assert found == {"a": ("here", None), "b": (None, "no answer within 3 s"), "c": (None, "No module named 'fewstep'")}
@@ -275,7 +275,7 @@ def test_a_silent_node_is_one_line_and_the_others_are_judged():
         assert remedy in by_name(checks)["node b"].remedy
     made["nodes"]["a"] = {"error": "no answer within 90 s"}
     assert [c.check for c in judge(made) if c.status == "broken"] == ["node a", "node b"]
-    assert doctor._gather({}, time.monotonic()) == {}
+    assert doctor._collect_answers({}, time.monotonic()) == {}
 
 
 @pytest.mark.parametrize(

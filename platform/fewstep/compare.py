@@ -168,7 +168,7 @@ def scores(records: Sequence[Record], groups: list[list[int]], rank_seen_by_loss
         row["cells"] = [_cell(values[c], records) if c in values else None for c in order]
     for place, c in enumerate(order):
         if rank_seen_by_loss or not columns[c]["seen_by_loss"]:
-            _mark([row["cells"][place] for row in table if not row["teacher"] and row["cells"][place]], columns[c])
+            _mark_best([row["cells"][place] for row in table if not row["teacher"] and row["cells"][place]], columns[c])
     return {"columns": [columns[c] for c in order], "rows": table}
 
 
@@ -183,7 +183,7 @@ def _cell(values: Mapping[int, float], records: Sequence[Record]) -> dict[str, A
     return {"mean": finite(spread.mean), "std": spread.std, "seeds": spread.seeds, "values": single}
 
 
-def _mark(cells: Sequence[dict[str, Any]], column: Mapping[str, Any]) -> None:
+def _mark_best(cells: Sequence[dict[str, Any]], column: Mapping[str, Any]) -> None:
     """Marks the best of a column, and the cells that the spread of seeds does not tell from it."""
     spreads = [(Spread(c["mean"], c["std"], c["seeds"]), c) for c in cells if c["mean"] is not None]
     if column["better"] is None or len(spreads) < 2:
@@ -249,7 +249,7 @@ def compare(records: Sequence[Record], *, what: str, store: str, rank_seen_by_lo
             {"label": [[names.get(key, ""), value] for key, value in label.items()]}
             for label in _labels(records, groups, keys)
         ],
-        "runs": [_plain(record, group_of[i], pictures) for i, record in enumerate(records)],
+        "runs": [_run_values(record, group_of[i], pictures) for i, record in enumerate(records)],
         "scores": scores(records, groups, rank_seen_by_loss),
         "metrics": metrics,
         "shown": metrics[:SHOWN_CURVES],
@@ -258,7 +258,7 @@ def compare(records: Sequence[Record], *, what: str, store: str, rank_seen_by_lo
     }
 
 
-def _plain(record: Record, group: int, pictures: dict[str, str]) -> dict[str, Any]:
+def _run_values(record: Record, group: int, pictures: dict[str, str]) -> dict[str, Any]:
     """A record as JSON types; its pictures as indices of `pictures`, which holds each different one once, as base64."""
 
     def picture(png: bytes) -> int:
@@ -275,13 +275,13 @@ def _plain(record: Record, group: int, pictures: dict[str, str]) -> dict[str, An
         "group": group,
         "seed": record.seed,
         "settings": record.settings,
-        "axes": [{name: _finite(x) for name, x in axis.items()} for axis in record.axes],
-        "curves": {name: [axis, _finite(values)] for name, (axis, values) in record.curves.items()},
+        "axes": [{name: _none_for_nan(x) for name, x in axis.items()} for axis in record.axes],
+        "curves": {name: [axis, _none_for_nan(values)] for name, (axis, values) in record.curves.items()},
         "grids": [[step, picture(png)] for step, png in record.grids.items()],
         "teacher": None if record.teacher is None else picture(record.teacher),
     }
 
 
-def _finite(values: np.ndarray) -> list[float | None]:
+def _none_for_nan(values: np.ndarray) -> list[float | None]:
     """Returns the values with None for those that are not finite, because JSON has no nan."""
     return [value if np.isfinite(value) else None for value in values.tolist()]

@@ -40,7 +40,7 @@ def _count(n: float, what: str) -> str:
     return f"{n:g} {what}" + ("" if n == 1 else "s")
 
 
-def _has(node: dict[str, float]) -> str:
+def _resources(node: dict[str, float]) -> str:
     return (
         f"{_count(node['cpus'], 'CPU')}, {_count(node['gpus'], 'GPU')}, {node['memory_gib']:.1f} GiB memory, "
         f"{node['object_store_gib']:.1f} GiB object store"
@@ -49,11 +49,13 @@ def _has(node: dict[str, float]) -> str:
 
 def _judge_cluster(facts: dict[str, Any]) -> Iterator[Check]:
     cluster = facts["cluster"]
-    yield Check("cluster", "ok", f"{cluster['address']}: {_count(len(cluster['nodes']), 'node')}, {_has(cluster)}")
+    yield Check(
+        "cluster", "ok", f"{cluster['address']}: {_count(len(cluster['nodes']), 'node')}, {_resources(cluster)}"
+    )
     for name, node in cluster["nodes"].items():
         error = facts["nodes"][name]["error"]
         if error is None:
-            yield Check(f"node {name}", "ok", _has(node))
+            yield Check(f"node {name}", "ok", _resources(node))
         elif "fewstep" in error:
             yield Check(f"node {name}", "broken", error,
                         "submit with: ray job submit --working-dir . -- python jobs/doctor.py, or install the package "
@@ -84,7 +86,7 @@ def _loopback(address: str) -> bool:
     return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
-def _by_value(values: dict[str, Any]) -> dict[Any, str]:
+def _nodes_by_value(values: dict[str, Any]) -> dict[Any, str]:
     """Which nodes have each value: {value: "node a, node b"}."""
     nodes_of: dict[Any, list[str]] = {}
     for name, value in values.items():
@@ -95,7 +97,7 @@ def _by_value(values: dict[str, Any]) -> dict[Any, str]:
 def _judge_versions(nodes: dict[str, Any]) -> Iterator[Check]:
     same = []
     for package in next(iter(nodes.values()))["versions"]:
-        nodes_of = _by_value({name: node["versions"][package] for name, node in nodes.items()})
+        nodes_of = _nodes_by_value({name: node["versions"][package] for name, node in nodes.items()})
         if len(nodes_of) == 1 and None not in nodes_of:
             same.append(f"{package} {next(iter(nodes_of))}")
             continue
@@ -116,7 +118,7 @@ def _judge_torchvision(nodes: dict[str, Any]) -> Iterator[Check]:
                 f" ({error})" if error else ""
             )
         errors[name] = error
-    for error, names in _by_value(errors).items():
+    for error, names in _nodes_by_value(errors).items():
         if error is None:
             yield Check("torch and torchvision", "ok", f"torchvision's operators work on {names}")
         else:
@@ -151,7 +153,7 @@ def _judge_parts(facts: dict[str, Any], nodes: dict[str, Any]) -> Iterator[Check
         for check in has["checks"]:
             by_name.setdefault(check["check"], {})[node] = Check(**check)
     for name, checks in by_name.items():
-        merged = _merged(name, checks)
+        merged = _merged_check(name, checks)
         if merged.status == "ok" and name.removeprefix("storage ") in facts["folders"]:
             merged = _judge_shared(name.removeprefix("storage "), merged, nodes)
         if merged.status == "ok" and name == "MLflow" and facts["database"] and len(nodes) > 1:
@@ -164,11 +166,11 @@ def _judge_parts(facts: dict[str, Any], nodes: dict[str, Any]) -> Iterator[Check
         yield merged
 
 
-def _merged(name: str, checks: dict[str, Check]) -> Check:
+def _merged_check(name: str, checks: dict[str, Check]) -> Check:
     """One check of all nodes: the worst of them, with the nodes that say so."""
     status = max((check.status for check in checks.values()), key=STATUSES.index)
     worst = {node: check for node, check in checks.items() if check.status == status}
-    nodes_of = _by_value({node: check.result for node, check in worst.items()})
+    nodes_of = _nodes_by_value({node: check.result for node, check in worst.items()})
     if status == "ok" and len(nodes_of) == 1:
         return replace(next(iter(worst.values())), result=f"{next(iter(nodes_of))}, on {_count(len(checks), 'node')}")
     result = "; ".join(f"{names}: {result}" for result, names in nodes_of.items())

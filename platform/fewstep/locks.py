@@ -48,13 +48,13 @@ def locked(file: Path, wait_s: float = 0.0, way_out: str = "choose another with 
 def hold(file: Path, wait_s: float = 0.0, way_out: str = "choose another with name=...") -> None:
     """Takes a lock as `locked` does, until this process ends."""
     deadline, path = time.monotonic() + wait_s, os.path.realpath(file)
-    while not _take(path):
+    while not _try_lock(path):
         if time.monotonic() > deadline:
             raise Busy(f"{file.parent}: in use by {_holder(path)}; wait for it or end it, or {way_out}")
         time.sleep(LOOK_S)
 
 
-def _take(path: str) -> bool:
+def _try_lock(path: str) -> bool:
     """True if this process has the lock now."""
     with _mutex:
         if path in _held:

@@ -311,7 +311,7 @@ def _train(recipe: Recipe, engine: Engine, book: Book | None, services: Services
         if services.preempted():
             engine.stop()
     if engine.finished:
-        _finish(recipe, engine, book)
+        _finish_run(recipe, engine, book)
 
 
 def open_tracker(recipe: Recipe, origin: Provenance) -> Tracker:
@@ -366,12 +366,12 @@ def _score_due(
     """Makes the scores and grids that fell due after `before` images.
 
     With `services.score` another process samples and scores, and no rank waits. Without it all ranks sample and rank 0
-    scores. `_finish` makes those of the last step.
+    scores. `_finish_run` makes those of the last step.
     """
     e = recipe.evaluate
     if engine.finished or engine.step < report.step:  # after a roll-back the run reaches this step again
         return
-    if e.metrics and _due(e.every_images, before, report.images):
+    if e.metrics and _is_due(e.every_images, before, report.images):
         if engine.saver is not None:
             engine.saver.pending(report.step)
         if services.score is not None:
@@ -383,7 +383,7 @@ def _score_due(
             samples = _samples(engine, sampler, e.images, recipe.seed, e.batch)
             if book is not None:
                 book.scorer.add("student", samples, report.step)
-    if _due(e.grid_every_images, before, report.images):
+    if _is_due(e.grid_every_images, before, report.images):
         draw(recipe, engine, book)
 
 
@@ -393,7 +393,7 @@ def _samples(engine: Engine, sampler: build.Sampler, images: int, seed: int, bat
     return build.make_samples(sampler, images, seed, batch, engine.world, alive=heartbeat)
 
 
-def _due(every: int | None, before: int, now: int) -> bool:
+def _is_due(every: int | None, before: int, now: int) -> bool:
     """True if a multiple of `every` lies in (before, now]."""
     return every is not None and now // every > before // every
 
@@ -438,7 +438,7 @@ def fake_denoising(recipe: Recipe, engine: Engine, sampler: build.Sampler) -> to
     return fake(level.noise(x, draws.normal("eps", x.shape)), level, cond)
 
 
-def _finish(recipe: Recipe, engine: Engine, book: Book | None) -> None:
+def _finish_run(recipe: Recipe, engine: Engine, book: Book | None) -> None:
     """Draws the grids of the last step, and queues samples of student and teacher for scoring."""
     e, teacher = recipe.evaluate, engine.nets.get("teacher")
     draw(recipe, engine, book)

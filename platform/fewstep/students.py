@@ -295,17 +295,17 @@ def _card(student: Student, rows: Sequence[dict[str, Any]], licence: str | None)
         weights += f" of a LoRA of rank {adapter.rank} on {', '.join(adapter.targets)}, merged"
     return Card(
         name=recipe.name,
-        teacher=_word(recipe.teacher),
+        teacher=_public_name(recipe.teacher),
         method=f"{recipe.method.tag}: {paper}",
-        data="" if recipe.data is None else _word(recipe.data.path),
+        data="" if recipe.data is None else _public_name(recipe.data.path),
         training=f"step {student.step} of {train.steps}, batch {train.batch}, seed {recipe.seed}, {weights}",
         licence=licence or recipe.licence,
         scores=tuple(rows),
-        reference=_word(recipe.evaluate.reference or recipe.evaluate.inception_reference),
+        reference=_public_name(recipe.evaluate.reference or recipe.evaluate.inception_reference),
     )
 
 
-def _word(ref: str | None) -> str:
+def _public_name(ref: str | None) -> str:
     """A reference as others can read it: a path of this machine is only its last name, a URL is without its secrets."""
     return "" if ref is None else Path(ref).name if Path(ref).is_absolute() else masked(ref)
 

@@ -42,7 +42,7 @@ class Watchdog:
         self.engine, self.folder, self.limit_s = engine, folder, limit_s
         self.training_thread = threading.get_ident()
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="fewstep-watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="fewstep-watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
         self.engine.heartbeat(self.engine.place)
@@ -53,7 +53,7 @@ class Watchdog:
         self._done.set()
         self._thread.join()
 
-    def _work(self) -> None:
+    def _watch(self) -> None:
         while not self._done.wait(LOOK_S):
             if STOP_REQUEST.is_set() or (self.folder / STOP).exists():
                 self.engine.stop()

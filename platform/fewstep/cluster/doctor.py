@@ -220,7 +220,7 @@ def examine(recipe: Recipe, limit_s: float = 300.0, asked: bool = True) -> dict[
     ids = {name: node["id"] for name, node in facts["cluster"]["nodes"].items()}
     peers = _Peers(ids, max(until - time.monotonic(), 1))
     try:
-        facts["nodes"] = _look(plain, ids, until)
+        facts["nodes"] = _nodes_facts(plain, ids, until)
         facts["reduce"] = peers.reduce(until)
     finally:
         peers.close()
@@ -248,14 +248,14 @@ def _cluster() -> dict[str, Any]:
     return {"address": address, "error": None, "nodes": nodes, **doors, **total}
 
 
-def _at(node: str) -> dict[str, Any]:
+def _on_node(node: str) -> dict[str, Any]:
     """Options of a task or actor that runs on a given node, without waiting for a CPU."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
-def _gather(refs: dict[str, Any], until: float) -> dict[str, tuple[Any, str | None]]:
+def _collect_answers(refs: dict[str, Any], until: float) -> dict[str, tuple[Any, str | None]]:
     """Returns (answer, None) or (None, reason of the failure) for each, after all have answered or the time is up."""
     import ray
 
@@ -273,7 +273,7 @@ def _gather(refs: dict[str, Any], until: float) -> dict[str, tuple[Any, str | No
     return answers
 
 
-def _look(recipe: dict[str, Any], ids: dict[str, str], until: float) -> dict[str, Any]:
+def _nodes_facts(recipe: dict[str, Any], ids: dict[str, str], until: float) -> dict[str, Any]:
     """Gathers the facts of the nodes. Then each node looks for the probes of the others, and removes its own."""
     import ray
 
@@ -282,7 +282,9 @@ def _look(recipe: dict[str, Any], ids: dict[str, str], until: float) -> dict[str
 
     def ask(function: Any, arguments: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, str | None]]:
         task = ray.remote(max_retries=0)(function)
-        return _gather({name: task.options(**_at(ids[name])).remote(*arguments[name]) for name in arguments}, until)
+        return _collect_answers(
+            {name: task.options(**_on_node(ids[name])).remote(*arguments[name]) for name in arguments}, until
+        )
 
     answers = ask(look, {name: (recipe, probes[name], most_s) for name in ids})
     nodes = {name: {"error": error} if facts is None else facts for name, (facts, error) in answers.items()}
@@ -308,7 +310,7 @@ class _Peers:
             places = [{"num_cpus": 0, "num_gpus": 1}] * self.free
         else:
             nodes = list(ids.values())
-            places = [_at(nodes[i % len(nodes)]) for i in range(max(len(nodes), 2))]
+            places = [_on_node(nodes[i % len(nodes)]) for i in range(max(len(nodes), 2))]
         actor = ray.remote(Peer)
         self.peers = [
             actor.options(**options).remote(rank, len(places), self.backend, timeout_s)
@@ -320,11 +322,13 @@ class _Peers:
         facts = {"backend": self.backend, "workers": size, "gpus": self.gpus, "error": None, "gb_per_s": None}
         if not size:
             return facts | {"devices": []}
-        address, error = _gather({"": self.peers[0].serve.remote()}, until)[""]
+        address, error = _collect_answers({"": self.peers[0].serve.remote()}, until)[""]
         if error is not None:
             return facts | {"devices": [], "error": error}
         mib = GPU_MIB if self.gpus else CPU_MIB
-        answers = _gather({f"rank {i}": p.reduce.remote(address, mib) for i, p in enumerate(self.peers)}, until)
+        answers = _collect_answers(
+            {f"rank {i}": p.reduce.remote(address, mib) for i, p in enumerate(self.peers)}, until
+        )
         failed = [f"{name}: {error}" for name, (_, error) in answers.items() if error is not None]
         if not failed:
             failed = [f"{name}: the sum is wrong" for name, (answer, _) in answers.items() if not answer["right"]]

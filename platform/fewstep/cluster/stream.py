@@ -88,10 +88,10 @@ def publish(
     shards = open_shards(path, verify, cache_bytes)
     if shards.decoded_bytes > memory_bytes:
         return Published(shards, None)
-    _quiet()
+    _hide_progress()
     # from_blocks and not from_arrow, which runs a task for each table's metadata and would wait for a CPU
     units = ((unit, None) for unit in range(len(shards.units)))
-    dataset = ray.data.from_blocks([_whole(read_units(task, shards)) for task in _tasks(shards, units)])
+    dataset = ray.data.from_blocks([_table_or_error(read_units(task, shards)) for task in _tasks(shards, units)])
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False
     return Published(shards, dataset.materialize())
@@ -177,7 +177,7 @@ def _task(units: list[int], rows: list[np.ndarray | None]) -> pa.Table:
 
 def _pipeline(shards: Shards, tasks: list[pa.Table], readers: int) -> Dataset:
     """Returns the dataset of some tasks, in their order: one block for each, with encoded rows."""
-    _quiet()
+    _hide_progress()
     dataset = ray.data.from_blocks(tasks).map_batches(
         read_units, batch_size=None, batch_format="pyarrow", fn_kwargs={"shards": shards}, num_cpus=DATA_CPUS,
         compute=TaskPoolStrategy(size=readers),
@@ -187,7 +187,7 @@ def _pipeline(shards: Shards, tasks: list[pa.Table], readers: int) -> Dataset:
     return dataset
 
 
-def _quiet() -> None:
+def _hide_progress() -> None:
     """Keeps Ray Data's messages about each execution out of the terminal; its log file has them."""
     log_once("ray_data_progress_manager_disabled")  # marks Ray Data's notice as printed
     for handler in logging.getLogger("ray.data").handlers:
@@ -206,7 +206,7 @@ def _blocks(dataset: Dataset) -> Generator[pa.Table, None, None]:
             yield ray.get(entry.ref)
 
 
-def _whole(table: pa.Table) -> pa.Table:
+def _table_or_error(table: pa.Table) -> pa.Table:
     """Returns the result of read_units. Raises the ShardError that it reports."""
     reasons = table.column("error").drop_null()
     if len(reasons):

@@ -101,10 +101,10 @@ def fit(
     with locked(recipe.folder / LOCK, way_out=way_out):
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
-        return _fit(recipe, follow, tags, shared)
+        return _fit_locked(recipe, follow, tags, shared)
 
 
-def _fit(
+def _fit_locked(
     recipe: Recipe, follow: Callable[[dict[str, Any]], None], tags: Mapping[str, str], shared: bool
 ) -> dict[str, Any]:
     """Does the work of `fit`, with the run's folder locked."""
@@ -190,7 +190,7 @@ def _attempt(recipe: Recipe, device: str, config: dict[str, Any]) -> dict[str, A
             # a new name each time: the engine resumes from its own checkpoints, and Ray must not do so
             name=f"{recipe.name}-{time.time_ns():x}",
             storage_path=str(recipe.folder / "ray"),
-            # `_fit` decides about restarts, as it can tell a lost worker from an error that would come again
+            # `_fit_locked` decides about restarts, as it can tell a lost worker from an error that would come again
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=3),
             callbacks=[OnWorkers(watchdog.on_sigterm)],
         ),
@@ -241,9 +241,9 @@ class Terminated:
     def __enter__(self) -> None:
         self.main = threading.current_thread() is threading.main_thread()
         if self.main:
-            self.before = signal.signal(signal.SIGTERM, self._ask)
+            self.before = signal.signal(signal.SIGTERM, self._request_stop)
 
-    def _ask(self, *_: object) -> None:
+    def _request_stop(self, *_: object) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / watchdog.STOP).touch()
 
@@ -342,18 +342,18 @@ class Follower:
         self.folder, self.follow = recipe.folder, follow
         self.passed: list[dict[str, Any]] = []
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="fewstep-follow", daemon=True)
+        self._thread = threading.Thread(target=self._poll, name="fewstep-follow", daemon=True)
 
-    def _pass_on(self) -> None:
+    def _forward_reports(self) -> None:
         lines = run.report_lines(self.folder)
         known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.passed, lines, strict=False)))
         for report in lines[known:]:
             self.follow(report)
         self.passed = lines
 
-    def _work(self) -> None:
+    def _poll(self) -> None:
         while not self._stop.wait(POLL_S):
-            self._pass_on()
+            self._forward_reports()
 
     def __enter__(self) -> Follower:
         self.passed = run.report_lines(self.folder)
@@ -363,5 +363,5 @@ class Follower:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._pass_on()
+        self._forward_reports()
         sys.stdout.flush()

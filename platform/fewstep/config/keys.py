@@ -55,48 +55,48 @@ def names(model: type[BaseModel]) -> dict[str, Any]:
 def keys(model: type[BaseModel]) -> list[Key]:
     """Every key of a model, a group before the keys in it."""
     schema = model.model_json_schema()
-    return list(_below(schema, schema.get("$defs", {}), "", ""))
+    return list(_keys_below(schema, schema.get("$defs", {}), "", ""))
 
 
-def _below(node: Mapping[str, Any], defs: Mapping[str, Any], prefix: str, choice: str) -> Iterator[Key]:
+def _keys_below(node: Mapping[str, Any], defs: Mapping[str, Any], prefix: str, choice: str) -> Iterator[Key]:
     for name, field in node["properties"].items():
         if choice != f"{prefix}{name}={field.get('const')}":
             yield from _key(field, defs, prefix + name, name in node.get("required", ()), choice)
 
 
 def _key(field: Mapping[str, Any], defs: Mapping[str, Any], name: str, required: bool, choice: str) -> Iterator[Key]:
-    shapes = [_followed(shape, defs) for shape in field.get("anyOf", field.get("oneOf", [field]))]
+    shapes = [_dereferenced(shape, defs) for shape in field.get("anyOf", field.get("oneOf", [field]))]
     kind = " or ".join(dict.fromkeys(_type(shape, defs) for shape in shapes))
-    meaning = _plain(field) or _plain(_followed(field, defs))
-    yield Key(name, kind, None if required else _spelt(field.get("default")), meaning, choice)
+    meaning = _summary(field) or _summary(_dereferenced(field, defs))
+    yield Key(name, kind, None if required else _yaml_text(field.get("default")), meaning, choice)
     tag = field.get("discriminator", {}).get("propertyName")
     for group in shapes:
         if "properties" in group and tag is None:
-            yield from _below(group, defs, f"{name}.", choice)
+            yield from _keys_below(group, defs, f"{name}.", choice)
         elif "properties" in group:
             chosen = f"{name}.{tag}={group['properties'][tag]['const']}"
-            yield Key(chosen, GROUP, None, _plain(group), chosen)
-            yield from _below(group, defs, f"{name}.", chosen)
+            yield Key(chosen, GROUP, None, _summary(group), chosen)
+            yield from _keys_below(group, defs, f"{name}.", chosen)
         elif isinstance(inner := group.get("additionalProperties"), Mapping):
             yield from _key(inner, defs, f"{name}.*", True, choice)
 
 
-def _followed(shape: Mapping[str, Any], defs: Mapping[str, Any]) -> Mapping[str, Any]:
+def _dereferenced(shape: Mapping[str, Any], defs: Mapping[str, Any]) -> Mapping[str, Any]:
     return defs[shape["$ref"].rsplit("/", 1)[1]] if "$ref" in shape else shape
 
 
-def _plain(shape: Mapping[str, Any]) -> str:
+def _summary(shape: Mapping[str, Any]) -> str:
     """The description's first paragraph, on one line."""
     return " ".join(shape.get("description", "").split("\n\n")[0].split())
 
 
 def _type(shape: Mapping[str, Any], defs: Mapping[str, Any]) -> str:
     """A JSON schema's type and range, as text."""
-    shape = _followed(shape, defs)
+    shape = _dereferenced(shape, defs)
     if "anyOf" in shape:
         return " or ".join(_type(part, defs) for part in shape["anyOf"])
     if "enum" in shape or "const" in shape:
-        return " | ".join(_spelt(value) for value in shape.get("enum", [shape.get("const")]))
+        return " | ".join(_yaml_text(value) for value in shape.get("enum", [shape.get("const")]))
     kind = shape.get("type", "")
     if kind == "array":
         items = [_type(item, defs) for item in shape.get("prefixItems", [shape.get("items", {})])]
@@ -112,12 +112,12 @@ def _type(shape: Mapping[str, Any], defs: Mapping[str, Any]) -> str:
     return " ".join([KINDS.get(kind, "any value"), " and ".join(bounds)]).strip()
 
 
-def _spelt(value: Any) -> str:
+def _yaml_text(value: Any) -> str:
     """A value as one writes it in YAML."""
     if isinstance(value, str):
         return value if PLAIN.fullmatch(value) and parse_yaml(value, "") == value else json.dumps(value)
     if isinstance(value, list):
-        return f"[{', '.join(map(_spelt, value))}]"
+        return f"[{', '.join(map(_yaml_text, value))}]"
     return json.dumps(value)
 
 
@@ -132,14 +132,14 @@ def help_text(doc: str, models: Sequence[type[BaseModel]], prefixes: Sequence[st
     own = keys(models[0])
     others = [key for model in models[1:] for key in keys(model) if key.name not in {key.name for key in own}]
     if prefixes:
-        return "\n".join(_lines(key for prefix in prefixes for key in _narrowed([*own, *others], prefix)))
+        return "\n".join(_lines(key for prefix in prefixes for key in _with_prefix([*own, *others], prefix)))
     lines = [doc, "", "Arguments have the form key=value; values are YAML:", "", *_lines(own)]
     if others:
         lines += ["", "All other arguments are keys of the recipe. --help KEY prints those below KEY alone:", ""]
     return "\n".join([*lines, *_lines(others)])
 
 
-def _narrowed(all_keys: Sequence[Key], prefix: str) -> list[Key]:
+def _with_prefix(all_keys: Sequence[Key], prefix: str) -> list[Key]:
     parts = prefix.split(".")
     matches = [key for key in all_keys if _matches(key.name.split("."), parts) or key.choice == prefix]
     if not matches:

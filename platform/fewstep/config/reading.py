@@ -63,7 +63,7 @@ def read_json_lines(path: str | Path, limit: int = JSON_BYTES) -> Iterator[dict[
                 if line.endswith(b"\n"):
                     yield parse_json(line, f"{path}: line {number}", dict, limit)
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise _read_error(path, error) from None
 
 
 def parse_yaml(content: str | bytes, where: str) -> Any:
@@ -84,7 +84,7 @@ def parse_json(content: str | bytes, where: str, expected: type = dict, limit: i
     """The value of a JSON document, of type `expected`. where: its file, for errors. Raises ConfigError."""
     text = as_text(content, where, limit)
     try:
-        data = json.loads(text, object_pairs_hook=_once, parse_int=_whole_number)
+        data = json.loads(text, object_pairs_hook=_unique_keys, parse_int=_whole_number)
     except RecursionError:
         raise ConfigError(f"{where}: {_too_deep()}") from None
     except json.JSONDecodeError as error:
@@ -115,10 +115,10 @@ def _bytes(path: str | Path, limit: int) -> bytes:
         with open(path, "rb") as file:
             return file.read(limit + 1)
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise _read_error(path, error) from None
 
 
-def _unreadable(path: str | Path, error: OSError) -> ConfigError:
+def _read_error(path: str | Path, error: OSError) -> ConfigError:
     return ConfigError(f"{str(path)[:300]}: cannot be read: {error.strerror or error}")
 
 
@@ -169,7 +169,7 @@ def _texts(data: Any) -> Iterator[str]:
             yield from _texts(part)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -275,7 +275,7 @@ def _plain_text(loader: _Loader, node: yaml.ScalarNode) -> str:
     return text
 
 
-def _unknown(loader: _Loader, node: yaml.Node) -> Any:
+def _refuse_tag(loader: _Loader, node: yaml.Node) -> Any:
     text = f"tag {node.tag!r}: only plain text, numbers, lists and mappings are read"
     raise ConstructorError(None, None, text, node.start_mark)
 
@@ -294,7 +294,7 @@ _Loader.add_constructor(MERGE, _plain_text)  # as a value it is text
 _Loader.add_constructor(TAG + "str", _plain_text)
 for _kind in ("seq", "map"):
     _Loader.add_constructor(TAG + _kind, getattr(yaml.SafeLoader, f"construct_yaml_{_kind}"))
-_Loader.add_constructor(None, _unknown)
+_Loader.add_constructor(None, _refuse_tag)
 
 
 def _yaml_mistake(error: yaml.YAMLError, text: str) -> str:

@@ -42,17 +42,17 @@ def _plain_numbers(schema: Any, model: type[BaseModel]) -> Any:
     def check(value: Any) -> Any:
         if kind != "any" and isinstance(value, bool):
             raise PydanticKnownError(f"{kind}_type")
-        if kind == "any" and not _finite(value):  # JSON has no other numbers, and they would be written as null
+        if kind == "any" and not _all_finite(value):  # JSON has no other numbers, and they would be written as null
             raise PydanticKnownError("finite_number")
         return value
 
     return core_schema.no_info_before_validator_function(check, schema)
 
 
-def _finite(value: Any) -> bool:
+def _all_finite(value: Any) -> bool:
     """True where all numbers in a value, however deep, are finite."""
     if isinstance(value, (Mapping, list, tuple)):
-        return all(map(_finite, value.values() if isinstance(value, Mapping) else value))
+        return all(map(_all_finite, value.values() if isinstance(value, Mapping) else value))
     return not isinstance(value, float) or math.isfinite(value)
 
 
@@ -231,7 +231,7 @@ TEXTS = {
 def _line(model: type[BaseModel], data: Any, e: Any) -> str:
     """One mistake in the data as a line: its dotted key, the value, the way out."""
     location = [part for part in e["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
-    visible = _visible(data, location, e["type"] == "missing")
+    visible = _user_location(data, location, e["type"] == "missing")
     dotted, context, got = ".".join(map(str, visible)), e.get("ctx", {}), quoted(e["input"])
     if e["type"] == "extra_forbidden":
         return f"{dotted}: no such key; {nearest(visible[-1], _fields_at(model, location[:-1]))}"
@@ -276,7 +276,7 @@ def _tags(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
     return sorted(m.tag for m in here if hasattr(m, "tag"))
 
 
-def _visible(data: Any, location: Sequence[Any], missing: bool) -> list[Any]:
+def _user_location(data: Any, location: Sequence[Any], missing: bool) -> list[Any]:
     """The location as the user wrote it: without the labels that pydantic adds for the members of a union.
 
     missing: the last part is a key that the data lacks; all other parts are keys or indices in the data, or labels.

@@ -101,7 +101,7 @@ def _read(
     background: tuple[int, int, int],
     max_pixels: int,
 ) -> Picture:
-    with _opened(data) as image:
+    with _open_image(data) as image:
         if size is None and image.width * image.height > max_pixels:
             raise CorruptImage(f"{image.height}x{image.width} pixels in its header, more than max_pixels={max_pixels}")
         # a turned picture's header has its sides the other way round
@@ -131,7 +131,7 @@ def _read(
     return Picture(pixels.transpose(2, 0, 1), tuple(changes))
 
 
-def _opened(data: bytes) -> ImageFile:
+def _open_image(data: bytes) -> ImageFile:
     """The file with its header read. Its class is called directly: Image.open has a limit of its own on pixels, and
     takes the two pictures of a stereo JPEG for an animation."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):

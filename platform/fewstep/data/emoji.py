@@ -120,13 +120,13 @@ def _fetch(folder: Path) -> None:
                 ["npm", "pack", wanted, "--silent", "--pack-destination", folder], capture_output=True, text=True
             )
         except OSError as error:
-            raise SourceError(f"emoji: {wanted}: npm cannot be run ({error.strerror}); {_how(style)}") from None
+            raise SourceError(f"emoji: {wanted}: npm cannot be run ({error.strerror}); {_remedy(style)}") from None
         if done.returncode:
             reason = one_line(done.stderr) or f"npm ended with {done.returncode}"
-            raise SourceError(f"emoji: {wanted}: the download failed ({reason}); {_how(style)}")
+            raise SourceError(f"emoji: {wanted}: the download failed ({reason}); {_remedy(style)}")
 
 
-def _how(style: Style) -> str:
+def _remedy(style: Style) -> str:
     wanted = f"{style.package}@{style.version}"
     return f"run `npm pack {wanted}` where there is a network, and give path=<the folder with {style.archive}>"
 
@@ -140,7 +140,7 @@ def _drawings(folder: Path, style: Style, groups: Sequence[str] = ()) -> dict[st
             parse_json(files[name], f"{style.package}/{name}", limit=IMAGE_BYTES) for name in NEEDED
         )
         if package["version"] != style.version:
-            raise SourceError(f"path: {folder} has {style.package} {package['version']}; {_how(style)}")
+            raise SourceError(f"path: {folder} has {style.package} {package['version']}; {_remedy(style)}")
         known = metadata["categories"]
         if unknown := [group for group in groups if group not in known]:
             raise SourceError(f"groups: {unknown[0]!r} is not one of {', '.join(known)}")
@@ -151,7 +151,9 @@ def _drawings(folder: Path, style: Style, groups: Sequence[str] = ()) -> dict[st
     except SourceError:
         raise
     except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(f"path: {style.package} in {folder} is damaged ({one_line(error)}); {_how(style)}") from None
+        raise SourceError(
+            f"path: {style.package} in {folder} is damaged ({one_line(error)}); {_remedy(style)}"
+        ) from None
     return drawings
 
 
@@ -164,12 +166,12 @@ def _files(folder: Path, style: Style) -> dict[str, bytes]:
             break
     else:
         if not archive.is_file():
-            raise SourceError(f"path: no {style.archive} in {str(folder)!r}; {_how(style)}")
+            raise SourceError(f"path: no {style.archive} in {str(folder)!r}; {_remedy(style)}")
         inside = members(archive, lambda name: IMAGE_BYTES * (name.removeprefix("package/") in NEEDED))
         files = {name.removeprefix("package/"): data for name, data in inside if data}
     missing = [name for name in NEEDED if not isinstance(files.get(name), bytes)]
     if missing:
-        raise SourceError(f"path: {style.package} in {folder} has no readable {missing[0]}; {_how(style)}")
+        raise SourceError(f"path: {style.package} in {folder} has no readable {missing[0]}; {_remedy(style)}")
     return files
 
 

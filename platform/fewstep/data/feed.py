@@ -125,13 +125,13 @@ class Feed(ABC):
     @abstractmethod
     def _batches(self, position: int, batch: int, rank: int, world: int) -> Generator[dict[str, Any], None, None]: ...
 
-    def _note(self, row: int, reason: str) -> None:
+    def _count_row(self, row: int, reason: str) -> None:
         """Counts a row as corrupt."""
         if row not in self._corrupt and self.plan.unit(row)[0] not in self._lost:
             self._corrupt[row] = f"{self.shards.name(*self.plan.unit(row))}: {reason}"
             self._check_limit()
 
-    def _lose(self, unit: int, error: ShardError) -> None:
+    def _count_unit(self, unit: int, error: ShardError) -> None:
         """Counts the rows of a unit that cannot be read as corrupt, and those of its shard where all of it is lost."""
         if unit in self._lost:
             return
@@ -156,7 +156,7 @@ class Feed(ABC):
         where = f"{self.shards.path}: no row is left to take a corrupt one's place"
         return refuse(self.corrupt, self.allowed, where, self.corrupt_rows)
 
-    def _finish(
+    def _columns(
         self,
         values: torch.Tensor,
         row_labels: np.ndarray,
@@ -211,7 +211,7 @@ class MemoryFeed(Feed):
                 else:
                     values[here], bad = decode_all(table.column("image").to_pylist(), self.shape, pool, threads)
                     for i, reason in bad:
-                        self._note(row + i, reason)
+                        self._count_row(row + i, reason)
                 self._labels[here] = labels(table)
                 if self.with_captions:
                     self._texts += table.column("caption").to_pylist()
@@ -229,12 +229,12 @@ class MemoryFeed(Feed):
             used = rows.copy()
             if self._corrupt:
                 for i in np.flatnonzero(np.isin(rows, list(self._corrupt))):
-                    used[i] = self._stand_in(int(epochs[i]), int(rows[i]))
+                    used[i] = self._replacement_row(int(epochs[i]), int(rows[i]))
             texts = [self._texts[row] for row in used] if self.with_captions else None
             more = _tensors({name: values[used] for name, values in self._more.items()})
-            yield self._finish(self._values[torch.from_numpy(used)], self._labels[used], texts, more, epochs, rows)
+            yield self._columns(self._values[torch.from_numpy(used)], self._labels[used], texts, more, epochs, rows)
 
-    def _stand_in(self, epoch: int, row: int) -> int:
+    def _replacement_row(self, epoch: int, row: int) -> int:
         for _, others in self.plan.stand_ins(epoch, row):
             for other in others.tolist():
                 if other not in self._corrupt:
@@ -272,22 +272,22 @@ class StreamFeed(Feed):
                     error = reading.exception()
                     yield done, error if isinstance(error, ShardError) else reading.result()
 
-    def _sound(self, read: Iterable[Read]) -> Iterator[tuple[Piece, pa.Table]]:
+    def _usable_pieces(self, read: Iterable[Read]) -> Iterator[tuple[Piece, pa.Table]]:
         """The pieces with rows that can be used, the id of each in a column `row`."""
         for piece, table in read:
             unit, rows = piece.unit, piece.rows
             if isinstance(table, ShardError):
-                unit, rows, table = self._replaced(piece, table)
+                unit, rows, table = self._replacement_piece(piece, table)
             yield piece, table.append_column("row", pa.array(self.plan.first[unit] + rows))
 
-    def _replaced(self, piece: Piece, error: ShardError) -> tuple[int, np.ndarray, pa.Table]:
+    def _replacement_piece(self, piece: Piece, error: ShardError) -> tuple[int, np.ndarray, pa.Table]:
         """Unit, row numbers and rows for a piece that could not be read: tried once more here, then another unit's."""
         for unit in self.plan.units_from(piece.epoch, piece.unit):
             rows = piece.rows % self.plan.units[unit]
             try:
                 table = self.shards.read(unit, rows)
             except ShardError as another:
-                self._lose(unit, another)
+                self._count_unit(unit, another)
                 continue
             if unit == piece.unit:
                 self._warn(unit, f"{error}; it could be read when it was tried again")
@@ -298,7 +298,7 @@ class StreamFeed(Feed):
         tables = self._tables(position, rank, world)
         with ThreadPoolExecutor(self.threads) as pool:
             try:
-                for epochs, rows, table in assemble(self.plan, self._sound(tables), size):
+                for epochs, rows, table in assemble(self.plan, self._usable_pieces(tables), size):
                     yield self._decode(epochs, rows, table, pool)
             finally:
                 tables.close()
@@ -309,34 +309,34 @@ class StreamFeed(Feed):
         more = {c.name: numbers(table, c).copy() for c in self.shards.numbers}
         if self.shards.manifest.kind == "latent":
             values = torch.from_numpy(latents(table, self.shape).copy())
-            return self._finish(values, row_labels, texts, _tensors(more), epochs, rows)
+            return self._columns(values, row_labels, texts, _tensors(more), epochs, rows)
         values, bad = decode_all(table.column("image").to_pylist(), self.shape, pool, self.threads)
         if bad:
             row_labels, used = row_labels.copy(), table.column("row").to_numpy()
         for i, reason in bad:
-            self._note(int(used[i]), reason)
-            values[i], other = self._stand_in(int(epochs[i]), int(rows[i]))
+            self._count_row(int(used[i]), reason)
+            values[i], other = self._replacement_row(int(epochs[i]), int(rows[i]))
             row_labels[i] = labels(other)[0]
             if texts is not None:
                 texts[i] = other.column("caption")[0].as_py()
             for column in self.shards.numbers:
                 more[column.name][i] = numbers(other, column)[0]
-        return self._finish(torch.from_numpy(values), row_labels, texts, _tensors(more), epochs, rows)
+        return self._columns(torch.from_numpy(values), row_labels, texts, _tensors(more), epochs, rows)
 
-    def _stand_in(self, epoch: int, row: int) -> tuple[np.ndarray, pa.Table]:
+    def _replacement_row(self, epoch: int, row: int) -> tuple[np.ndarray, pa.Table]:
         """The pixels and the row that replace a corrupt one; its row group is read once more."""
         for unit, others in self.plan.stand_ins(epoch, row):
             try:
                 whole = self.shards.read(unit)
             except ShardError as error:
-                self._lose(unit, error)
+                self._count_unit(unit, error)
                 continue
             for other in others.tolist():
                 candidate = whole.slice(other - int(self.plan.first[unit]), 1)
                 try:
                     return decode(candidate.column("image")[0].as_py() or b"", self.shape), candidate
                 except CorruptImage as error:
-                    self._note(other, str(error))
+                    self._count_row(other, str(error))
         raise self._nothing_left()
 
 

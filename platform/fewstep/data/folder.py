@@ -64,7 +64,7 @@ def folder(path: Path | None, split: str = "train", reading: Reading = PLAIN) ->
     rows, notes = _from_metadata(tree, tops[0], reading) if tops else _from_tree(tree, reading)
     notes += [f"left out: {name}, which lies below {tops[0]}" for name in metadata if "/" in name]
     if not rows:
-        raise SourceError(f"path: no {', '.join(SUFFIXES)} files below {printable(str(path))!r}; {_instead(tree)}")
+        raise SourceError(f"path: no {', '.join(SUFFIXES)} files below {printable(str(path))!r}; {_remedy(tree)}")
     names = [printable(row.file) for row in rows]
     classes = classes_of([row.label for row in rows], names, reading.classes)
     captions = all_or_none([row.caption for row in rows], names, "caption")
@@ -79,7 +79,7 @@ def folder(path: Path | None, split: str = "train", reading: Reading = PLAIN) ->
     )  # fmt: skip
 
 
-def _instead(tree: Tree) -> str:
+def _remedy(tree: Tree) -> str:
     """The way out for a folder without a picture."""
     ends = Counter(posixpath.splitext(name)[1].lower() for name in tree.files)
     for suffix, source in ((".parquet", "parquet"), (".tar", "webdataset")):

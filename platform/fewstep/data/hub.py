@@ -165,30 +165,30 @@ def _class_names(file: Path, column: str | None) -> tuple[str, ...]:
 
 
 def _schema(file: Path) -> pa.Schema:
-    with _opened(file) as content:
+    with _open_file(file) as content:
         return content.schema_arrow
 
 
 def _rows(file: Path) -> int:
-    with _opened(file) as content:
+    with _open_file(file) as content:
         return content.metadata.num_rows
 
 
-def _opened(file: Path) -> pq.ParquetFile:
+def _open_file(file: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file)
     except (OSError, pa.ArrowException) as error:
-        raise _unreadable(file, error) from None
+        raise _read_error(file, error) from None
 
 
 def _read(file: Path, columns: list[str], rows: int) -> Iterator[dict[str, Any]]:
     try:
-        with _opened(file) as content:
+        with _open_file(file) as content:
             for batch in content.iter_batches(rows, columns=columns, use_threads=False):
                 yield from batch.to_pylist()
     except (OSError, pa.ArrowException) as error:
-        raise _unreadable(file, error) from None
+        raise _read_error(file, error) from None
 
 
-def _unreadable(file: Path, error: BaseException) -> SourceError:
+def _read_error(file: Path, error: BaseException) -> SourceError:
     return SourceError(f"{printable(str(file))}: not a readable Parquet file ({one_line(error)}); fetch it again")

@@ -45,7 +45,7 @@ def fashion_mnist(path: Path | None = None, split: str = "train", reading: Readi
     names = (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
     places = [path] if path else [DEBIAN]
     for place in places:
-        files = [_either(place, name) for name in names]
+        files = [_plain_or_gzip(place, name) for name in names]
         if all(files):
             images, labels = (_idx(file) for file in files)
             break
@@ -71,7 +71,7 @@ _HOW = (
 )
 
 
-def _either(folder: Path, name: str) -> Path | None:
+def _plain_or_gzip(folder: Path, name: str) -> Path | None:
     return next((file for file in (folder / name, folder / f"{name}.gz") if file.is_file()), None)
 
 
@@ -100,7 +100,7 @@ def _downloaded(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
                 f"fashion_mnist: not in {DEBIAN}, and the download failed ({' '.join(str(error).split())}); {_HOW}"
             ) from None
         raw = Path(folder) / "FashionMNIST" / "raw"
-        images, labels = (_idx(_either(raw, name)) for name in names)
+        images, labels = (_idx(_plain_or_gzip(raw, name)) for name in names)
         return images, labels
 
 

@@ -162,7 +162,7 @@ class Manifest(Strict):
         files = [shard.file for shard in self.shards]
         if twice := [file for file in files if files.count(file) > 1]:
             raise ValueError(f"shards: {twice[0]!r} is listed twice")
-        needed = {column.name: column for column in self._needed()}
+        needed = {column.name: column for column in self._required_columns()}
         listed = {column.name: column for column in self.columns}
         if len(listed) < len(self.columns):
             raise ValueError("columns: a name is listed twice")
@@ -172,7 +172,7 @@ class Manifest(Strict):
             raise ValueError(f"columns: {wrong!r} is not as kind, size, encoding, classes and captions say")
         return self
 
-    def _needed(self) -> tuple[Column, ...]:
+    def _required_columns(self) -> tuple[Column, ...]:
         """The columns that the other fields speak of."""
         dtype = self.encoding if self.kind == "latent" else "uint8"
         columns = [Column(name=self.kind, kind=self.kind, shape=self.size, dtype=dtype)]
@@ -185,7 +185,7 @@ class Manifest(Strict):
     @property
     def all_columns(self) -> tuple[Column, ...]:
         """The columns of a row, listed or not."""
-        return self.columns or self._needed()
+        return self.columns or self._required_columns()
 
 
 _NAMED = ("image", "latent", "label", "caption")  # kinds of which there is one column, of the same name
@@ -196,7 +196,7 @@ def read_manifest(folder: Path | Place) -> Manifest:
     StoreError."""
     path = folder / MANIFEST
     try:
-        data = (_of_store if isinstance(folder, Place) else _of_disk)(folder)
+        data = (_read_store if isinstance(folder, Place) else _read_disk)(folder)
     except ConfigError as error:
         raise ShardError(f"{error}; {AGAIN}") from None
     try:
@@ -208,7 +208,7 @@ def read_manifest(folder: Path | Place) -> Manifest:
         raise ShardError(f"{path}: not a manifest of format {FORMAT} ({mistakes}); {AGAIN}") from None
 
 
-def _of_disk(folder: Path) -> dict[str, Any]:
+def _read_disk(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ShardError(f"data.path: no folder {str(folder)!r}; {WRITE}")
     if not (folder / MANIFEST).is_file():
@@ -218,7 +218,7 @@ def _of_disk(folder: Path) -> dict[str, Any]:
     return read_json(folder / MANIFEST, limit=MANIFEST_BYTES)
 
 
-def _of_store(folder: Place) -> dict[str, Any]:
+def _read_store(folder: Place) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         return parse_json(path.read(MANIFEST_BYTES + 1), str(path), limit=MANIFEST_BYTES)

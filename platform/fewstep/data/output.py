@@ -63,18 +63,18 @@ class Store:
 
     def add(self, shard: Shard) -> Shard:
         """Sends the finished file of a shard in `temp`. Returns the shard with the name that it has in the set."""
-        named = self._named(shard)
+        named = self._register(shard)
         (self.out / named.file).put(self.temp / shard.file)
         (self.temp / shard.file).unlink()
         return named
 
     def copy(self, source: Place, shard: Shard) -> Shard:
         """Copies a file of another set in the same store. Returns the shard as `add` does."""
-        named = self._named(shard)
+        named = self._register(shard)
         source.copy(self.out / named.file, shard.bytes)
         return named
 
-    def _named(self, shard: Shard) -> Shard:
+    def _register(self, shard: Shard) -> Shard:
         name = f"{Path(shard.file).stem}-{shard.sha256[:MARK_CHARS]}.parquet"
         self.sent[name] = shard.bytes
         return shard.model_copy(update={"file": name})

@@ -167,26 +167,26 @@ def _image(row: _Row) -> bytes | CorruptImage:
     return too_large(f"more than {IMAGE_BYTES >> 20}") if data is None else data
 
 
-def _part(row: _Row, suffix: str) -> bytes:
+def _member_bytes(row: _Row, suffix: str) -> bytes:
     data = row.parts[suffix]
     if data is None:
         raise SourceError(f"{row.name}{suffix}: more than {TEXT_BYTES >> 20} MiB, which no text of this kind has")
     return data
 
 
-def _described(row: _Row, reading: Reading) -> dict:
+def _json_fields(row: _Row, reading: Reading) -> dict:
     where = f"{row.name}.json"
-    return parse_json(reading.text(_part(row, ".json"), where), where) if ".json" in row.parts else {}
+    return parse_json(reading.text(_member_bytes(row, ".json"), where), where) if ".json" in row.parts else {}
 
 
 def _label(row: _Row, reading: Reading) -> Label | None:
     if ".cls" in row.parts:
-        return label_of(reading.text(_part(row, ".cls"), f"{row.name}.cls").strip(), f"{row.name}.cls")
-    return label_of(_described(row, reading).get("label"), f"{row.name}.json")
+        return label_of(reading.text(_member_bytes(row, ".cls"), f"{row.name}.cls").strip(), f"{row.name}.cls")
+    return label_of(_json_fields(row, reading).get("label"), f"{row.name}.json")
 
 
 def _caption(row: _Row, reading: Reading) -> str | None:
     if ".txt" in row.parts:
-        return reading.text(_part(row, ".txt"), f"{row.name}.txt").strip()
-    described = _described(row, reading)
+        return reading.text(_member_bytes(row, ".txt"), f"{row.name}.txt").strip()
+    described = _json_fields(row, reading)
     return caption_of(described.get("caption", described.get("text")), f"{row.name}.json")

@@ -67,12 +67,12 @@ def walk(root: Path, reading: Reading) -> Tree:
                 hidden.append(name)
                 continue
             target = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
-            if entry.is_symlink() and not reading.follow_links and not _within(target, real_root):
+            if entry.is_symlink() and not reading.follow_links and not _is_below(target, real_root):
                 if os.path.isdir(target):
                     raise leaves(root, name, target)
                 outside[name] = target
             elif entry.is_dir():
-                if entry.is_symlink() and (target in entered or _within(real, target)):
+                if entry.is_symlink() and (target in entered or _is_below(real, target)):
                     again.append(name)
                     continue
                 if entry.is_symlink():
@@ -96,7 +96,7 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
         raise SourceError(f"path: {printable(folder)!r} cannot be listed: {error.strerror}") from None
 
 
-def _within(path: str, folder: str) -> bool:
+def _is_below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 

@@ -39,13 +39,13 @@ class Draws:
     def _generator(self, name: str) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(fold(self.seed, self.step, name))
 
-    def _mine(self, x: Tensor) -> Tensor:
+    def _own_rows(self, x: Tensor) -> Tensor:
         return x[self.part :: self.parts]
 
     def normal(self, name: str, shape: tuple[int, ...] | torch.Size) -> Tensor:
         """N(0, I) of `shape` (B, ...), float32."""
         whole = (shape[0] * self.parts, *shape[1:])
-        return self._mine(torch.randn(whole, generator=self._generator(name), device=self.device))
+        return self._own_rows(torch.randn(whole, generator=self._generator(name), device=self.device))
 
     def uniform(self, name: str, count: int, stratified: bool = False) -> Tensor:
         """(count,) float64 in [0, 1). Stratified: one draw from each of the global batch's equal intervals.
@@ -57,12 +57,12 @@ class Draws:
         if stratified:
             order = torch.randperm(n, generator=self._generator(name + "/order"), device=self.device)
             u = (order + u) / n
-        return self._mine(u)
+        return self._own_rows(u)
 
     def integers(self, name: str, low: int, high: int, count: int) -> Tensor:
         """(count,) int64, uniform in [low, high], both ends included."""
         whole = torch.randint(low, high + 1, (count * self.parts,), generator=self._generator(name), device=self.device)
-        return self._mine(whole)
+        return self._own_rows(whole)
 
     def choice(self, name: str, options: int) -> int:
         """One integer in [0, options), the same on every rank and without asking the device."""

@@ -99,15 +99,15 @@ class Call:
     def denoise(self, nets: Mapping[str, Any], x_t: Tensor, level: Level, cond: Any) -> Tensor:
         """x0 (B, ...) by the network of this call, or of each sample's class."""
         if not self.routes:
-            return self._ask(nets[self.role], x_t, level, cond)
+            return self._call_net(nets[self.role], x_t, level, cond)
         x0 = torch.empty_like(x_t)
         for role in self.roles:
             own = torch.tensor([theirs == role for theirs in self.routes], device=cond.device)[cond]
             if own.any():
-                x0[own] = self._ask(nets[role], x_t[own], level.map(lambda v, own=own: v[own]), cond[own])
+                x0[own] = self._call_net(nets[role], x_t[own], level.map(lambda v, own=own: v[own]), cond[own])
         return x0
 
-    def _ask(self, net: Any, x_t: Tensor, level: Level, cond: Any) -> Tensor:
+    def _call_net(self, net: Any, x_t: Tensor, level: Level, cond: Any) -> Tensor:
         if not self.extra:
             return net(x_t, level, cond)
         extra = {k: torch.full((len(x_t),), float(v), device=x_t.device) for k, v in self.extra.items()}

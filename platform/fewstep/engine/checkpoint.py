@@ -76,7 +76,7 @@ def tensors_of(nets: Mapping[str, nn.Module], optims: Mapping[str, torch.optim.O
     return out
 
 
-def _part(names: Iterable[str], prefix: str) -> dict[str, str]:
+def _names_below(names: Iterable[str], prefix: str) -> dict[str, str]:
     """Names below a dotted prefix: the rest -> the whole name."""
     return {name.removeprefix(prefix + "."): name for name in names if name.startswith(prefix + ".")}
 
@@ -377,22 +377,22 @@ def load(
         into: dict[str, Tensor] = {}
         constants: dict[str, Tensor] = {}
         for name, net in nets.items():
-            names = _part(manifest["tensors"], f"net.{name}")
+            names = _names_below(manifest["tensors"], f"net.{name}")
             own = net.state_dict()
-            _fits(own, {key: manifest["tensors"][whole] for key, whole in names.items()}, f"{path}, {name}")
+            _check_tensors(own, {key: manifest["tensors"][whole] for key, whole in names.items()}, f"{path}, {name}")
             into |= {whole: own[key].detach() for key, whole in names.items()}
             constants |= {whole: value for key, whole in names.items() if not (value := own[key]).is_floating_point()}
         into |= {whole: torch.empty_like(value) for whole, value in constants.items()}
         tensors = manifest["tensors"]
         states = {role: _slots(tensors, role, nets[role], optim, into, path) for role, optim in optims.items()}
         _read(reader, into)
-        _same(constants, into, str(path))
+        _check_constants(constants, into, str(path))
         for role, optim in optims.items():
             optim.state.clear()
             optim.state.update(states[role])
         return manifest
 
-    return _together(world or World(), work)
+    return _on_all_ranks(world or World(), work)
 
 
 def _slots(
@@ -408,7 +408,7 @@ def _slots(
     Raises CheckpointError where the checkpoint's state is not what this optimiser keeps of a parameter that trains.
     """
     params, slots_of, states = dict(net.named_parameters()), defaultdict(dict), {}
-    for key, whole in _part(tensors, f"optim.{role}").items():
+    for key, whole in _names_below(tensors, f"optim.{role}").items():
         name, _, slot = key.rpartition(".")
         if name not in params:
             raise CheckpointError(f"{path}: does not fit the optimiser; {whole} belongs to no parameter")
@@ -447,7 +447,7 @@ def _state_of_one(optim: torch.optim.Optimizer, param: Tensor) -> dict[str, Tens
     return trial.state[one]
 
 
-def _fits(own: Mapping[str, Tensor], theirs: Mapping[str, Mapping[str, Any]], where: str) -> None:
+def _check_tensors(own: Mapping[str, Tensor], theirs: Mapping[str, Mapping[str, Any]], where: str) -> None:
     wrong = sorted(own.keys() ^ theirs.keys()) or [
         key
         for key, value in own.items()
@@ -458,7 +458,7 @@ def _fits(own: Mapping[str, Tensor], theirs: Mapping[str, Mapping[str, Any]], wh
         raise CheckpointError(f"{where}: does not fit the network; {len(wrong)} tensors differ, such as {some}")
 
 
-def _same(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str) -> None:
+def _check_constants(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str) -> None:
     """Training changes no whole number: those of a network tell what it is, such as an adapter's base."""
     for key, value in own.items():
         if not value.is_floating_point() and not torch.equal(theirs[key].to(value.device), value):
@@ -468,7 +468,7 @@ def _same(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str) -
             )
 
 
-def _together(world: World, work: Callable[[], T]) -> T:
+def _on_all_ranks(world: World, work: Callable[[], T]) -> T:
     """Runs `work` on each rank. An error on one rank is raised on all, so no rank waits for one that left."""
     if world.size == 1:
         return work()
@@ -495,7 +495,7 @@ def read_weights(path: Ref, prefix: str = "") -> dict[str, Tensor]:
     path = Place.of(path)
     manifest = read_manifest(path.ref)
     reader, tensors = Reader(path, manifest), manifest["tensors"]
-    names = _part(tensors, prefix) if prefix else {name: name for name in tensors}
+    names = _names_below(tensors, prefix) if prefix else {name: name for name in tensors}
     reader.check_sizes(names.values())
     into = {n: torch.empty(tensors[n]["shape"], dtype=DTYPES[tensors[n]["dtype"]]) for n in names.values()}
     _read(reader, into)
@@ -505,6 +505,6 @@ def read_weights(path: Ref, prefix: str = "") -> dict[str, Tensor]:
 def load_net(net: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Fills an unsharded network from whole tensors. Raises CheckpointError naming what does not fit."""
     theirs = {key: {"dtype": DTYPE_NAMES[value.dtype], "shape": list(value.shape)} for key, value in tensors.items()}
-    _fits(net.state_dict(), theirs, where)
-    _same(net.state_dict(), tensors, where)
+    _check_tensors(net.state_dict(), theirs, where)
+    _check_constants(net.state_dict(), tensors, where)
     net.load_state_dict(tensors)

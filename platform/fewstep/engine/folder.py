@@ -59,7 +59,7 @@ def foreign(folder: Ref) -> str | None:
 
 def remove(checkpoint: Place) -> None:
     """Removes a checkpoint; one of which a part is left never looks complete. Files of others stay where they are."""
-    if checkpoint.local and set(checkpoint.names()) == set(_ours(checkpoint)):
+    if checkpoint.local and set(checkpoint.names()) == set(_own_entries(checkpoint)):
         hidden = checkpoint.beside(f".{checkpoint.name}.removed")
         checkpoint.rename(hidden)
         discard(hidden)
@@ -72,13 +72,13 @@ def discard(folder: Place) -> None:
 
     A folder with files of others stays, as the platform deletes nothing that it did not write.
     """
-    for name in sorted(_ours(folder), key=lambda name: name != MANIFEST):
+    for name in sorted(_own_entries(folder), key=lambda name: name != MANIFEST):
         (folder / name).remove()
     if folder.local and not folder.names():
         os.rmdir(folder.path)
 
 
-def _ours(folder: Place) -> list[str]:
+def _own_entries(folder: Place) -> list[str]:
     return [name for name in folder.names() if INSIDE.fullmatch(name) and (folder / name).is_file()]
 
 

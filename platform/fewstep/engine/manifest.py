@@ -100,13 +100,13 @@ def _check(manifest: Mapping[str, Any], path: Place) -> None:
     if "sha256" in manifest and manifest["sha256"] != signature(manifest):
         raise ValueError("changed since it was written")
     for key in ("step", "images"):
-        _whole(manifest[key], key)
-    _whole(manifest["world"], "world", least=1)
+        _whole_number(manifest[key], key)
+    _whole_number(manifest["world"], "world", least=1)
     named = NAME.fullmatch(path.name)
     if named and int(named[1]) != manifest["step"]:
         raise ValueError(f"step: {manifest['step']}, but its folder is {path.name}")
     for name, count in _object(manifest["updates"], "updates").items():
-        _whole(count, f"updates.{name}")
+        _whole_number(count, f"updates.{name}")
     if manifest["fingerprint"] != fingerprint(_object(manifest["recipe"], "recipe")):
         raise ValueError(f"fingerprint: {quoted(manifest['fingerprint'])} is not that of its recipe")
     files = _object(manifest["files"], "files")
@@ -114,7 +114,7 @@ def _check(manifest: Mapping[str, Any], path: Place) -> None:
         if not RANK_FILE.fullmatch(name):
             raise ValueError(f"files: {quoted(name)} is no file of a checkpoint, such as rank-00000.safetensors")
         where = f"files.{name}"
-        _whole(_object(file, where).get("bytes"), f"{where}.bytes")
+        _whole_number(_object(file, where).get("bytes"), f"{where}.bytes")
         if not re.fullmatch("[0-9a-f]{64}", _text(file.get("sha256"), f"{where}.sha256")):
             raise ValueError(f"{where}.sha256: {quoted(file['sha256'])} is no SHA-256")
     stored = dict.fromkeys(files, 0)
@@ -164,10 +164,10 @@ def covers(shape: list[int], boxes: list[tuple[list[int], list[int]]]) -> bool:
     filled.sort(key=lambda box: box[0][cut])
     if all(a[0][cut] + a[1][cut] <= b[0][cut] for a, b in pairwise(filled)):
         return True
-    return not any(_overlap(a, b) for i, a in enumerate(filled) for b in _reached(a, filled[i + 1 :], cut))
+    return not any(_overlap(a, b) for i, a in enumerate(filled) for b in _overlapping(a, filled[i + 1 :], cut))
 
 
-def _reached(box: Any, later: list[Any], cut: int) -> list[Any]:
+def _overlapping(box: Any, later: list[Any], cut: int) -> list[Any]:
     """Those of the later boxes that begin, along dimension `cut`, before this one ends."""
     end = box[0][cut] + box[1][cut]
     count = next((i for i, (offsets, _) in enumerate(later) if offsets[cut] >= end), len(later))
@@ -178,7 +178,7 @@ def _overlap(a: Any, b: Any) -> bool:
     return all(p < q + t and q < p + s for p, s, q, t in zip(*a, *b, strict=True))
 
 
-def _whole(value: Any, where: str, least: int = 0) -> int:
+def _whole_number(value: Any, where: str, least: int = 0) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST:
         raise ValueError(f"{where}: expected a whole number from {least}, got {quoted(value)}")
     return value
@@ -201,7 +201,7 @@ def _sizes(value: Any, where: str, count: int | None = None) -> list[int]:
         expected = "a list of sizes" if count is None else f"{count} numbers"
         raise ValueError(f"{where}: expected {expected}, got {quoted(value)}")
     for size in value:
-        _whole(size, where)
+        _whole_number(size, where)
     if math.prod(value) > LARGEST:
         raise ValueError(f"{where}: {quoted(value)} has more elements than any tensor")
     return value
@@ -224,7 +224,7 @@ def check_alike(theirs: Any, ours: Any, where: str) -> None:
         if not isinstance(theirs, kind):
             raise ValueError(f"{where}: expected {kind.__name__}, got {quoted(theirs)}")
     elif isinstance(ours, int):
-        _whole(theirs, where)
+        _whole_number(theirs, where)
     elif isinstance(ours, float):
         number = isinstance(theirs, (int, float)) and not isinstance(theirs, bool)
         if not number or not math.isfinite(theirs):

@@ -332,15 +332,15 @@ class Engine:
             self.update(rows)
             seen += train.batch
             stops = self._stop_requested()
-            alarm = self._look()
+            alarm = self._check_guard()
             if not (self.finished or stops or alarm or self.step % train.report_every == 0):
                 continue
             metrics = self.read()
             now = time.perf_counter()
             metrics |= {"images_per_s": seen / (now - wall), "data_wait": waited_s / (now - wall)}
-            metrics |= self._corrupt()
+            metrics |= self._corrupt_rows()
             step, images, path = self.step, self.images, None
-            events = () if alarm is None else self._answer(alarm)
+            events = () if alarm is None else self._apply_policy(alarm)
             if self.step < step:  # rolled back
                 stream.close()
                 stream = self._stream()
@@ -356,7 +356,7 @@ class Engine:
     def _stream(self) -> Iterator[Mapping[str, Any]]:
         return self.feed.batches(self.images, self.train.batch, self.world.rank, self.world.size)
 
-    def _corrupt(self) -> dict[str, float]:
+    def _corrupt_rows(self) -> dict[str, float]:
         """Rows that had to be replaced so far, on all ranks; of feeds that count them."""
         rows = getattr(self.feed, "corrupt_rows", None)
         if rows is None:
@@ -401,12 +401,12 @@ class Engine:
             self._reshard()
             self._optimise(index, phase, losses)
             ran.add(phase.name)
-            self._follow(phase)
+            self._after_update(phase)
             self.clock.lap(f"{phase.name}_s", mark)
             self.updates[phase.name] += 1
         self.step += 1
 
-    def _follow(self, phase: Phase) -> None:
+    def _after_update(self, phase: Phase) -> None:
         """Runs after an update: the averages of the roles that it trained, then the method's own rule."""
         for role, (source, profile) in self.averages.items():
             if source in phase.trains:
@@ -516,13 +516,13 @@ class Engine:
 
     # The guard
 
-    def _look(self) -> Alarm | None:
+    def _check_guard(self) -> Alarm | None:
         """The guard's alarm, or None; asked every `look_every` steps. All ranks get the same."""
         if self.watch is None or self.step % self.look_every:
             return None
         return self.watch.check(self.step, self.health.read(self.world))
 
-    def _answer(self, alarm: Alarm) -> tuple[Event, ...]:
+    def _apply_policy(self, alarm: Alarm) -> tuple[Event, ...]:
         """Applies the guard's policy to an alarm. Raises Collapsed."""
         policy, collapse = self.watch.guard.policy, Event("collapse", alarm.step, alarm.reason)
         cure = self.method.cure

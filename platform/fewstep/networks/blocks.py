@@ -25,7 +25,7 @@ def blocks(net: nn.Module) -> list[nn.Module]:
     opened until there are several; a part is a child with children of its own, or a member of a ModuleList. What lies
     outside the blocks is the root: input and output layers, embeddings. A network without parts has no blocks.
     """
-    if named := list(_named(net)):
+    if named := list(_named_layers(net)):
         return named
     at, parts = net, list(_parts(net))
     while len(parts) == 1:
@@ -33,12 +33,12 @@ def blocks(net: nn.Module) -> list[nn.Module]:
     return parts or ([] if at is net else [at])
 
 
-def _named(module: nn.Module) -> Iterator[nn.Module]:
+def _named_layers(module: nn.Module) -> Iterator[nn.Module]:
     for name, child in module.named_children():
         if name in CONTAINERS:
             yield from child if isinstance(child, nn.ModuleList) else [child]
         else:
-            yield from _named(child)
+            yield from _named_layers(child)
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
@@ -85,10 +85,10 @@ def compile_passes(net: nn.Module, passes: Iterable[Pass], **options: Any) -> No
     denoiser = next((module for module in net.modules() if hasattr(module, "running")), None)
     if denoiser is not None:
         for block in blocks(net):
-            block.forward = _by_pass(denoiser, frozenset(passes), block.forward, options)
+            block.forward = _run_by_pass(denoiser, frozenset(passes), block.forward, options)
 
 
-def _by_pass(denoiser: nn.Module, passes: frozenset[Pass], run: Callable, options: dict[str, Any]) -> Callable:
+def _run_by_pass(denoiser: nn.Module, passes: frozenset[Pass], run: Callable, options: dict[str, Any]) -> Callable:
     def whole(*args: Any, **kwargs: Any) -> Any:
         return run(*args, **kwargs)
 

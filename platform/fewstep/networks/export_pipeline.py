@@ -161,7 +161,7 @@ def _write(net: Denoiser, teacher: Path, folder: Path, calls: Sequence[Call], ca
     index = read_json(teacher / INDEX)
     for part in (key for key, value in index.items() if isinstance(value, list) and None not in value):
         if part not in ("unet", "transformer", "scheduler"):
-            shutil.copytree(teacher / part, folder / part, ignore=_unwanted)
+            shutil.copytree(teacher / part, folder / part, ignore=_ignored_files)
     save_denoiser(net, folder)
     scheduler.save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
@@ -190,7 +190,7 @@ def _arguments(pipeline: str, net: Denoiser) -> dict[str, Any]:
     return asked
 
 
-def _unwanted(folder: str, names: list[str]) -> list[str]:
+def _ignored_files(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if not name.endswith(KEPT) and not (Path(folder) / name).is_dir()]
 
 

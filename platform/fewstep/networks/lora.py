@@ -190,7 +190,7 @@ def find_layers(base: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]
             patterns = ("*",)
         elif target == "attention":
             patterns = getattr(getattr(base, "backbone", base), "attention_layers", ())
-        matched = {path for path in layers if any(_ends(path, pattern) for pattern in patterns)}
+        matched = {path for path in layers if any(_has_suffix(path, pattern) for pattern in patterns)}
         if not matched:
             raise ValueError(_no_match(base, target, layers))
         paths |= matched
@@ -199,17 +199,17 @@ def find_layers(base: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]
     return {path: layer for path, layer in layers.items() if path in paths}
 
 
-def _ends(path: str, pattern: str) -> bool:
+def _has_suffix(path: str, pattern: str) -> bool:
     return fnmatchcase(f".{path}", f"*.{pattern}")
 
 
 def _no_match(base: nn.Module, target: str, layers: dict[str, nn.Module]) -> str:
     if target == "attention":
         return "targets: attention, but this network names no attention projections; name layers, or give all"
-    others = {path: module for path, module in base.named_modules() if path and _ends(path, target)}
+    others = {path: module for path, module in base.named_modules() if path and _has_suffix(path, target)}
     if others:
         path, module = next(iter(others.items()))
-        below = f"; {target}.* names those in it" if any(_ends(path, f"{target}.*") for path in layers) else ""
+        below = f"; {target}.* names those in it" if any(_has_suffix(path, f"{target}.*") for path in layers) else ""
         return (
             f"targets: {target!r} matches {path}, a {type(module).__name__}; only linear and convolution layers are "
             f"adapted{below}"

@@ -26,14 +26,14 @@ class Passes:
         self.nets, self.count = [net for net in nets.values() if isinstance(net, Denoiser | Lora)], 0.0
 
     def __enter__(self) -> Passes:
-        self.handles = [net.register_forward_hook(self._note, with_kwargs=True) for net in self.nets]
+        self.handles = [net.register_forward_hook(self._count_pass, with_kwargs=True) for net in self.nets]
         return self
 
     def __exit__(self, *error: Any) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def _note(self, net: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
+    def _count_pass(self, net: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
         if isinstance(net, Denoiser) and active() is not None:
             return  # the adapter's own pass, which counts as the adapter's
         mode = args[3] if len(args) > 3 else kwargs.get("mode", "x0")

@@ -159,7 +159,7 @@ def _outlined(network: Network, config: dict[str, Any], precision: str = "fp32")
     try:
         model = outline(network.model, config)
         check_memory(model)
-        _try(_denoiser(model, network, "fp32"))
+        _check_call(_denoiser(model, network, "fp32"))
         return _denoiser(model, network, precision)
     except ConfigError:
         raise
@@ -242,10 +242,10 @@ def check(recipe: Any) -> list[Check]:
     named = {"teacher": recipe.teacher} if recipe.teacher else {}
     named |= {f"helpers.{name}": ref for name, ref in recipe.helpers.items()}
     remedy = "copy it there, to the same path, or use a folder that all nodes mount"
-    return [tried(key, partial(_look, ref), remedy) for key, ref in named.items()]
+    return [tried(key, partial(_find_network, ref), remedy) for key, ref in named.items()]
 
 
-def _look(ref: str) -> str:
+def _find_network(ref: str) -> str:
     """The place of a network whose files are complete. Raises ValueError and OSError."""
     if not ref.startswith(PREFIX) and isinstance(place := located(ref), Place):
         return f"{place}: {len(listing(place))} files, to be copied once a node"
@@ -269,7 +269,7 @@ def open_teacher(ref: str | Path, precision: str = "fp32", weights: bool = True,
     try:
         # parameters that are replaced while a model is built count twice
         model = outline(name, arguments, tensors=2 * len(stored) + 64)
-        _try(_denoiser(model, network, "fp32"))
+        _check_call(_denoiser(model, network, "fp32"))
     except ValueError as error:
         raise ValueError(f"teacher: {path}: {error}") from None
     unread = check_headers(model, stored, path.parent)
@@ -304,11 +304,11 @@ def _read_folder(folder: Path) -> tuple[Network, Path, dict[str, Any], dict[str,
     path = sub / "config.json"
     config = read_json(path)
     name = _class_name(config, path)
-    network = _described(folder, name, config, path)
+    network = _network_fields(folder, name, config, path)
     return network, path, config, headers(weight_files(sub, name))
 
 
-def _try(denoiser: Denoiser) -> None:
+def _check_call(denoiser: Denoiser) -> None:
     """Calls a network on the meta device once. Raises ValueError where its parts do not fit each other."""
     backbone, shape = denoiser.backbone, (1, *denoiser.shape)
     cond = denoiser.conditions.zeros(1, "meta")
@@ -334,7 +334,7 @@ def _class_name(config: dict[str, Any], where: Path) -> str:
     return name
 
 
-def _described(folder: Path, model: str, config: dict[str, Any], where: Path) -> Network:
+def _network_fields(folder: Path, model: str, config: dict[str, Any], where: Path) -> Network:
     """The folder's own fewstep.json, or what a diffusers scheduler says. config: the model's, read from `where`."""
     path = folder / DESCRIPTION
     if path.is_file():

@@ -76,7 +76,7 @@ class Encoder:
     @torch.no_grad()
     def columns(self, prompts: Sequence[str], batch: int = 64) -> Columns:
         """Embedded prompts (N, ...) by column, on the CPU; an empty one is the encoded empty string."""
-        with _quiet():  # of texts that are cut, which are counted
+        with _errors_only():  # of texts that are cut, which are counted
             self.cut += self.too_long(prompts)
             parts = [self.encode(self.pipe, list(prompts[i : i + batch])) for i in range(0, len(prompts), batch)]
         return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
@@ -136,7 +136,7 @@ def open_encoder(folder: Path, model: str, device: torch.device | str = "cpu") -
     without = dict.fromkeys(("unet", "transformer", "vae", "scheduler", "safety_checker", "feature_extractor"))
     present = {key: None for key in without if key in read_json(folder / INDEX)}
     try:
-        with _quiet():
+        with _errors_only():
             opened = {"use_safetensors": True, "local_files_only": True, "dtype": torch.float32}
             pipe = getattr(diffusers, name).from_pretrained(folder, **present, **opened)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -145,7 +145,7 @@ def open_encoder(folder: Path, model: str, device: torch.device | str = "cpu") -
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _errors_only() -> Iterator[None]:
     """Only errors of diffusers and transformers are said, and no bars are drawn."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

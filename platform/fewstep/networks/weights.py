@@ -209,7 +209,7 @@ def headers(files: list[Path]) -> dict[str, Stored]:
     """
     stored: dict[str, Stored] = {}
     for file in files:
-        with _opened(file) as tensors:
+        with _open_file(file) as tensors:
             for key in tensors.keys():
                 part = tensors.get_slice(key)
                 if key in stored:
@@ -221,7 +221,7 @@ def headers(files: list[Path]) -> dict[str, Stored]:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _open_file(file: Path) -> Iterator[Any]:
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
     try:
@@ -270,14 +270,14 @@ def fill(net: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
     for module in net.modules():
         unread: Mapping[str, Stored] = vars(module).pop("unread", {})
         own = module.state_dict() if unread else {}
-        for file, keys in _together(unread):
-            with _opened(file) as tensors:
+        for file, keys in _by_file(unread):
+            with _open_file(file) as tensors:
                 for key in keys:
                     _read(tensors, unread[key], own[key])
     return net
 
 
-def _together(stored: Mapping[str, Stored]) -> Iterator[tuple[Path, list[str]]]:
+def _by_file(stored: Mapping[str, Stored]) -> Iterator[tuple[Path, list[str]]]:
     """Names by file, at most about MAPPED_BYTES at once."""
     for file in sorted({tensor.file for tensor in stored.values()}):
         keys, size = [], 0
@@ -307,7 +307,7 @@ def _read(tensors: Any, stored: Stored, into: Tensor) -> None:
 
 def first_values(stored: Stored, count: int) -> Tensor:
     """The first numbers of a tensor in a file, float32: `count`, or all where it has fewer."""
-    with _opened(stored.file) as tensors:
+    with _open_file(stored.file) as tensors:
         if not stored.shape:
             return tensors.get_tensor(stored.name).float().flatten()
         rows = -(-count // max(math.prod(stored.shape[1:]), 1))

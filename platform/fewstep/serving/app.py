@@ -82,10 +82,10 @@ class Application:
             Route("/", self._home),
             Route("/healthz", self._health),
             Route("/v1/models", self._guarded(self._list)),
-            Route("/v1/models/{name}", self._guarded(self._one)),
+            Route("/v1/models/{name}", self._guarded(self._retrieve)),
             Route("/v1/images/generations", self._guarded(self._generate), methods=["POST"]),
         ]
-        self.asgi = Starlette(routes=routes, exception_handlers={HTTPException: _unknown})
+        self.asgi = Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
 
     # The routes
 
@@ -96,12 +96,12 @@ class Application:
         return JSONResponse({"status": "ok"}, headers=SAFE)
 
     async def _list(self, request: Request) -> dict[str, Any]:
-        return {"object": "list", "data": [self._described(model.about) for model in self.models.values()]}
+        return {"object": "list", "data": [self._model_fields(model.about) for model in self.models.values()]}
 
-    async def _one(self, request: Request) -> dict[str, Any]:
-        return self._described(self._model(request.path_params["name"]).about)
+    async def _retrieve(self, request: Request) -> dict[str, Any]:
+        return self._model_fields(self._model(request.path_params["name"]).about)
 
-    def _described(self, about: About) -> dict[str, Any]:
+    def _model_fields(self, about: About) -> dict[str, Any]:
         openai = {"id": about.name, "object": "model", "created": self.since, "owned_by": "fewstep"}
         return openai | about.to_dict() | {"images": self.images}
 
@@ -109,9 +109,9 @@ class Application:
         if self.closing:
             text, headers = "the server is being stopped; try again later", {"Retry-After": "10", "Connection": "close"}
             raise Refusal(503, text, "unavailable", headers=headers)
-        body = read(await _received(request))
+        body = read(await _read_body(request))
         model = self._model(body.model or self.default)
-        ask = self._ask(body, model.about)
+        ask = self._parse(body, model.about)
         start = time.perf_counter()
         self.open += 1
         try:
@@ -152,29 +152,29 @@ class Application:
             raise Refusal(404, f"model: no {quoted(name)} here; there is {known}", "model_not_found", "model")
         return self.models[name]
 
-    def _ask(self, body: Body, about: About) -> Ask:
+    def _parse(self, body: Body, about: About) -> Ask:
         """The request for a model. Raises Refusal naming the field."""
         size = about.to_dict()["size"]
         if body.n > self.images:
-            raise _wrong("n", f"{body.n} images, but a request may ask for {self.images}")
+            raise _invalid("n", f"{body.n} images, but a request may ask for {self.images}")
         if body.size not in (None, "auto", size):
-            raise _wrong("size", f"{quoted(body.size)}, but this model makes {size}")
+            raise _invalid("size", f"{quoted(body.size)}, but this model makes {size}")
         if body.response_format not in (None, "b64_json"):
-            raise _wrong("response_format", f"{quoted(body.response_format)}; images are sent as b64_json only")
+            raise _invalid("response_format", f"{quoted(body.response_format)}; images are sent as b64_json only")
         if body.steps is not None and about.steps is None:
-            raise _wrong("steps", "this model is a student, which has its own; leave them out")
+            raise _invalid("steps", "this model is a student, which has its own; leave them out")
         seed = secrets.randbelow(2**31) if body.seed is None else body.seed
         text = str(body.prompt)
         if len(text) > PROMPT_CHARS:
-            raise _wrong("prompt", f"{len(text):,} letters; give {PROMPT_CHARS:,} at most")
+            raise _invalid("prompt", f"{len(text):,} letters; give {PROMPT_CHARS:,} at most")
         if about.takes == "nothing":
             if text:
-                raise _wrong("prompt", "this model takes none; send an empty one")
+                raise _invalid("prompt", "this model takes none; send an empty one")
             return Ask(body.n, seed, steps=body.steps)
         if about.takes == "class":
             return Ask(body.n, seed, label=label_of(text, about), steps=body.steps)
         if not text.strip():
-            raise _wrong("prompt", "empty; give a text")
+            raise _invalid("prompt", "empty; give a text")
         return Ask(body.n, seed, text=text, steps=body.steps)
 
     # Around a route
@@ -211,7 +211,7 @@ def label_of(text: str, about: About) -> int:
     if names.count(text.strip().casefold()) == 1:
         return names.index(text.strip().casefold())
     known = f", or a name: {', '.join(about.class_names[:20])}" if names else ""
-    raise _wrong("prompt", f"{quoted(text)} is no class; give a number from 0 to {about.classes - 1}{known}")
+    raise _invalid("prompt", f"{quoted(text)} is no class; give a number from 0 to {about.classes - 1}{known}")
 
 
 def read(data: bytes) -> Body:
@@ -233,7 +233,7 @@ def _no_number(text: str) -> Any:
     raise ValueError(f"{text} is no number of JSON")
 
 
-async def _received(request: Request) -> bytes:
+async def _read_body(request: Request) -> bytes:
     """The body of a request of JSON. Raises Refusal for another type and for too many bytes, of which no more are
     kept."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -250,11 +250,11 @@ async def _received(request: Request) -> bytes:
     return bytes(body)
 
 
-def _wrong(field: str, text: str) -> Refusal:
+def _invalid(field: str, text: str) -> Refusal:
     return Refusal(400, f"{field}: {text}", "invalid_value", field)
 
 
-async def _unknown(request: Request, error: Exception) -> Response:
+async def _no_route(request: Request, error: Exception) -> Response:
     """An unknown path or method, as OpenAI writes it."""
     status = getattr(error, "status_code", 404)
     text, code = ("no such method here", "method_not_allowed") if status == 405 else ("no such path", "not_found")

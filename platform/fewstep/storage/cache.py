@@ -40,12 +40,12 @@ def copy_of(place: Place, key: str, size: int, limit: int, check: Callable[[Path
     before others can see it; what it raises is raised here, and the copy is gone.
     Raises FileNotFoundError and StoreError.
     """
-    folder = _made("shards", place)
+    folder = _make_folder("shards", place)
     path = folder / key
-    if _used(path, size):
+    if _touch(path, size):
         return path
     with locked(folder / f".{key[:2]}.lock", wait_s=math.inf):
-        if _used(path, size):  # another process has fetched it
+        if _touch(path, size):  # another process has fetched it
             return path
         _make_room(folder, limit - size)
         new = folder / f".{key}.{secrets.token_hex(4)}"
@@ -69,7 +69,7 @@ def local(ref: Ref) -> Path:
         return place
     files = listing(place)
     key = _key(place, files)
-    folder = _made("folders", place)
+    folder = _make_folder("folders", place)
     name = masked(place.name).partition("?")[0]
     path = folder / key / (name if name.strip(".") else "file")
     if path.exists():
@@ -109,7 +109,7 @@ def _key(place: Place, files: dict[str, dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps([str(place), marks]).encode()).hexdigest()
 
 
-def _made(name: str, place: Place) -> Path:
+def _make_folder(name: str, place: Place) -> Path:
     folder = cache_folder() / name
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def _fetch(place: Place, path: Path, size: int) -> None:
         raise StoreError(f"{place}: {copied} bytes came, and the store's listing says {size}; start again")
 
 
-def _used(path: Path, size: int) -> bool:
+def _touch(path: Path, size: int) -> bool:
     """True if a copy is there; it counts as used now."""
     try:
         if path.stat().st_size != size:

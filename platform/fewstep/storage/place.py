@@ -96,7 +96,7 @@ class Place:
             return call()
         seconds = SLOW_S if seconds is None else seconds
         try:
-            return _within(call, seconds)
+            return _with_timeout(call, seconds)
         except passed:
             raise
         except FileNotFoundError:
@@ -261,7 +261,7 @@ def _placed(call: Callable[[], T]) -> T:
         raise OSError(f"no such place ({one_line(error)})") from None
 
 
-def _within(call: Callable[[], T], seconds: float) -> T:
+def _with_timeout(call: Callable[[], T], seconds: float) -> T:
     """Returns `call()`, or raises its exception, or TimeoutError. A call that takes longer is left to a thread."""
     done: list[tuple[Any, BaseException | None]] = []
 

@@ -63,7 +63,7 @@ class Conductor:
             for score in trial.scores:
                 self.proposals.report(trial.number, score["images"], score["scores"].get(self.space.metric, math.nan))
             if trial.state:
-                self._tell(trial)
+                self._tell_search(trial)
         self.waiting = self.record.open(SEARCH)
 
     def begin_seeds(self, wanted: list[tuple[dict[str, Any], int]]) -> None:
@@ -79,7 +79,7 @@ class Conductor:
         """Returns the next trial to run; None if none is left or the budget is spent."""
         if self.waiting:
             return self.waiting.pop(0)
-        if self.phase == SEEDS or self.alike() or self._spent():
+        if self.phase == SEEDS or self.alike() or self._budget_is_spent():
             return None
         count = sum(t.phase == SEARCH for t in self.record.trials.values())
         if self.sweep.limit is not None and count >= self.sweep.limit:
@@ -91,7 +91,7 @@ class Conductor:
         number = len(self.record.trials)
         return self.record.add("trial", number, values=values, seed=seed, phase=self.phase, run=self.name(number))
 
-    def _spent(self) -> bool:
+    def _budget_is_spent(self) -> bool:
         """True if the budget has no room for another trial. Running trials count as if they ran to their end."""
         if self.budget is None:
             return False
@@ -134,7 +134,7 @@ class Conductor:
         """Records the end of a trial."""
         trial = self.record.add("end", number, state=state, reason=reason, **fields)
         if trial.phase == SEARCH:
-            self._tell(trial)
+            self._tell_search(trial)
         print(f"{number:03d}  {state}{f': {reason}' if reason else ''}", flush=True)
         ended = self.record.ended()
         best = answer.best_score(ended, self.space)
@@ -142,7 +142,7 @@ class Conductor:
         numbers |= {} if best is None else {f"sweep/best_{self.space.metric}": best}
         self.tracker.log(numbers, len(ended), sum(t.images for t in ended))
 
-    def _tell(self, trial: Trial) -> None:
+    def _tell_search(self, trial: Trial) -> None:
         names = self.space.objectives if self.sweep.search == "pareto" else [self.space.metric]
         values = None if trial.state == FAILED else [trial.score(name) for name in names]
         self.proposals.tell(trial.number, values, stopped=trial.state == STOPPED)

@@ -133,7 +133,7 @@ def parallel(space: Space, trials: Sequence[Trial], names: Mapping[str, str]) ->
         best = trial is order[0]
         axes.add_collection(
             LineCollection(
-                [[_bent(a, b, s / 24) for s in range(25)] for a, b in pairwise(points)],
+                [[_curve_point(a, b, s / 24) for s in range(25)] for a, b in pairwise(points)],
                 colors=[BEST if best else _colour(space, norm, trial)],
                 linewidths=2.2 if best else 1.0,
                 linestyles="dashed" if trial.state == STOPPED else "solid",
@@ -171,7 +171,7 @@ def parallel(space: Space, trials: Sequence[Trial], names: Mapping[str, str]) ->
 _PAPER = dict(facecolor="white", edgecolor="none", pad=0.8, alpha=0.85)
 
 
-def _bent(a: tuple[float, float], b: tuple[float, float], s: float) -> tuple[float, float]:
+def _curve_point(a: tuple[float, float], b: tuple[float, float], s: float) -> tuple[float, float]:
     """Returns a point (s in [0, 1]) of a curve from a to b with horizontal ends, so that lines are easy to follow."""
     return a[0] + (b[0] - a[0]) * s, a[1] + (b[1] - a[1]) * s * s * (3 - 2 * s)
 

@@ -98,7 +98,7 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _whole(value: Any) -> bool:
+def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -295,14 +295,14 @@ def _range(name: str, low: float, high: float, log: bool, points: int | None) ->
         raise ConfigError(f"{name}({quoted(low)}, {quoted(high)}): {text}")
     if log and low <= 0:
         raise ConfigError(f"{name}({low!r}, {high!r}): logarithms need a lower bound above 0; zero_or(...) adds zero")
-    if points is not None and not (_whole(points) and 2 <= points <= GRID_LIMIT):
+    if points is not None and not (_is_whole(points) and 2 <= points <= GRID_LIMIT):
         raise ConfigError(f"{name}: points={quoted(points)}: a grid has at least both ends, and {GRID_LIMIT} at most")
     return Range(float(low), float(high), log, points)
 
 
 def integers(low: int, high: int) -> Integers:
     """Whole numbers from low to high, both included."""
-    if not (_whole(low) and _whole(high) and -WHOLE <= low < high <= WHOLE):
+    if not (_is_whole(low) and _is_whole(high) and -WHOLE <= low < high <= WHOLE):
         text = "give two whole numbers of at most 15 digits, the lower one first"
         raise ConfigError(f"integers({quoted(low)}, {quoted(high)}): {text}")
     return Integers(low, high)

@@ -101,11 +101,11 @@ class TrialRun:
         if self.donor:
             tags["sweep.from"] = self.recipe.resume
         try:
-            self._events.put(("end", self.fit(self.recipe, self._follow, tags=tags, shared=True)))
+            self._events.put(("end", self.fit(self.recipe, self._queue_scores, tags=tags, shared=True)))
         except BaseException as error:  # any error is the result of this trial, and the sweep continues
             self._events.put(("error", error))
 
-    def _follow(self, line: dict[str, Any]) -> None:
+    def _queue_scores(self, line: dict[str, Any]) -> None:
         if "scores" in line:
             self._events.put(("score", line))
 

@@ -46,7 +46,7 @@ def _trial(
     for key, domain in space.domains.items():
         text = child.params.get(key)
         if text is not None and not (getattr(domain, "key", None) and not values.get(domain.key)):
-            values[key] = _plain(text)
+            values[key] = _parameter_value(text)
     names = list(space.objectives) if sweep.search == "pareto" else [space.metric]
     scores = [_hours(store, recipe, child) if n == HOURS else child.metrics.get(f"score/{n}", math.nan) for n in names]
     return (values, scores) if space.contains(values) and all(map(math.isfinite, scores)) else None
@@ -60,7 +60,7 @@ def _hours(store: Store, recipe: Recipe, child: Run) -> float:
     return seconds * devices(recipe) / 3600
 
 
-def _plain(text: str) -> Any:
+def _parameter_value(text: str) -> Any:
     """Returns the value of a logged parameter: strings are logged as they are, other values as JSON."""
     try:
         return json.loads(text)

@@ -152,13 +152,13 @@ class Sender:
         score, time, step = entry.op["score"], entry.op["time"], entry.op["step"]
         metric = [Metric(f"score/{score['name']}", score["value"], time, step)]
         self._batches(entry, metric, 1, lambda part: self.client.log_batch(self.journal.run_id, metrics=part))
-        so_far = [e.op["score"] | {"step": e.op["step"]} for e in self._until(entry) if e.op["op"] == "score"]
+        so_far = [e.op["score"] | {"step": e.op["step"]} for e in self._entries_until(entry) if e.op["op"] == "score"]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "scores.json"
             path.write_text(json.dumps(so_far, indent=1))
             self._upload(entry, path)
 
-    def _until(self, last: Entry):
+    def _entries_until(self, last: Entry):
         for entry in self.journal.entries():
             yield entry
             if entry.serial == last.serial:
@@ -232,7 +232,7 @@ class Sender:
                 client.log_model_artifacts(model.model_id, str(Path(tmp) / "model"))
             client.finalize_logged_model(model.model_id, "READY")
         step, scores = 0, {}
-        for e in self._until(entry):
+        for e in self._entries_until(entry):
             if e.op["op"] == "score":
                 step = max(step, e.op["step"])
                 scores[e.op["score"]["name"]] = e.op

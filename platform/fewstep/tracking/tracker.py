@@ -122,7 +122,7 @@ class Tracker:
         if new:
             journal.append({"op": "params", "params": new})
         if params != known:
-            self._text("recipe.yaml", to_yaml(_plain(recipe)))
+            self._text("recipe.yaml", to_yaml(_json_value(recipe)))
         if journal.lost:
             raise OSError(f"{journal.folder}: cannot be written; free some space or give another folder")
 
@@ -176,7 +176,9 @@ class Tracker:
             raise ValueError(f"image {name}: shape {array.shape} is not (H, W) or (H, W, C) with C of 1, 3 or 4")
         if self._new("image", name, step):
             # raw: the sender makes the PNG, which takes seconds for a large grid
-            self._staged({"op": "image", "name": name, "step": int(step)}, "image.npy", lambda p: np.save(p, array))
+            self._append_with_file(
+                {"op": "image", "name": name, "step": int(step)}, "image.npy", lambda p: np.save(p, array)
+            )
 
     def artifact(self, path: Path, to: str = "") -> None:
         """Records a copy of a small file or folder as it is now, below the artifact folder `to`."""
@@ -185,7 +187,7 @@ class Tracker:
             raise FileNotFoundError(f"artifact: {str(path)!r} does not exist")
         copy = shutil.copytree if path.is_dir() else shutil.copyfile
         to = f"{to}/{path.name}".lstrip("/") if path.is_dir() else to
-        self._staged({"op": "artifact", "to": to}, path.name, lambda new: copy(path, new))
+        self._append_with_file({"op": "artifact", "to": to}, path.name, lambda new: copy(path, new))
 
     def text(self, name: str, content: str) -> None:
         """Records a text file, its secrets masked; `name` may have folders. The same name again replaces it."""
@@ -195,7 +197,9 @@ class Tracker:
 
     def _text(self, name: str, content: str) -> None:
         folder, _, file = name.rpartition("/")
-        self._staged({"op": "artifact", "to": folder}, file, lambda path: write_private(path, masked(content)))
+        self._append_with_file(
+            {"op": "artifact", "to": folder}, file, lambda path: write_private(path, masked(content))
+        )
 
     def score(self, score: Mapping[str, Any], step: int = 0) -> None:
         """Records a score: its `value` as the metric `score/<name>` at `step`, and all of it in `scores.json`.
@@ -206,7 +210,7 @@ class Tracker:
         if missing := {"name", "value"} - set(score):
             raise ValueError(f"score: {sorted(missing)} missing in {dict(score)!r}")
         _check_name("score", score["name"])
-        plain = _plain(score) | {"value": _number(f"score.{score['name']}", score["value"])}
+        plain = _json_value(score) | {"value": _number(f"score.{score['name']}", score["value"])}
         if self._new("score", score["name"], step):
             self._append({"op": "score", "score": plain, "step": int(step)})
 
@@ -243,9 +247,9 @@ class Tracker:
         profile: more facts, such as its number of rows.
         """
         op = {"op": "input", "name": name, "digest": digest[:36], "source": masked(source)}
-        self._append(op | {"profile": json.dumps(_plain(profile))})
+        self._append(op | {"profile": json.dumps(_json_value(profile))})
 
-    def _staged(self, op: dict[str, Any], file: str, write: Callable[[Path], object]) -> None:
+    def _append_with_file(self, op: dict[str, Any], file: str, write: Callable[[Path], object]) -> None:
         try:
             folder = self._journal.stage()
             write(folder / file)
@@ -392,26 +396,26 @@ def params_of(recipe: Mapping[str, Any]) -> dict[str, str]:
     note that says so."""
     out: dict[str, str] = {}
     for key, value in flatten(recipe).items():
-        value = _plain(value)
+        value = _json_value(value)
         text = value if isinstance(value, str) else json.dumps(value)
-        out[key] = _cut(text, PARAM_CHARS, " ... (cut; whole in recipe.yaml)")
+        out[key] = _shortened(text, PARAM_CHARS, " ... (cut; whole in recipe.yaml)")
     return out
 
 
-def _cut(text: str, chars: int, note: str) -> str:
+def _shortened(text: str, chars: int, note: str) -> str:
     return text if len(text) <= chars else text[: chars - len(note)] + note
 
 
 def _tags(tags: Mapping[str, Any]) -> dict[str, str]:
-    return {_check_name("tags", key): _cut(str(value), TAG_CHARS, " ... (cut)") for key, value in tags.items()}
+    return {_check_name("tags", key): _shortened(str(value), TAG_CHARS, " ... (cut)") for key, value in tags.items()}
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     """Returns the value in types of JSON and YAML."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _json_value(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [_json_value(v) for v in value]
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Path):
