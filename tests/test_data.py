@@ -631,7 +631,7 @@ def test_another_world_goes_on_at_the_first_unseen_row(tmp_path, kind):
     tails = [values(images(72, 12, world)) for world in (1, 2, 3, 4)]
     assert tails[1:] == tails[:1] * 3
     assert sorted(seen + tails[0][:178]) == list(range(250))
-    assert sorted(plan.rows(0, 72).tolist() + plan.at(np.arange(72, 250)).tolist()) == list(range(250))
+    assert sorted(plan.rows(0, 72).tolist() + plan.rows_at(np.arange(72, 250)).tolist()) == list(range(250))
 
 
 def test_flipped_images_are_mirrored(tmp_path):
@@ -772,7 +772,7 @@ def test_rows_of_a_lost_shard_are_replaced_alike_for_every_world(tmp_path, caplo
     lost, plan = set(lost_rows(shards, 1)), feed.plan
 
     def expected(position):
-        row, epoch = int(plan.at([position])[0]), position // plan.rows_total
+        row, epoch = int(plan.rows_at([position])[0]), position // plan.rows_total
         unit, inside = plan.unit(row)
         units = (u for u in plan.units_from(epoch, unit) if int(plan.first[u]) not in lost)
         unit = next(units)

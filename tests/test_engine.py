@@ -291,11 +291,11 @@ def test_the_advice_fits_what_is_not_finite():
 
 def test_the_learning_rate_warms_up_holds_and_falls():
     optim = Optim(lr=0.5, warmup_steps=4, decay_from=0.5, final=0.2)
-    rates = [optim.at(step, 21) for step in range(21)]
+    rates = [optim.rate_at(step, 21) for step in range(21)]
     assert rates[:5] == [0.125, 0.25, 0.375, 0.5, 0.5]
     assert rates[10] == 0.5 and rates[20] == pytest.approx(0.1)
     assert rates[15] == pytest.approx(0.5 * (1 - 0.8 * 4.5 / 9.5))
-    assert Optim(lr=0.5).at(0, 100) == Optim(lr=0.5).at(99, 100) == 0.5
+    assert Optim(lr=0.5).rate_at(0, 100) == Optim(lr=0.5).rate_at(99, 100) == 0.5
 
 
 def test_each_role_learns_at_the_rate_of_the_step():

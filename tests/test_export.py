@@ -322,7 +322,7 @@ def test_the_pipeline_follows_every_kind_of_call(fields):
 def test_calls_are_at_the_methods_levels():
     net = Denoiser(UNet(unet()), DDPM(), "eps")
     found = few_step_calls(METHODS["dmd2"](student_steps=4), net)
-    times = [net.own(call.level(torch.empty(1, 1, 1, 1)), 4)[1].item() for call in found]
+    times = [net.own_level(call.level(torch.empty(1, 1, 1, 1)), 4)[1].item() for call in found]
     assert times == pytest.approx([999, 749, 499, 249], abs=2e-3)
     assert len(few_step_calls(METHODS["regression"](), net)) == 1
     with pytest.raises(ValueError, match="denoising samples by heun-18, which is no few-step generator"):

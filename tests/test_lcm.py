@@ -61,7 +61,7 @@ def test_the_calls_are_lcms_and_pcms():
 def test_a_phase_ends_at_the_edge_below_and_no_pair_crosses_one():
     method = PCM(student_steps=4)
     number = torch.arange(1, 41)
-    end = method.end(number, None)
+    end = method.end_number(number, None)
     assert end.tolist() == [0] * 10 + [10] * 10 + [20] * 10 + [30] * 10
     assert (end <= number - 1).all()  # the neighbour's own target is in the same phase
     with pytest.raises(ValueError, match="solver_steps: 50 is no multiple of student_steps 4"):
@@ -76,7 +76,7 @@ def test_a_phase_ends_at_the_edge_below_and_no_pair_crosses_one():
 def test_states_meet_inside_their_segment(segments, ends):
     method, draws = HYPER(segments=segments, ends=ends), Draws(0, 0)
     number = draws.integers("t", 1, 40, 4000)
-    end, size = method.end(number, draws), 40 // segments
+    end, size = method.end_number(number, draws), 40 // segments
     edge = (number - 1) // size * size
     assert (edge <= end).all() and (end <= number - 1).all()
     share = (end == edge).double().mean().item()

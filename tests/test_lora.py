@@ -207,7 +207,7 @@ def test_an_adapter_has_the_interface_of_its_base():
     adapter = Lora(base, 2)
     assert (adapter.shape, adapter.classes, adapter.null, adapter.precision) == ((2, 8, 8), 5, 5, "bf16")
     assert adapter.schedule is base.schedule
-    assert adapter.own(inputs("unet")[1], 4)[1].tolist() == [0.5, 20, 2, 1]  # a method of the base
+    assert adapter.own_level(inputs("unet")[1], 4)[1].tolist() == [0.5, 20, 2, 1]  # a method of the base
     with pytest.raises(AttributeError, match="'Denoiser' object has no attribute 'colour'"):
         adapter.colour  # noqa: B018
     assert {key.split(".")[0] for key in adapter.state_dict()} == {"down", "up", "identity"}
@@ -446,7 +446,7 @@ def test_averages_are_of_factors():
     engine = lora_engine(steps=1, average_decay=0.75)
     start = toy.weights(engine.student)
     toy.finish(engine)
-    decay = engine.train.profile.at(0)
+    decay = engine.train.profile.decay_at(0)
     for key, value in engine.student.state_dict().items():
         now = engine.nets["student"].state_dict()[key]
         assert torch.equal(value, now if key == "identity" else torch.lerp(start[key], now, 1 - decay)), key

@@ -124,7 +124,7 @@ def test_a_perfect_network_gives_back_x0_at_a_level_of_any_other_schedule(predic
     x0, eps = draw(1, 4, 2, 8, 8), draw(2, 4, 2, 8, 8)
     given = level(EDM(), 0.05, 0.5, 2.0, 12.0)
     net = Denoiser(Known(), own, prediction, data_std=0.5)
-    mine, t = net.own(given, 4)
+    mine, t = net.own_level(given, 4)
     c_skip, c_out = PREDICTIONS[prediction](mine.alpha.double(), mine.sigma.double(), 0.5)
     net.backbone.target = ((x0 - c_skip * mine.noise(x0, eps)) / c_out).float()
     found = net(given.noise(x0, eps), given)
@@ -151,7 +151,7 @@ def test_a_level_of_the_networks_own_schedule_is_answered_where_it_was_made(name
     net, t = Denoiser(Known(), own, "edm" if name == "edm" else "v"), own.ramp(torch.linspace(0, 1, 7))
     net.backbone.target = draw(1, 7, 2, 8, 8)
     made = own.level(t, 4)
-    mine, time = net.own(made, 4)
+    mine, time = net.own_level(made, 4)
     assert mine is made and torch.equal(time, t)  # no rounding to alpha and sigma on the way
     x_t = draw(2, 7, 2, 8, 8)
     found = net(x_t, made)
@@ -160,10 +160,10 @@ def test_a_level_of_the_networks_own_schedule_is_answered_where_it_was_made(name
     assert name == "edm" or x is x_t
     # the same level without its origin takes the way over the angle and arrives within rounding
     unknown = Level(made.alpha, made.sigma)
-    torch.testing.assert_close(net.own(unknown, 4)[1], t, rtol=1e-5, atol=1e-3 if isinstance(own, DDPM) else 1e-7)
+    torch.testing.assert_close(net.own_level(unknown, 4)[1], t, rtol=1e-5, atol=1e-3 if isinstance(own, DDPM) else 1e-7)
     torch.testing.assert_close(net(x_t, unknown), found, rtol=1e-4, atol=1e-5)
     part = made.map(lambda v: v[2:4])
-    assert torch.equal(net.own(part, 4)[1], t[2:4]) and part.alpha.shape == (2, 1, 1, 1)
+    assert torch.equal(net.own_level(part, 4)[1], t[2:4]) and part.alpha.shape == (2, 1, 1, 1)
 
 
 def test_a_call_at_the_networks_own_schedule_takes_few_operations_beside_the_backbone():
@@ -264,7 +264,7 @@ def test_a_transformer_predicts_without_its_variance_and_drops_no_label_by_itsel
     tokens = []
     handle = model.transformer_blocks[1].register_forward_hook(lambda m, a, out: tokens.append(out))
     with torch.no_grad():
-        model(x, timestep=net.own(at, 4)[1].float(), class_labels=cond)
+        model(x, timestep=net.own_level(at, 4)[1].float(), class_labels=cond)
     handle.remove()
     assert torch.allclose(features[:, :, 1, 2], tokens[0][:, 1 * 4 + 2], atol=1e-5)
 
@@ -279,7 +279,7 @@ def test_a_text_unet_takes_its_embeddings_by_name(config):
     x, at = draw(1, 2, 2, 8, 8), level(SD, 100, 900)
     with torch.no_grad():
         added = {"text_embeds": cond.get("pooled"), "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)}
-        t = net.own(at, 4)[1].float()
+        t = net.own_level(at, 4)[1].float()
         eps = net.backbone.model(x, t, cond["text"], added_cond_kwargs=added).sample
         assert torch.equal(net(x, at, cond), (1 / at.alpha) * x + (-at.sigma / at.alpha) * eps)
         null = net.conditions.zeros(2)
@@ -424,7 +424,7 @@ def ramp_average(profile, updates: int) -> float:
     nn.init.constant_(mean.weight, 1e9)  # the first update must forget where it began, or its profile says otherwise
     for n in range(updates):
         nn.init.constant_(net.weight, n + 1.0)
-        average(mean, net, profile.at(n))
+        average(mean, net, profile.decay_at(n))
     return mean.weight.item()
 
 
@@ -440,12 +440,12 @@ def test_power_average_of_a_ramp_is_the_closed_form():
 def test_exponential_average_lags_a_ramp_by_its_length():
     """After the ramp-up, mean(n) = n - d / (1 - d) for weights that grow by one an update."""
     profile = Exponential(0.9)
-    assert [profile.at(n) for n in (0, 1, 100)] == [0.1, 2 / 11, 0.9]
+    assert [profile.decay_at(n) for n in (0, 1, 100)] == [0.1, 2 / 11, 0.9]
     net, mean = nn.Linear(1, 1, bias=False).double(), nn.Linear(1, 1, bias=False).double()
     nn.init.zeros_(mean.weight)
     for n in range(500):
         nn.init.constant_(net.weight, n + 1.0)
-        average(mean, net, profile.at(n))
+        average(mean, net, profile.decay_at(n))
     assert math.isclose(mean.weight.item(), 500 - 0.9 / 0.1, rel_tol=1e-9)
 
 

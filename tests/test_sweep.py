@@ -352,7 +352,7 @@ def check_population(folder: Path) -> None:
             engine = make_engine(recipe, feed)
             engine.resume(donor)
             next(iter(engine.run()))
-        assert engine.optims["student"].param_groups[0]["lr"] == recipe.optim["student"].at(
+        assert engine.optims["student"].param_groups[0]["lr"] == recipe.optim["student"].rate_at(
             step_of(donor), recipe.train.steps
         )
         theirs = read_weights(folder / path.parent.name / "checkpoints" / f"step-{engine.step:08d}", "net.student")

@@ -225,7 +225,7 @@ class MemoryFeed(Feed):
     def _batches(self, position: int, batch: int, rank: int, world: int) -> Generator[dict[str, Any], None, None]:
         for start in count(position, batch):
             positions = np.arange(start + rank, start + batch, world)
-            epochs, rows = self.plan.epochs(positions), self.plan.at(positions)
+            epochs, rows = self.plan.epochs(positions), self.plan.rows_at(positions)
             used = rows.copy()
             if self._corrupt:
                 for i in np.flatnonzero(np.isin(rows, list(self._corrupt))):

@@ -90,7 +90,7 @@ class Plan:
         """The epoch of each position."""
         return np.asarray(positions) // self.rows_total
 
-    def at(self, positions: np.ndarray) -> np.ndarray:
+    def rows_at(self, positions: np.ndarray) -> np.ndarray:
         """Row ids (n,) at the positions (n,), in any order and over any epochs."""
         positions = np.asarray(positions, np.int64)
         ids = np.empty(len(positions), np.int64)
@@ -108,7 +108,7 @@ class Plan:
     def rows(self, position: int, count: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """Rank's row ids among the `count` images from `position` on: (count / world,); world must divide count."""
         check(count, rank, world)
-        return self.at(np.arange(position + rank, position + count, world))
+        return self.rows_at(np.arange(position + rank, position + count, world))
 
     def unit(self, row: int) -> tuple[int, int]:
         """The unit of a row id, and the row's number inside it."""

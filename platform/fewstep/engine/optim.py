@@ -35,7 +35,7 @@ class Optim(Strict):
     final: Annotated[float, Field(ge=0, le=1)] = 0.02
     """Rate at the end of the fall, as a share of lr."""
 
-    def at(self, step: int, steps: int) -> float:
+    def rate_at(self, step: int, steps: int) -> float:
         """Learning rate of step 0..steps-1 of a run of `steps`."""
         warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         start = self.decay_from * steps

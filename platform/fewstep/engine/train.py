@@ -410,7 +410,7 @@ class Engine:
         """Runs after an update: the averages of the roles that it trained, then the method's own rule."""
         for role, (source, profile) in self.averages.items():
             if source in phase.trains:
-                average(self.nets[role], self.nets[source], profile.at(self.updates[phase.name]))
+                average(self.nets[role], self.nets[source], profile.decay_at(self.updates[phase.name]))
         with torch.no_grad():
             self.method.after(self.nets, phase, self.step)
 
@@ -476,7 +476,7 @@ class Engine:
         for role, own_norm in zip(phase.trains, norms, strict=True):
             settings, optim = self.settings[role], self.optims[role]
             for group in optim.param_groups:
-                group["lr"] = settings.at(self.step, self.train.steps) * self.rates[role]
+                group["lr"] = settings.rate_at(self.step, self.train.steps) * self.rates[role]
             if settings.clip is not None:
                 optim.grad_scale = ((own_norm + 1e-6) / settings.clip).clamp(min=1.0)  # gradients are divided by it
             optim.found_inf = self.bad

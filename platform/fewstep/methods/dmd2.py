@@ -50,12 +50,12 @@ class DMD2(DistributionMatching):
 
     @model_validator(mode="after")
     def _draws_fit(self) -> DMD2:
-        if self.gan_draw == "match" and (self.weighs or not self.matching_weight):
+        if self.gan_draw == "match" and (self.is_weighted or not self.matching_weight):
             raise ValueError("gan_draw: match shares the pass of a matching term without a weight; use own")
         return self
 
     @property
-    def weighs(self) -> bool:
+    def is_weighted(self) -> bool:
         """True for a variation whose matching gradient is weighted by what the discriminator says."""
         return False
 
@@ -67,7 +67,7 @@ class DMD2(DistributionMatching):
     @property
     def adversarial(self) -> bool:
         """True where there is a discriminator."""
-        return self.gan_weight > 0 or self.weighs
+        return self.gan_weight > 0 or self.is_weighted
 
     @property
     def known_roles(self) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ class DMD2(DistributionMatching):
     def matching(self, nets: Nets, batch: Batch) -> Terms:
         """The base's, and where they are wanted the discriminator's `features` at that draw, and its `angle` (B,)."""
         shared = self.gan_weight > 0 and self.gan_draw == "match"
-        if not (shared or self.weighs):
+        if not (shared or self.is_weighted):
             return super().matching(nets, batch)
         plain = self.guidance == 1 or self.judge == "fake"  # the pass that gives features gives the judge's x0, too
         with torch.set_grad_enabled(shared):

@@ -51,19 +51,19 @@ class FDistill(DMD2):
         return ratio
 
     @property
-    def weighs(self) -> bool:
+    def is_weighted(self) -> bool:
         return self.divergence != "reverse_kl"
 
     def nets(self, make: Make) -> dict[str, Any]:
         nets = super().nets(make)
-        if self.weighs and self.bins:  # buffers of a trained role, so that checkpoints hold them
+        if self.is_weighted and self.bins:  # buffers of a trained role, so that checkpoints hold them
             for name in ("bin_means", "next_bin_means"):
                 nets["disc"].register_buffer(name, torch.ones(self.bins))
         return nets
 
     def phases(self) -> tuple[Phase, ...]:
         student, critic = super().phases()
-        return replace(student, measure=self.measure if self.weighs and self.matching_weight else None), critic
+        return replace(student, measure=self.measure if self.is_weighted and self.matching_weight else None), critic
 
     def bin(self, angle: Tensor) -> Tensor:
         """One-hot bins (B, bins) of noise levels with these angles (B,)."""
@@ -83,7 +83,7 @@ class FDistill(DMD2):
         return {"weight": h.mean()} | means, match | {"weight": h}
 
     def matching(self, nets: Nets, batch: Batch) -> Terms:
-        if not self.weighs:
+        if not self.is_weighted:
             return super().matching(nets, batch)
         shared, h = batch.made, batch.made["weight"] / batch.made["mean/weight"]
         if self.bins:
@@ -95,5 +95,5 @@ class FDistill(DMD2):
         return {"gradient": gradient, "normaliser": shared["normaliser"]}
 
     def after(self, nets: Nets, phase: Phase, step: int) -> None:
-        if phase.name == "student" and self.weighs and self.bins:
+        if phase.name == "student" and self.is_weighted and self.bins:
             nets["disc"].bin_means.copy_(nets["disc"].next_bin_means)

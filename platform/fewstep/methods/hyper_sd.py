@@ -80,18 +80,18 @@ class HyperSD(PCM):
     def calls(self, net: Any) -> tuple[Call, ...]:
         calls, stride = super().calls(net), INDICES // self.solver_steps
         shares = tuple((1 - self.eta) * (number * stride - 1) / (INDICES - 1) for number in self.numbers()[1:])
-        lands = [to.sigma / to.alpha for to in calls_at(net.schedule, shares, on_ramp=True)] if shares else []
+        ratios = [to.sigma / to.alpha for to in calls_at(net.schedule, shares, on_ramp=True)] if shares else []
         if self.eta:
-            kept = [land * to.alpha / to.sigma for land, to in zip(lands, calls[1:], strict=True)]
+            kept = [ratio * to.alpha / to.sigma for ratio, to in zip(ratios, calls[1:], strict=True)]
             calls = tuple(replace(c, then="renoise", kept=k) for c, k in zip(calls, [*kept, 0.0], strict=True))
         if self.ends == "conditioned":
             calls = tuple(
-                replace(c, extra={**c.extra, "end": math.atan(land)})
-                for c, land in zip(calls, [*lands, 0.0], strict=True)
+                replace(c, extra={**c.extra, "end": math.atan(ratio)})
+                for c, ratio in zip(calls, [*ratios, 0.0], strict=True)
             )
         return calls
 
-    def end(self, number: Tensor, draws: Draws) -> Tensor:
+    def end_number(self, number: Tensor, draws: Draws) -> Tensor:
         """A grid number (B,) in the segment of `number`, from its edge up to number - 1."""
         size = self.solver_steps // self.segments
         edge = (number - 1).div(size, rounding_mode="floor") * size
@@ -110,7 +110,7 @@ class HyperSD(PCM):
     def verdict(self, nets: Nets, batch: Batch, state: Tensor) -> Tensor:
         """Logits (B, taps) of states at the level where they meet."""
         number = batch.draws.integers("t", 1, self.solver_steps, len(state))
-        end = self.end(number, batch.draws)
+        end = self.end_number(number, batch.draws)
         level = grid_level(nets["teacher"].schedule, end, self.solver_steps, state)
         return nets["disc"](nets["teacher"](state, level, batch.real_cond, "features", at=nets["disc"].at))
 

@@ -54,11 +54,11 @@ class LCM(Trajectory):
         shares = tuple((number * stride - 1) / (INDICES - 1) for number in self.numbers())
         return self.at_guidance(calls_at(net.schedule, shares, on_ramp=True))
 
-    def end(self, number: Tensor, draws: Any) -> Tensor:
+    def end_number(self, number: Tensor, draws: Any) -> Tensor:
         """Grid number (B,) of the level at which two neighbours meet that start at `number`: clean, 0."""
         return torch.zeros_like(number)
 
-    def land(self, x: Tensor, x0: Tensor, level: Level, number: Tensor, end: Level) -> Tensor:
+    def end_state(self, x: Tensor, x0: Tensor, level: Level, number: Tensor, end: Level) -> Tensor:
         """The state (B, ...) at `end` of a student that predicts x0 at x: the paper's c_skip x + c_out x0."""
         index = (number * (INDICES // self.solver_steps) - 1).clamp(min=0)
         c_skip, c_out = (c.float().view_as(level.alpha) for c in boundary(index.double()))
@@ -73,7 +73,7 @@ class LCM(Trajectory):
         x0, cond, draws, schedule = batch.real, batch.real_cond, batch.draws, nets["teacher"].schedule
         at = lambda number: grid_level(schedule, number, self.solver_steps, x0)
         number, scale = draws.integers("t", 1, self.solver_steps, len(x0)), self.scale(draws, len(x0))
-        level, to, end = at(number), at(number - 1), at(self.end(number, draws))
+        level, to, end = at(number), at(number - 1), at(self.end_number(number, draws))
         x = level.noise(x0, draws.normal("eps", x0.shape))
         student, target = (
             self.with_scalars(nets[role], scale, **self.end_scalars(end)) for role in ("student", "target")
@@ -81,9 +81,9 @@ class LCM(Trajectory):
         with torch.no_grad():
             teacher = self.teacher(nets, scale, batch.conditions.null(cond))
             before = level.step(x, teacher(x, level, cond), to)  # one step of the solver
-            goal = self.land(before, target(before, to, cond), to, number - 1, end)
+            goal = self.end_state(before, target(before, to, cond), to, number - 1, end)
         made = student(x, level, cond)
-        return {"made": made, "ours": self.land(x, made, level, number, end), "goal": goal}
+        return {"made": made, "ours": self.end_state(x, made, level, number, end), "goal": goal}
 
     def difference(self, ours: Tensor, goal: Tensor) -> Tensor:
         """Distance of two states."""

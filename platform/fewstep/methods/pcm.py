@@ -33,10 +33,10 @@ class PCM(LCM):
     def calls(self, net: Any) -> tuple[Call, ...]:
         return tuple(replace(call, then="step") for call in super().calls(net))
 
-    def end(self, number: Tensor, draws: Any) -> Tensor:
+    def end_number(self, number: Tensor, draws: Any) -> Tensor:
         """The edge below `number`: of a level that is an edge itself, the next one."""
         size = self.solver_steps // self.student_steps
         return (number - 1).div(size, rounding_mode="floor") * size
 
-    def land(self, x: Tensor, x0: Tensor, level: Level, number: Tensor, end: Level) -> Tensor:
+    def end_state(self, x: Tensor, x0: Tensor, level: Level, number: Tensor, end: Level) -> Tensor:
         return level.step(x, x0, end)

@@ -17,7 +17,7 @@ class Constant:
 
     decay: float
 
-    def at(self, update: int) -> float:
+    def decay_at(self, update: int) -> float:
         return self.decay
 
 
@@ -30,7 +30,7 @@ class Exponential:
 
     decay: float
 
-    def at(self, update: int) -> float:
+    def decay_at(self, update: int) -> float:
         return min(self.decay, (1 + update) / (10 + update))
 
 
@@ -54,7 +54,7 @@ class Power:
             low, high = (g, high) if (g + 1) / ((g + 2) ** 2 * (g + 3)) > self.std**2 else (low, g)
         return low
 
-    def at(self, update: int) -> float:
+    def decay_at(self, update: int) -> float:
         return (1 - 1 / (update + 1)) ** (self.gamma + 1)
 
 

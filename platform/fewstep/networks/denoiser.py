@@ -105,7 +105,7 @@ class Denoiser(nn.Module):
         """Index of the null class, `classes` by convention; None for a network that has none."""
         return getattr(self.backbone, "null", self.classes)
 
-    def own(self, level: Level, ndim: int) -> tuple[Level, Tensor]:
+    def own_level(self, level: Level, ndim: int) -> tuple[Level, Tensor]:
         """The level of the same angle on the network's own schedule, and its time (B,) float64.
 
         A level that the network's own schedule made is returned as it is; any other is held within t_min and t_max.
@@ -127,7 +127,7 @@ class Denoiser(nn.Module):
 
         The mean squared error to it is the published loss of each prediction. Nothing cancels in it near t = 0.
         """
-        own, _ = self.own(level, level.alpha.ndim)
+        own, _ = self.own_level(level, level.alpha.ndim)
         of_x0, of_eps = TARGETS[self.prediction](own.alpha, own.sigma, self.data_std)
         return of_x0 * x0 + of_eps * eps
 
@@ -172,7 +172,7 @@ class Denoiser(nn.Module):
         run. "both": (x0, features). "raw+features": (F, features). extra: further scalars (B,) by name, as `add_extra`
         has them.
         """
-        own, t = self.own(level, x_t.ndim)
+        own, t = self.own_level(level, x_t.ndim)
         x_own = x_t if own is level else x_t * (own.norm / level.norm)
         scale, time = self.conditioning(own, t)
         entering = x_own * scale if isinstance(scale, Tensor) else x_own

@@ -92,7 +92,7 @@ def entries(
 def _numbers(denoiser: Denoiser, call: Call) -> dict[str, Any]:
     """One network's part of an entry."""
     level = call.level(torch.empty(1, 1, 1, 1))
-    own, t = denoiser.own(level, level.alpha.ndim)
+    own, t = denoiser.own_level(level, level.alpha.ndim)
     skip, factor = PREDICTIONS[denoiser.prediction](own.alpha, own.sigma, denoiser.data_std)
     scale, time = denoiser.conditioning(own, t)
     entry = {

@@ -68,11 +68,6 @@ class Latents:
         z = encoded.mean + encoded.std * eps if hasattr(encoded, "mean") and hasattr(encoded, "std") else encoded
         return (z - self.shift) * self.factor
 
-    def rest(self) -> None:
-        """Leaves the device, whose memory training needs."""
-        if self._model is not None:
-            self._model.to("cpu")
-
     def check_scale(self, latents: Tensor, where: str) -> None:
         """Raises ValueError for stored latents whose deviation says that the scaling factor was left out, or was
         applied twice: a multiplication or a division by it would bring them nearer to 1."""
