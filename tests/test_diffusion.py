@@ -319,7 +319,7 @@ def test_network_calls_are_as_stated(steps):
         assert counting.sigmas[0] == 80.0
     calls = [Call(1.0, float(s)) for s in range(steps, 0, -1)]
     counting = Counting()
-    run_calls({"student": counting}, calls, z, None, toy.Given([z] * (steps - 1)))
+    run_calls({"student": counting}, calls, z, None, toy.FixedDraws([z] * (steps - 1)))
     assert counting.sigmas == list(range(steps, 0, -1))
 
 
@@ -330,8 +330,8 @@ def test_calls_denoise_and_noise_in_turn():
     first = z / 2  # on a variance-preserving level the entry is z itself
     second = (0.8 * first + 0.6 * noise[0]) / 2
     third = (second + 0.5 * noise[1]) / 2
-    torch.testing.assert_close(run_calls(half, calls, z, None, toy.Given(noise)), third)
-    x_t, level = enter_call(half, calls, z, None, toy.Given(noise), 1)
+    torch.testing.assert_close(run_calls(half, calls, z, None, toy.FixedDraws(noise)), third)
+    x_t, level = enter_call(half, calls, z, None, toy.FixedDraws(noise), 1)
     torch.testing.assert_close(x_t, 0.8 * first + 0.6 * noise[0])
     torch.testing.assert_close(level.sigma, torch.full((3, 1, 1, 1), 0.6))
 
@@ -342,7 +342,7 @@ def test_sampling_begins_at_the_published_scale():
     for schedule, start in ((EDM(), 80.0), (SD, 1.0), (Flow(), 1.0), (Trig(), 1.0), (DDPM(zero_snr=True), 1.0)):
         (call,) = calls_at(schedule, (1.0,), on_ramp=True)
         for calls, noise in (([call], []), ([call, replace(call, takes="noise")], [z])):
-            found = run_calls(same, calls, z, None, toy.Given(noise))
+            found = run_calls(same, calls, z, None, toy.FixedDraws(noise))
             torch.testing.assert_close(found, start * z, rtol=1e-6, atol=0)
             assert schedule != EDM() or torch.equal(found, 80 * z)
     first = []
@@ -356,9 +356,9 @@ def test_a_call_may_step_without_noise_take_the_first_noise_and_be_of_another_ne
     nets = {"student": lambda x, level, cond: x / 2, "late": lambda x, level, cond: x + 1}
     step = [Call(0.6, 0.8, then="step"), Call(0.8, 0.6, role="late")]
     eps = (z - 0.6 * z / 2) / 0.8
-    torch.testing.assert_close(run_calls(nets, step, z, None, toy.Given()), 0.8 * z / 2 + 0.6 * eps + 1)
+    torch.testing.assert_close(run_calls(nets, step, z, None, toy.FixedDraws()), 0.8 * z / 2 + 0.6 * eps + 1)
     again = [Call(0.6, 0.8), Call(1.0, 0.75, takes="noise")]
-    torch.testing.assert_close(run_calls(nets, again, z, None, toy.Given()), 0.75 * z / 2)
+    torch.testing.assert_close(run_calls(nets, again, z, None, toy.FixedDraws()), 0.75 * z / 2)
 
 
 def test_a_call_hands_its_extra_scalars_to_the_network():
@@ -368,7 +368,7 @@ def test_a_call_hands_its_extra_scalars_to_the_network():
         seen.update(extra)
         return x
 
-    run_calls({"student": net}, [Call(0.0, 1.0, extra={"w": 4.5})], normal(3, 1, 2, 2), None, toy.Given())
+    run_calls({"student": net}, [Call(0.0, 1.0, extra={"w": 4.5})], normal(3, 1, 2, 2), None, toy.FixedDraws())
     assert torch.equal(seen["w"], torch.full((3,), 4.5))
 
 
@@ -377,7 +377,7 @@ def test_calls_with_all_levels_stepped_through_are_ddim():
     calls = [replace(c, then="step") for c in calls_at(schedule, tuple(torch.linspace(1, 0, 9).tolist()), on_ramp=True)]
     with torch.no_grad():
         expected = ddim(mixture, z, None, 9, schedule)
-        torch.testing.assert_close(run_calls({"student": mixture}, calls, z, None, toy.Given()), expected)
+        torch.testing.assert_close(run_calls({"student": mixture}, calls, z, None, toy.FixedDraws()), expected)
 
 
 def test_to_uint8_clamps_and_rounds_to_nearest():

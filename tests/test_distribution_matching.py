@@ -707,17 +707,17 @@ def test_each_class_is_answered_by_its_own_student_exactly(tmp_path, monkeypatch
     ]
     noise = torch.randn(1, 8, 1, 16, 16)
     with torch.no_grad():
-        ours = run_calls(nets, calls, z, cond, toy.Given(noise))
+        ours = run_calls(nets, calls, z, cond, toy.FixedDraws(noise))
         for role, part in (("student1", parts[0]), ("student", parts[1])):
             own = torch.tensor([label in part for label in cond.tolist()])
             alone = MSD(student_steps=2).calls(nets[role])
-            expected = run_calls({"student": nets[role]}, alone, z[own], cond[own], toy.Given(noise[:, own]))
+            expected = run_calls({"student": nets[role]}, alone, z[own], cond[own], toy.FixedDraws(noise[:, own]))
             assert torch.equal(ours[own], expected)
     worst = exporting.export(nets["student"], tmp_path / "out", calls=calls, card=Card(name="x"), others=nets)
     assert worst <= exporting.TOLERANCE
     again = open_sampler(str(tmp_path / "out"))
     with torch.no_grad():
-        theirs = again.sample(z, cond, toy.Given(noise))
+        theirs = again.sample(z, cond, toy.FixedDraws(noise))
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
     other = student(3)
     other.data_std = 0.4

@@ -109,7 +109,7 @@ def test_the_cards_snippet_gives_the_students_images(exported, run, modules):
     z, eps = (torch.randn(8, 1, 16, 16, generator=generator) for _ in range(2))
     cond = torch.zeros(8, dtype=torch.int64)
     with torch.no_grad():
-        x0 = run_calls({"student": student(2)}, [Call(1.0, s) for s in sigmas()], z, cond, toy.Given([eps]))
+        x0 = run_calls({"student": student(2)}, [Call(1.0, s) for s in sigmas()], z, cond, toy.FixedDraws([eps]))
         theirs = pipe.sample([0] * 8, torch.Generator().manual_seed(0))
     difference = (theirs - x0).abs().max().item()
     print(f"largest difference of the pipeline's images: {difference:.2g}")
@@ -296,7 +296,7 @@ def test_the_pipelines_numbers_are_the_denoisers_arithmetic(schedule, prediction
     generator = torch.Generator().manual_seed(1)
     z, *noise = (torch.randn(3, 3, 8, 8, generator=generator) for _ in times)
     with torch.no_grad():
-        expected = run_calls({"student": net}, calls, z, None, toy.Given(noise))
+        expected = run_calls({"student": net}, calls, z, None, toy.FixedDraws(noise))
     assert expected.abs().max() > 0.1 and (x0 - expected).abs().max() <= 1e-5
     assert pipe(num_images=2).images[0].mode == "RGB"
     with pytest.raises(ValueError, match="no classes"):
@@ -314,8 +314,8 @@ def test_the_pipeline_follows_every_kind_of_call(fields):
     generator = torch.Generator().manual_seed(1)
     z, *noise = (torch.randn(3, 3, 8, 8, generator=generator) for _ in calls)
     with torch.no_grad():
-        expected = run_calls({"student": net}, calls, z, None, toy.Given(noise))
-        plain = run_calls({"student": net}, calls_at(DDPM(), (900, 500, 100)), z, None, toy.Given(noise))
+        expected = run_calls({"student": net}, calls, z, None, toy.FixedDraws(noise))
+        plain = run_calls({"student": net}, calls_at(DDPM(), (900, 500, 100)), z, None, toy.FixedDraws(noise))
     assert (x0 - expected).abs().max() <= 1e-5 and not torch.allclose(x0, plain, atol=1e-3)
 
 
@@ -363,7 +363,7 @@ def test_images_are_compared_as_people_get_them_within_what_rounding_gives(tmp_p
     settings = {"calls": calls_at(DDPM(), (999,)), "card": Card(name="x"), "overwrite": True}
     z = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        x0 = run_calls({"student": net}, settings["calls"], z, None, toy.Given())
+        x0 = run_calls({"student": net}, settings["calls"], z, None, toy.FixedDraws())
     inside, above = x0.abs() < 0.9, x0 > 2
     assert x0.abs().max() > 100 and inside.any() and above.any()
     rounding = 1e-5 * abs(entries(net, settings["calls"])[0]["out"])
@@ -386,7 +386,7 @@ def test_an_earlier_export_is_replaced_whole(tmp_path, monkeypatch):
     net, settings = student(), {"calls": [Call(1.0, 80.0)], "card": Card(name="x")}
     z = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        x0 = run_calls({"student": net}, [Call(1.0, 80.0)], z, torch.arange(4), toy.Given())
+        x0 = run_calls({"student": net}, [Call(1.0, 80.0)], z, torch.arange(4), toy.FixedDraws())
     monkeypatch.setattr(exporting, "_in_fresh_process", lambda folder: x0 + 5e-6)
     assert export(net, tmp_path / "model", **settings) == pytest.approx(5e-6, rel=0.1)
     stale = tmp_path / "model/unet/diffusion_pytorch_model.fp16.safetensors"

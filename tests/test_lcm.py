@@ -133,7 +133,7 @@ def test_tcds_sampling_is_diffusers():
     z = torch.randn(3, 2, 1, 1, generator=torch.Generator().manual_seed(1))
     noise = [torch.randn(z.shape, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     calls = HYPER(segments=4, student_steps=4, eta=eta).calls(net)
-    ours = run_calls({"student": net}, calls, z, None, toy.Given(noise))
+    ours = run_calls({"student": net}, calls, z, None, toy.FixedDraws(noise))
     x, alpha = z, theirs.alphas_cumprod.sqrt()
     for i, t in enumerate(theirs.timesteps[:-1]):
         eps = (x - alpha[t] * net(x, None)) / (1 - alpha[t] ** 2).sqrt()

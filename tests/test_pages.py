@@ -30,7 +30,7 @@ from test_compare import EVIL, STEPS, Built, build
 
 from fewstep.build import png as build_png
 from fewstep.serving.app import Application
-from fewstep.serving.generator import About, Ask, Drawn
+from fewstep.serving.generator import About, ImageRequest, ImageResult
 
 WIDTHS = (1280, 390)
 
@@ -238,8 +238,8 @@ def test_the_page_of_a_server_asks_for_the_token_and_keeps_prompts_as_text(visit
     class Texts:
         about = About("texts", "student", "text", (1, 1), "few-step-4", 4)
 
-        async def draw(self, ask: Ask) -> Drawn:
-            return Drawn((file,), 0.1, 1)
+        async def draw(self, ask: ImageRequest) -> ImageResult:
+            return ImageResult((file,), 0.1, 1)
 
     app = Application([Texts()], serving_page(), token=hashlib.sha256(token.encode()).digest())
     with over_http(app) as address:

@@ -26,14 +26,14 @@ from fewstep.config import validate
 from fewstep.diffusion.draws import Draws, Joined
 from fewstep.page import render
 from fewstep.serving.app import BODY_BYTES, Application
-from fewstep.serving.generator import About, Ask, Drawn, Generator, name_of, open_beside, open_student
+from fewstep.serving.generator import About, Generator, ImageRequest, ImageResult, name_of, open_beside, open_student
 from fewstep.serving.meter import Meter, quantile
 from fewstep.serving.queue import Busy, Queue
 from fewstep.serving.settings import Settings, check, token_digest
 
 ABOUT = About("two", "student", "class", (16, 16), "few-step-2", 2, 10, NAMES)
 TOKEN = "a-token-of-thirty-two-characters"
-DRAWN = Drawn((b"png",), 0.01, 1)
+DRAWN = ImageResult((b"png",), 0.01, 1)
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +49,10 @@ def generator(export) -> Generator:
 class Stub:
     """A model that answers at once, or raises."""
 
-    def __init__(self, answer: Drawn | Exception = DRAWN, seconds: float = 0.0, about: About = ABOUT):
+    def __init__(self, answer: ImageResult | Exception = DRAWN, seconds: float = 0.0, about: About = ABOUT):
         self.about, self.answer, self.seconds, self.asked = about, answer, seconds, []
 
-    async def draw(self, ask: Ask) -> Drawn:
+    async def draw(self, ask: ImageRequest) -> ImageResult:
         self.asked.append(ask)
         await asyncio.sleep(self.seconds)
         if isinstance(self.answer, Exception):
@@ -97,7 +97,7 @@ def test_the_images_of_a_seed_are_those_of_the_sample_job(export, generator, tmp
 
 
 def test_requests_that_are_drawn_together_get_their_own_images(generator):
-    asks = [Ask(3, 7, label=3), Ask(1, 0, label=9), Ask(4, 7, label=1)]
+    asks = [ImageRequest(3, 7, label=3), ImageRequest(1, 0, label=9), ImageRequest(4, 7, label=1)]
     alone = [generator.draw([ask])[0] for ask in asks]
     together = generator.draw(asks)
     assert [drawn.together for drawn in together] == [8, 8, 8]
@@ -115,7 +115,7 @@ def test_joined_draws_are_those_of_each_alone():
 def test_a_teacher_is_drawn_in_the_steps_that_are_asked_for():
     generator = teacher()
     assert (generator.about.sampler, generator.about.steps, generator.about.role) == ("heun-3", 3, "teacher")
-    [three], [again], [five] = (generator.draw([Ask(1, 0, label=0, steps=steps)]) for steps in (None, 3, 5))
+    [three], [again], [five] = (generator.draw([ImageRequest(1, 0, label=0, steps=steps)]) for steps in (None, 3, 5))
     assert three.pngs == again.pngs != five.pngs
 
 
@@ -126,7 +126,7 @@ def test_a_model_of_texts_draws_for_a_prompt(tmp_path):
     wanted = [path.read_bytes() for path in sorted((tmp_path / "each").iterdir())]
     generator = open_student(Settings(model=str(folder), steps=2))
     assert (generator.about.name, generator.about.takes, generator.about.role) == ("sd15", "text", "teacher")
-    one, other = (generator.draw([Ask(2, 3, text=text)])[0].pngs for text in ("a red heart", "a dog"))
+    one, other = (generator.draw([ImageRequest(2, 3, text=text)])[0].pngs for text in ("a red heart", "a dog"))
     assert list(one) == wanted and other != one
 
 
@@ -139,15 +139,15 @@ class Slow:
     def __init__(self) -> None:
         self.go, self.batches = threading.Semaphore(0), []
 
-    def __call__(self, asks: list[Ask]) -> list[Drawn]:
+    def __call__(self, asks: list[ImageRequest]) -> list[ImageResult]:
         self.batches.append([(ask.seed, ask.images) for ask in asks])
         assert self.go.acquire(timeout=10)
         if any(ask.seed == 666 for ask in asks):
             raise ArithmeticError
-        return [Drawn((b"%d" % ask.seed,) * ask.images, 0.1, 1) for ask in asks]
+        return [ImageResult((b"%d" % ask.seed,) * ask.images, 0.1, 1) for ask in asks]
 
 
-async def started(queue: Queue, *asks: Ask) -> list[asyncio.Task]:
+async def started(queue: Queue, *asks: ImageRequest) -> list[asyncio.Task]:
     tasks = [asyncio.create_task(queue.draw(ask)) for ask in asks]
     await asyncio.sleep(0.01)
     return tasks
@@ -157,7 +157,14 @@ def test_what_waits_together_is_drawn_together_in_order_and_by_steps():
     async def body() -> None:
         slow = Slow()
         queue = Queue(ABOUT, slow, batch=4, limit=100)
-        asks = [Ask(1, 0), Ask(2, 1), Ask(2, 2), Ask(1, 3), Ask(1, 4, steps=9), Ask(9, 5)]
+        asks = [
+            ImageRequest(1, 0),
+            ImageRequest(2, 1),
+            ImageRequest(2, 2),
+            ImageRequest(1, 3),
+            ImageRequest(1, 4, steps=9),
+            ImageRequest(9, 5),
+        ]
         tasks = await started(queue, *asks)
         slow.go.release(10)
         answers = await asyncio.gather(*tasks)
@@ -173,19 +180,19 @@ def test_a_full_queue_says_when_to_come_again_and_those_who_leave_make_room():
     async def body() -> None:
         slow = Slow()
         queue = Queue(ABOUT, slow, batch=4, limit=5)
-        first, second = await started(queue, Ask(2, 0), Ask(3, 1))
+        first, second = await started(queue, ImageRequest(2, 0), ImageRequest(3, 1))
         with pytest.raises(Busy) as busy:
-            await queue.draw(Ask(1, 2))
+            await queue.draw(ImageRequest(1, 2))
         assert busy.value.retry_s == 1  # no speed is known yet
         second.cancel()
         await asyncio.sleep(0)
-        (third,) = await started(queue, Ask(3, 3))
+        (third,) = await started(queue, ImageRequest(3, 3))
         slow.go.release(10)
         assert [len((await task).pngs) for task in (first, third)] == [2, 3]
         assert slow.batches == [[(0, 2)], [(3, 3)]]  # nothing was drawn for the one who left
         queue.speed, queue.images = 0.5, 4
         with pytest.raises(Busy) as busy:
-            await queue.draw(Ask(2, 2))
+            await queue.draw(ImageRequest(2, 2))
         assert busy.value.retry_s == 8
 
     asyncio.run(body())
@@ -195,7 +202,7 @@ def test_a_batch_that_fails_fails_alone():
     async def body() -> None:
         slow = Slow()
         queue = Queue(ABOUT, slow, batch=4, limit=50)
-        bad, good = [*await started(queue, Ask(1, 666)), *await started(queue, Ask(1, 1))]
+        bad, good = [*await started(queue, ImageRequest(1, 666)), *await started(queue, ImageRequest(1, 1))]
         slow.go.release(10)
         with pytest.raises(ArithmeticError):
             await bad
@@ -224,16 +231,16 @@ def test_a_request_is_for_a_model_a_class_and_a_seed():
     http = client(student, beside)
     for body in ({"prompt": 3}, {"prompt": "3"}, {"prompt": "dress"}, {"prompt": "Dress", "model": "two"}):
         assert post(http, seed=5, n=2, size="16x16", response_format="b64_json", user="me", **body).status_code == 200
-    assert student.asked == [Ask(2, 5, label=3)] * 4
+    assert student.asked == [ImageRequest(2, 5, label=3)] * 4
     seeds = {post(http).json()["seed"] for _ in range(3)}
     assert len(seeds) == 3 and {ask.seed for ask in student.asked[4:]} == seeds
     assert post(http, model="two-teacher", steps=4, size="auto").status_code == 200
     assert beside.asked[0].steps == 4
     nothing = Stub(about=dataclasses.replace(ABOUT, takes="nothing", classes=None, class_names=()))
     texts = Stub(about=dataclasses.replace(ABOUT, takes="text", classes=None, class_names=()))
-    assert post(client(nothing), prompt="", seed=1).status_code == 200 and nothing.asked == [Ask(1, 1)]
+    assert post(client(nothing), prompt="", seed=1).status_code == 200 and nothing.asked == [ImageRequest(1, 1)]
     assert post(client(texts), prompt="a <b> & c", seed=1).status_code == 200
-    assert texts.asked == [Ask(1, 1, text="a <b> & c")]
+    assert texts.asked == [ImageRequest(1, 1, text="a <b> & c")]
     assert post(client(nothing), prompt="x").json()["error"]["param"] == "prompt"
     assert post(client(texts), prompt="  ").json()["error"]["param"] == "prompt"
     assert post(client(texts), prompt="x" * 4001).json()["error"]["param"] == "prompt"

@@ -59,7 +59,7 @@ def test_what_does_not_apply_is_not_asked():
 
 
 def test_parameters_draw_the_values_they_came_from():
-    class Said(dict):
+    class Params(dict):
         def suggest_float(self, name, low, high, log=False):
             return self[name]
 
@@ -68,7 +68,7 @@ def test_parameters_draw_the_values_they_came_from():
     mixed = space(TWO | {"x": choice("a", "b", [1, 2]), "n": integers(2, 9)})
     for n in range(20):
         values = mixed.draw(Dice(1, n))
-        assert mixed.draw(Said(mixed.params(values))) == values
+        assert mixed.draw(Params(mixed.params(values))) == values
 
 
 def test_positions_run_from_zero_to_one():

@@ -159,7 +159,7 @@ class Feed:
             position += batch
 
 
-class Given:
+class FixedDraws:
     """Draws of the noise between a generator's calls, in turn, as given."""
 
     def __init__(self, noise: Sequence[Tensor] = ()):

@@ -22,7 +22,7 @@ from ray.serve.schema import LoggingConfig
 
 from ..page import render
 from ..serving.app import Application
-from ..serving.generator import About, Ask, Drawn, Generator, open_beside, open_student
+from ..serving.generator import About, Generator, ImageRequest, ImageResult, open_beside, open_student
 from ..serving.queue import Busy, Queue
 from ..serving.settings import Settings, check, token_digest
 from .gauges import ServeGauges
@@ -74,10 +74,10 @@ class Teacher:
         close_port()
         self.queue = open_queue(settings, open_beside(settings, student))
 
-    async def draw(self, ask: Ask) -> Drawn | Busy:
+    async def draw(self, request: ImageRequest) -> ImageResult | Busy:
         """See `Model`; Busy is returned, as Ray wraps what is raised."""
         try:
-            return await self.queue.draw(ask)
+            return await self.queue.draw(request)
         except Busy as busy:
             return busy
 
@@ -88,9 +88,9 @@ class Elsewhere:
     def __init__(self, about: About, handle: DeploymentHandle):
         self.about, self.handle = about, handle
 
-    async def draw(self, ask: Ask) -> Drawn:
+    async def draw(self, request: ImageRequest) -> ImageResult:
         """See `Model`."""
-        answer = await self.handle.draw.remote(ask)
+        answer = await self.handle.draw.remote(request)
         if isinstance(answer, Busy):
             raise answer
         return answer
@@ -100,7 +100,7 @@ def open_queue(settings: Settings, generator: Generator) -> Queue:
     """The queue of a generator, which has drawn once, so that the first request does not wait for its set-up."""
     torch.set_num_threads(settings.threads)
     takes = {"class": {"label": 0}, "text": {"text": "-"}, "nothing": {}}
-    generator.draw([Ask(1, 0, **takes[generator.about.takes])])
+    generator.draw([ImageRequest(1, 0, **takes[generator.about.takes])])
     return Queue(generator.about, generator.draw, settings.batch, settings.queue)
 
 

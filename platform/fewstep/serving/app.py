@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from ..config import ConfigError, Strict, validate
 from ..texts import quoted
-from .generator import About, Ask
+from .generator import About, ImageRequest
 from .guard import Refusal, admit
 from .meter import Meter
 from .queue import Busy, Model
@@ -111,12 +111,12 @@ class Application:
             raise Refusal(503, text, "unavailable", headers=headers)
         body = read(await _read_body(request))
         model = self._model(body.model or self.default)
-        ask = self._parse(body, model.about)
+        image_request = self._parse(body, model.about)
         start = time.perf_counter()
         self.open += 1
         try:
             async with asyncio.timeout(self.timeout_s):
-                drawn = await model.draw(ask)
+                drawn = await model.draw(image_request)
         except TimeoutError:
             raise Refusal(504, f"no images after {self.timeout_s:g} s; ask for fewer, or later", "timeout") from None
         except Busy as busy:
@@ -124,14 +124,14 @@ class Application:
             raise Refusal(429, text, "rate_limit_exceeded", headers={"Retry-After": str(busy.retry_s)}) from None
         finally:
             self.open -= 1
-        self.meter.answered(time.perf_counter() - start, ask.images)
+        self.meter.record_answer(time.perf_counter() - start, image_request.images)
         return {
             "created": int(time.time()),
             "data": [{"b64_json": base64.b64encode(file).decode()} for file in drawn.pngs],
             "output_format": "png",
             "size": model.about.to_dict()["size"],
             "model": model.about.name,
-            "seed": ask.seed,
+            "seed": image_request.seed,
             "seconds": drawn.seconds,
             "drawn_together": drawn.together,
         }
@@ -152,7 +152,7 @@ class Application:
             raise Refusal(404, f"model: no {quoted(name)} here; there is {known}", "model_not_found", "model")
         return self.models[name]
 
-    def _parse(self, body: Body, about: About) -> Ask:
+    def _parse(self, body: Body, about: About) -> ImageRequest:
         """The request for a model. Raises Refusal naming the field."""
         size = about.to_dict()["size"]
         if body.n > self.images:
@@ -170,12 +170,12 @@ class Application:
         if about.takes == "nothing":
             if text:
                 raise _invalid("prompt", "this model takes none; send an empty one")
-            return Ask(body.n, seed, steps=body.steps)
+            return ImageRequest(body.n, seed, steps=body.steps)
         if about.takes == "class":
-            return Ask(body.n, seed, label=label_of(text, about), steps=body.steps)
+            return ImageRequest(body.n, seed, label=label_of(text, about), steps=body.steps)
         if not text.strip():
             raise _invalid("prompt", "empty; give a text")
-        return Ask(body.n, seed, text=text, steps=body.steps)
+        return ImageRequest(body.n, seed, text=text, steps=body.steps)
 
     # Around a route
 

@@ -53,7 +53,7 @@ class About:
 
 
 @dataclass(frozen=True)
-class Ask:
+class ImageRequest:
     """One request: `images` images for a class label, for a text, or for neither. steps: of a teacher's solver."""
 
     images: int
@@ -64,7 +64,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class ImageResult:
     """The answer: PNG files; the seconds that the whole batch took; and its images, those of other requests too."""
 
     pngs: tuple[bytes, ...]
@@ -99,29 +99,34 @@ class Generator:
         )
         self.embedded = lru_cache(KEPT_PROMPTS)(self._embedded)
 
-    def sampler(self, ask: Ask) -> Sampler:
+    def sampler(self, request: ImageRequest) -> Sampler:
         """The sampler for a request."""
-        return self.opened.sampler(ask.steps or self.about.steps or 1, self.guidance)
+        return self.opened.sampler(request.steps or self.about.steps or 1, self.guidance)
 
-    def draw(self, asks: Sequence[Ask]) -> list[Drawn]:
+    def draw(self, requests: Sequence[ImageRequest]) -> list[ImageResult]:
         """The answers to requests with the same `steps`, drawn as one batch."""
-        start, world, images = time.perf_counter(), World(device=self.device), sum(ask.images for ask in asks)
-        draws = Joined(tuple((sample_draws(ask.seed, world), ask.images) for ask in asks))
-        pictures = draw(self.sampler(asks[0]), draws, images, self.conditions(asks))
+        start, world = time.perf_counter(), World(device=self.device)
+        images = sum(request.images for request in requests)
+        draws = Joined(tuple((sample_draws(request.seed, world), request.images) for request in requests))
+        pictures = draw(self.sampler(requests[0]), draws, images, self.conditions(requests))
         seconds = time.perf_counter() - start
         answers = []
-        for part in pictures.split([ask.images for ask in asks]):
+        for part in pictures.split([request.images for request in requests]):
             files = tuple(png(picture.permute(1, 2, 0)) for picture in part)
-            answers.append(Drawn(files, seconds, images))
+            answers.append(ImageResult(files, seconds, images))
         return answers
 
-    def conditions(self, asks: Sequence[Ask]) -> Any:
+    def conditions(self, requests: Sequence[ImageRequest]) -> Any:
         """The conditions of all images of the requests, in their order."""
         if self.about.takes == "nothing":
             return None
         if self.about.takes == "class":
-            return torch.tensor([ask.label for ask in asks for _ in range(ask.images)], device=self.device)
-        parts = [self.embedded(ask.text).pick(torch.zeros(ask.images, dtype=torch.int64)) for ask in asks]
+            return torch.tensor(
+                [request.label for request in requests for _ in range(request.images)], device=self.device
+            )
+        parts = [
+            self.embedded(request.text).pick(torch.zeros(request.images, dtype=torch.int64)) for request in requests
+        ]
         return {name: torch.cat([part[name] for part in parts]).to(self.device) for name in parts[0]}
 
     def _embedded(self, text: str) -> Prompts:

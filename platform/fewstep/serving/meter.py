@@ -22,7 +22,7 @@ class Meter:
         """Counts an answer to a request for images."""
         self.requests[status] += 1
 
-    def answered(self, seconds: float, images: int) -> None:
+    def record_answer(self, seconds: float, images: int) -> None:
         """Notes the time from a request to its images."""
         self.images += images
         self._times.append((time.monotonic(), seconds))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from .generator import About, Ask, Drawn
+from .generator import About, ImageRequest, ImageResult
 
 REMEMBERED = 0.9  # share of the old value in the running mean of the speed
 
@@ -27,7 +27,7 @@ class Model(Protocol):
 
     about: About
 
-    async def draw(self, ask: Ask) -> Drawn:
+    async def draw(self, request: ImageRequest) -> ImageResult:
         """The answer to a request. Raises Busy. A caller that is cancelled gives up its place."""
 
 
@@ -38,56 +38,60 @@ class Queue:
     after a fixed time, so under load it waits with small ones.) limit: images that wait or are drawn, at most.
     """
 
-    def __init__(self, about: About, draw: Callable[[Sequence[Ask]], list[Drawn]], batch: int, limit: int):
+    def __init__(
+        self, about: About, draw: Callable[[Sequence[ImageRequest]], list[ImageResult]], batch: int, limit: int
+    ):
         self.about, self.batch, self.limit = about, batch, limit
         self.images = 0  # that wait or are drawn
         self.drawn = 0  # since the start
         self.speed: float | None = None  # images a second, a running mean
         self._draw, self._thread = draw, ThreadPoolExecutor(1, "fewstep-draw")
-        self._waiting: deque[tuple[Ask, asyncio.Future[Drawn]]] = deque()
+        self._waiting: deque[tuple[ImageRequest, asyncio.Future[ImageResult]]] = deque()
         self._worker: asyncio.Task[None] | None = None
 
-    async def draw(self, ask: Ask) -> Drawn:
+    async def draw(self, request: ImageRequest) -> ImageResult:
         """See `Model`."""
-        if self.images + ask.images > self.limit:
+        if self.images + request.images > self.limit:
             raise Busy(max(1, math.ceil(self.images / self.speed)) if self.speed else 1)
         future = asyncio.get_running_loop().create_future()
-        self._waiting.append((ask, future))
-        self.images += ask.images
+        self._waiting.append((request, future))
+        self.images += request.images
         if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._work())
+            self._worker = asyncio.create_task(self._draw_batches())
         try:
             return await future
         finally:
-            self.images -= ask.images
+            self.images -= request.images
 
-    def _next(self) -> list[tuple[Ask, asyncio.Future[Drawn]]]:
+    def _next_batch(self) -> list[tuple[ImageRequest, asyncio.Future[ImageResult]]]:
         """The next batch: the oldest request, and others with its `steps` as far as they fit in the order they came."""
-        chosen: list[tuple[Ask, asyncio.Future[Drawn]]] = []
-        left: deque[tuple[Ask, asyncio.Future[Drawn]]] = deque()
+        chosen: list[tuple[ImageRequest, asyncio.Future[ImageResult]]] = []
+        left: deque[tuple[ImageRequest, asyncio.Future[ImageResult]]] = deque()
         images, full = 0, False
-        for ask, future in self._waiting:
+        for request, future in self._waiting:
             if future.done():  # the caller has given up
                 continue
-            fits = not chosen or (ask.steps == chosen[0][0].steps and images + ask.images <= self.batch and not full)
+            fits = not chosen or (
+                request.steps == chosen[0][0].steps and images + request.images <= self.batch and not full
+            )
             full = full or not fits
-            (chosen if fits else left).append((ask, future))
-            images += ask.images if fits else 0
+            (chosen if fits else left).append((request, future))
+            images += request.images if fits else 0
         self._waiting = left
         return chosen
 
-    async def _work(self) -> None:
+    async def _draw_batches(self) -> None:
         loop = asyncio.get_running_loop()
-        while batch := self._next():
+        while batch := self._next_batch():
             start = loop.time()
             try:
-                answers = await loop.run_in_executor(self._thread, self._draw, [ask for ask, _ in batch])
+                answers = await loop.run_in_executor(self._thread, self._draw, [request for request, _ in batch])
             except Exception as error:
                 for _, future in batch:
                     if not future.done():
                         future.set_exception(error)
                 continue
-            images = sum(ask.images for ask, _ in batch)
+            images = sum(request.images for request, _ in batch)
             speed = images / max(loop.time() - start, 1e-9)
             self.speed = speed if self.speed is None else REMEMBERED * self.speed + (1 - REMEMBERED) * speed
             self.drawn += images

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from ..config import ConfigError, Strict, UserError
 from ..metrics.base import refusal
 from ..recipe import Recipe, SweepName
-from .space import Given, Space, apply, check_space
+from .space import Conditional, Space, apply, check_space
 
 DEFAULT_TRIALS = 20
 PBT_KEYS = r"optim\.\w+\.lr|method\.(\w+_)?weight"
@@ -176,7 +176,7 @@ def check(sweep: Sweep, space: Space, recipe: Recipe) -> None:
         for key in space.domains:
             if not re.fullmatch(PBT_KEYS, key):
                 wrong.append(f"SPACE[{key!r}]: pbt changes learning rates and weights only; take it out of the space")
-            elif isinstance(space.domains[key], Given) or 0 in space.domains[key].edges():
+            elif isinstance(space.domains[key], Conditional) or 0 in space.domains[key].edges():
                 wrong.append(
                     f"SPACE[{key!r}]: zero adds or removes networks, which a run cannot do; use loguniform(...)"
                 )

@@ -249,7 +249,7 @@ class ZeroOr:
 
 
 @dataclass(frozen=True)
-class Given:
+class Conditional:
     """A domain that applies only if the value of `key` is not zero. `key` must precede it in the space."""
 
     key: str
@@ -315,11 +315,11 @@ def zero_or(domain: Range | Integers) -> ZeroOr:
     return ZeroOr(domain)
 
 
-def given(key: str, domain: Domain) -> Given:
+def given(key: str, domain: Domain) -> Conditional:
     """Restricts a domain to settings in which `key` is not zero. In others the recipe's own value stays."""
     if not isinstance(key, str) or not isinstance(domain, (Choice, Range, Integers, ZeroOr)):
         raise ConfigError(f"given({quoted(key)}, {quoted(domain)}): give a key of the space and a domain")
-    return Given(key, domain)
+    return Conditional(key, domain)
 
 
 @dataclass(frozen=True)
@@ -385,8 +385,8 @@ class Space:
                 yield values
 
     @staticmethod
-    def _applies(domain: Domain | Given, values: Mapping[str, Any]) -> bool:
-        return not isinstance(domain, Given) or bool(values.get(domain.key))
+    def _applies(domain: Domain | Conditional, values: Mapping[str, Any]) -> bool:
+        return not isinstance(domain, Conditional) or bool(values.get(domain.key))
 
 
 def find_space(ref: str, folder: Path) -> Path:
@@ -448,10 +448,10 @@ def _domains(given: Any, wrong: list[str]) -> dict[str, Any]:
         return {}
     domains: dict[str, Any] = {}
     for key, domain in renamed(given).items():
-        if not isinstance(domain, (Choice, Range, Integers, ZeroOr, Given)):
+        if not isinstance(domain, (Choice, Range, Integers, ZeroOr, Conditional)):
             text = f"{quoted(domain)} is not a domain; use choice, uniform, loguniform or integers"
             wrong.append(f"SPACE[{key!r}]: {text}")
-        elif isinstance(domain, Given):
+        elif isinstance(domain, Conditional):
             domain = replace(domain, key=new_name(domain.key))
             if domain.key not in domains:
                 wrong.append(f"SPACE[{key!r}]: given {domain.key!r}, which must come before it in SPACE")

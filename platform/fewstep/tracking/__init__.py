@@ -3,13 +3,13 @@
 from .provenance import Provenance, provenance
 from .runs import Point, Run, Store, exported, find_run
 from .store import prepare_store, tracking_uri
-from .tracker import Sent, Tracker, send
+from .tracker import SendCounts, Tracker, send
 
 __all__ = [
     "Point",
     "Provenance",
     "Run",
-    "Sent",
+    "SendCounts",
     "Store",
     "Tracker",
     "exported",

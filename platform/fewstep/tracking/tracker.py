@@ -361,7 +361,7 @@ def later(folder: Path, unsent: int) -> str:
     return f"{unsent} tracked operations are not sent yet; send them with: python jobs/track.py folder={folder}"
 
 
-class Sent(NamedTuple):
+class SendCounts(NamedTuple):
     """Counts of operations after `send`. refused: those that the server refuses for good, as `refused.jsonl` lists."""
 
     sent: int
@@ -369,7 +369,7 @@ class Sent(NamedTuple):
     refused: int
 
 
-def send(folder: Path, *, uri: str | None = None, timeout_s: float = 60.0) -> Sent:
+def send(folder: Path, *, uri: str | None = None, timeout_s: float = 60.0) -> SendCounts:
     """Sends the unsent operations of a run's journal, in this thread, for about `timeout_s` at most.
 
     uri: the store, by default that of the run. Raises as `Journal` does, and ValueError when the store needs a
@@ -383,7 +383,7 @@ def send(folder: Path, *, uri: str | None = None, timeout_s: float = 60.0) -> Se
             deadline = time.monotonic() + timeout_s
             pause = lambda seconds: time.sleep(max(0.0, min(seconds, 5.0, deadline - time.monotonic())))
             drain(Sender(journal, uri), lambda: time.monotonic() > deadline, pause)
-        return Sent(before - journal.unsent, journal.unsent, journal.refused)
+        return SendCounts(before - journal.unsent, journal.unsent, journal.refused)
     finally:
         journal.close()
 
