@@ -31,7 +31,7 @@ class Compare(Strict):
     out: str = "compare.html"
     """The page."""
     grid: str = "student"
-    """Which sample grids to show: student, or fake, the fake score's denoising."""
+    """Sample grids to show: student, or fake, which is the fake score's denoising."""
     grids: Annotated[int, Field(ge=2)] | None = None
     """Sample grids a run, at most; null shares 240 among the runs."""
     rank_seen_by_loss: bool = False

@@ -1,4 +1,4 @@
-"""What a server stands: `make bench-serve`. The last line is a JSON object.
+"""The load that a server bears: `make bench-serve`. The last line is a JSON object.
 
 `jobs/serve.py` serves the demo's network as a generator of one call (the shipped teacher's weights: times do not
 depend on them). A request asks for one image. The capacity is what 64 callers get who each ask again at once; then

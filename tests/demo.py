@@ -37,7 +37,7 @@ def arguments(tmp: Path, *more: str) -> list[str]:
 
 
 def recipe(tmp: Path, *more: str) -> Recipe:
-    """That recipe, validated."""
+    """The recipe of these arguments, validated."""
     return load_recipe(arguments(tmp, *more), RECIPES, "fashion_mnist")
 
 
@@ -48,7 +48,7 @@ def untimed(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
-    """What each report of a run says, without the clocks."""
+    """The metrics of each report of a run, without the clocks."""
     return [untimed(report["metrics"]) for report in read_reports(folder)]
 
 

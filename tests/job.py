@@ -14,7 +14,7 @@ JOBS = Path(__file__).resolve().parents[1] / "jobs"
 
 @cache
 def names(name: str) -> dict[str, Any]:
-    """What jobs/<name>.py defines, by name."""
+    """The definitions of jobs/<name>.py, by name."""
     return runpy.run_path(str(JOBS / f"{name}.py"))
 
 

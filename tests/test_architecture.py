@@ -1,4 +1,4 @@
-"""Which part may import which, what an import costs, and what is true of every file."""
+"""The floors of the parts, the cost of an import, and rules for every file."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ HEAVY = {"ray", "mlflow", "diffusers", "transformers", "peft", "cleanfid", "pyar
 
 
 def fresh(code: str) -> list:
-    """What `code` prints as JSON in a new interpreter."""
+    """The JSON that `code` prints in a new interpreter."""
     run = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'platform')!r})\n{code}"]
     return json.loads(subprocess.run(run, capture_output=True, text=True, check=True, timeout=120).stdout)
 
@@ -171,7 +171,7 @@ def test_whatever_is_public_says_what_it_is(path):
     assert [node.name for node in public if not ast.get_docstring(node)] == []
 
 
-RIDDLES = {"What", "Where", "How", "Whether", "Of", "Who"}  # a docstring opens with its subject, not with these
+RIDDLES = {"What", "Where", "How", "Whether", "Which", "Of", "Who"}  # a docstring opens with its subject
 
 
 def docstrings(path: Path) -> Iterator[str]:
@@ -185,7 +185,10 @@ def docstrings(path: Path) -> Iterator[str]:
 
 def test_docstrings_open_with_their_subject(tmp_path):
     unclear = set()
-    for path in [*SOURCES, *sorted((ROOT / "jobs").glob("*.py"))]:
+    for path in [
+        *SOURCES,
+        *(p for part in ("jobs", "tests", "docs", "tune_spaces") for p in (ROOT / part).glob("*.py")),
+    ]:
         if RIDDLES & {text.split()[0] for text in docstrings(path) if text.strip()}:
             unclear.add(path.relative_to(ROOT).as_posix().removeprefix("platform/fewstep/"))
     assert unclear == set()

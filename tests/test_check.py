@@ -93,6 +93,18 @@ def test_a_check_before_the_start_refuses(tmp_path, arguments, says):
     assert str(error.value).startswith(says) and "\n" not in str(error.value)
 
 
+def test_the_teachers_row_is_of_the_plain_teacher_whatever_guides_the_matching(tmp_path):
+    """Its name, its calls and what it draws say the same: 2 steps - 1 calls, twice that where the row is guided."""
+    asked = recipe(tmp_path, "method.guidance=3")
+    teacher, passes = build.make_nets(asked)["teacher"], []
+    teacher.register_forward_hook(lambda net, args, out: passes.append(len(args[0]) // 2))
+    for scale, name, calls in ((asked.evaluate.teacher_guidance, "heun-3", 5), (2.0, "heun-3-guided-2", 10)):
+        sampler = build.teacher_sampler(teacher, 3, scale)
+        passes.clear()
+        build.make_samples(sampler, 2, batch=2)
+        assert (sampler.name, sampler.calls, sum(passes)) == (name, calls, calls)
+
+
 @pytest.mark.parametrize(
     "key", ["train.steps", "optim.student.lr", "optim", "network.config.sample_size", "start.fake"]
 )

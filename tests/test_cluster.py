@@ -108,7 +108,7 @@ def test_a_busy_cluster_is_waited_for_and_then_named(ray_cluster, tmp_path):
 
 
 def test_the_literal_ray_job_submit_gives_the_losses_of_the_bare_loop(ray_cluster, store, bare, tmp_path):
-    """As in the README: a script of the repository, its argv as key=value, on a cluster started from the root."""
+    """The README's form: a script of the repository, its arguments as key=value, on a cluster started from the root."""
     address = ray_cluster._private.worker._global_node.address_info["webui_url"]
     script = ROOT / "jobs" / "distill.py"
     command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", f"http://{address}"]

@@ -20,7 +20,7 @@ class Pack(Strict):
     """Packs pictures into shards."""
 
     source: str
-    """Where they come from."""
+    """Source of the pictures."""
     size: Annotated[int, Field(ge=1)] | None = None
     """Pixels a side; null keeps them."""
     dry_run: bool = False
@@ -183,7 +183,7 @@ def test_help_lists_every_key_with_type_default_range_and_meaning(capsys):
         "Arguments are key=value arguments, whose values are YAML:",
         "",
         "source: text; required",
-        "    Where they come from.",
+        "    Source of the pictures.",
         "size: whole number at least 1 or null; default null",
         "    Pixels a side; null keeps them.",
         "dry_run: true or false; default false",

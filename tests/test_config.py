@@ -1,4 +1,4 @@
-"""What a person reads who made a mistake: every line names the dotted key, the value and the way out."""
+"""Messages about mistakes in settings: every line names the dotted key, the value and the way out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pages of docs/ show runs as it stands there."""
+"""The command lines and the code on the pages of docs/ run as they stand there."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def node(**changes) -> dict:
 
 
 def facts(a: dict | None = None, b: dict | None = None, **changes) -> dict:
-    """Of two nodes a and b with a GPU each, where all is well but for the changes."""
+    """Facts of two nodes a and b with a GPU each, where all is well but for the changes."""
     has = {"id": "0", "cpus": 8.0, "gpus": 1.0, "memory_gib": 30.0, "object_store_gib": 9.0}
     doors = {"address": "10.0.0.1:6379", "token": True, "dashboard": "127.0.0.1:8265"}
     made = {

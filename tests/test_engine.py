@@ -130,7 +130,7 @@ class Poisoned(toy.Feed):
 
 
 def one_of_two(rank: int, folder: str) -> None:
-    """What each of two processes does: train replicated, train sharded, resume, and meet bad data on rank 1 only."""
+    """One of two processes: it trains replicated, trains sharded, resumes, and meets bad data on rank 1 only."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     train = {"steps": 8, "batch": 16, "optim": SMOOTH, "report_every": 8, "save_every": 8, "keep": 5}
@@ -384,6 +384,19 @@ def test_the_exponential_average_follows_its_closed_form():
         expected += (1 - decay[i]) * math.prod(decay[i + 1 :]) * row
     torch.testing.assert_close(flat(engine.student), expected, rtol=1e-5, atol=1e-6)
     assert engine.student is engine.nets["average"] and engine.student is not engine.nets["student"]
+
+
+@pytest.mark.parametrize("ratio", [1, 3])
+def test_the_average_counts_student_updates_at_any_ttur_ratio(ratio):
+    method = DMD2(gan_weight=0, critic_updates_per_student_update=ratio)
+    engine = toy.make_engine(method, steps=6, report_every=1, save_every=6, average_decay=0.15)
+    expected, updates = flat(engine.nets["student"]), 0
+    for _ in engine.run():
+        if (engine.step - 1) % ratio == 0:
+            decay = min(0.15, (1 + updates) / (10 + updates))
+            expected, updates = decay * expected + (1 - decay) * flat(engine.nets["student"]), updates + 1
+        torch.testing.assert_close(flat(engine.student), expected, rtol=1e-5, atol=1e-7)
+    assert updates == 6 // ratio
 
 
 def test_without_an_average_the_student_itself_is_scored(tmp_path):

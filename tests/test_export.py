@@ -118,7 +118,7 @@ def test_the_cards_snippet_gives_the_students_images(exported, run, modules):
 
 
 def sigmas() -> list[float]:
-    """Of two student calls: the ramp's thousandths 999 and 499."""
+    """Noise levels of two student calls: the ramp's thousandths 999 and 499."""
     return EDM().ramp(torch.tensor([999, 499]) / 999).tolist()
 
 

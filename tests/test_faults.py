@@ -494,7 +494,7 @@ def plain_run(store, tmp_path_factory) -> Iterator[list[tuple[str, str, int]]]:
 def attempts(
     sockets: list[tuple[str, str, int]], host: str, marker: Path, user: int | None, before: tuple = ()
 ) -> dict:
-    """What becomes of everything that somebody without the token can try."""
+    """The outcome of everything that somebody without the token can try."""
     folder = f"/tmp/fewstep-{os.getuid()}"
     arguments = json.dumps([host, [(process, port) for process, _, port in sockets], folder, str(marker), user])
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}

@@ -78,7 +78,7 @@ def test_the_selectors_of_a_query_are_found():
 
 
 def scrape(port: int) -> Samples:
-    """What a node's endpoint says now: (labels, value) of each series, by name."""
+    """The series of a node's endpoint now: (labels, value) of each, by name."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
         text = answer.read().decode()
     out: Samples = {}
@@ -119,7 +119,7 @@ def exported(ray_cluster, store, tmp_path_factory) -> tuple[Any, Samples]:
 
 
 def values(samples: Samples, name: str, **tags: str) -> list[float]:
-    """Of this run's series of these tags."""
+    """Values of this run's series with these tags."""
     wanted = (tags | {"run": "scraped"}).items()
     return [value for labels, value in samples.get(f"ray_fewstep_{name}", []) if wanted <= labels.items()]
 

@@ -57,7 +57,7 @@ def test_a_file_system_without_locks_is_said_and_one_that_cannot_be_written_is_r
 
 
 def refused(monkeypatch, capsys, folder: Path, job: str, *arguments: str) -> str:
-    """What a second start says, after it has left the folder as it was, and no cluster was asked for."""
+    """The message of a second start, which leaves the folder as it was and asks for no cluster."""
     monkeypatch.setattr(train, "connect", lambda cpus: pytest.fail("the lock comes first"))
     monkeypatch.setattr("fewstep.cluster.sweep.connect", lambda cpus: pytest.fail("the lock comes first"))
     with another(folder / LOCK) as other:

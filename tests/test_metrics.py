@@ -580,7 +580,7 @@ def test_a_name_belongs_to_one_metric_and_says_which_direction_is_better():
 
 
 def read_limit(path: Path, device: object) -> int:
-    """What the file of the metric below holds."""
+    """The content of the file of the metric below."""
     if not path.is_file():
         raise FileNotFoundError(f"threshold: no file {str(path)!r}")
     return int(path.read_text())
@@ -683,14 +683,14 @@ def test_a_direction_is_the_metrics_and_no_space_turns_it_round(tmp_path):
     (tmp_path / "mine.py").write_text(text + "METRIC = 'diversity'\nOBJECTIVES = ['diversity', 'hours']")
     space = load_space(str(tmp_path / "mine.py"), tmp_path)
     assert (space.mode, space.objectives) == ("max", {"diversity": "max", "hours": "min"})
-    for more, text in (
+    for more, message in (
         ("METRIC, MODE = 'diversity', 'min'", "MODE: 'min', but a higher diversity is better; leave it out"),
         ("METRIC = 'mine'", "MODE: None is not one of min, max"),
         ("METRIC = 'fid'\nOBJECTIVES = {'fid': 'max'}", r"OBJECTIVES\['fid'\]: 'max', but a lower fid"),
         ("METRIC = 'fid'\nOBJECTIVES = []", "OBJECTIVES: expected a list of metrics"),
     ):
         (tmp_path / "mine.py").write_text(text + more)
-        with pytest.raises(ConfigError, match=text):
+        with pytest.raises(ConfigError, match=message):
             load_space(str(tmp_path / "mine.py"), tmp_path)
 
 

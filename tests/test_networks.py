@@ -83,8 +83,8 @@ def level(schedule, *times: float) -> Level:
     return schedule.level(torch.tensor(times, dtype=torch.float64), 4)
 
 
-def said(scheduler) -> dict:
-    """What its scheduler_config.json would hold."""
+def config_of(scheduler) -> dict:
+    """The content of its scheduler_config.json."""
     return json.loads(scheduler.to_json_string())
 
 
@@ -111,7 +111,7 @@ SCHEDULES = {"edm": EDM(), "ddpm": DDPM(), "sd": SD, "zero_snr": DDPM(zero_snr=T
 
 
 def trained(prediction: str, name: str) -> bool:
-    """Whether a network of this prediction can have this schedule."""
+    """True if a network of this prediction can have this schedule."""
     return name == "edm" if prediction == "edm" else prediction != "eps" or name not in ("zero_snr", "flow", "trig")
 
 
@@ -504,7 +504,7 @@ def test_head_is_measured_on_the_bottleneck():
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
 def test_alphas_are_those_of_diffusers(name, settings):
     scheduler = getattr(diffusers, name)(**settings)
-    fields = from_scheduler(said(scheduler), Path("x"))
+    fields = from_scheduler(config_of(scheduler), Path("x"))
     assert fields["prediction"] == "eps"
     angles = DDPM(**{k: v for k, v in fields["schedule"].items() if k != "name"}).angles()
     assert (angles.cos() ** 2 - scheduler.alphas_cumprod).abs().max() < 2e-6
@@ -512,7 +512,7 @@ def test_alphas_are_those_of_diffusers(name, settings):
 
 def test_zero_snr_and_v_prediction_are_read():
     scheduler = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    fields = from_scheduler(said(scheduler), Path("x"))
+    fields = from_scheduler(config_of(scheduler), Path("x"))
     assert fields["prediction"] == "v" and fields["schedule"]["zero_snr"] is True
     angles = DDPM(zero_snr=True).angles()
     assert (angles.cos() ** 2 - scheduler.alphas_cumprod).abs().max() < 2e-6
@@ -538,7 +538,7 @@ def test_stable_diffusions_alphas():
 def test_a_flows_training_levels_are_those_of_diffusers(name, shift):
     scheduler = getattr(diffusers, name)(shift=shift)
     theirs = scheduler.sigmas[:1000].flip(0).double()  # ascending
-    fields = from_scheduler(said(getattr(diffusers, name)(shift=shift)), Path("x"))
+    fields = from_scheduler(config_of(getattr(diffusers, name)(shift=shift)), Path("x"))
     assert (fields["prediction"], fields["time_scale"]) == ("flow", 1000.0)
     schedule = from_config(fields["schedule"])
     assert schedule.shift == shift and schedule.t_min == pytest.approx(scheduler.sigmas[999].item(), rel=1e-5)
@@ -556,11 +556,11 @@ def test_a_dynamic_shift_follows_the_images_size_as_in_diffusers(kind, tokens, m
     """mu of the SD3 and FLUX pipelines: 0.5 at 256 tokens, 1.15 at 4096, a straight line through both."""
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=mu)
-    schedule = from_config(from_scheduler(said(scheduler), Path("x"), tokens)["schedule"])
+    schedule = from_config(from_scheduler(config_of(scheduler), Path("x"), tokens)["schedule"])
     sigmas = torch.tensor([call.sigma for call in DMD2(student_steps=4).calls(SimpleNamespace(schedule=schedule))])
     torch.testing.assert_close(sigmas, scheduler.sigmas[:4], rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match="use_dynamic_shifting needs the image's size"):
-        from_scheduler(said(scheduler), Path("x"))
+        from_scheduler(config_of(scheduler), Path("x"))
 
 
 def test_a_teachers_dynamic_shift_is_that_of_its_own_size(tmp_path):
@@ -578,13 +578,13 @@ def test_a_shift_of_another_solver_is_read_too():
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
     solver.set_timesteps(4)
-    schedule = from_config(from_scheduler(said(solver), Path("x"))["schedule"])
+    schedule = from_config(from_scheduler(config_of(solver), Path("x"))["schedule"])
     u = (torch.linspace(0.999, 0, 5)[:4] - 0.001) / 0.999  # its own grid, as shares of the ramp
     torch.testing.assert_close(schedule.ramp(u).float(), solver.sigmas[:4], rtol=1e-5, atol=0)
 
 
 def test_edm_scheduler_names_its_preconditioning():
-    fields = from_scheduler(said(diffusers.EDMEulerScheduler(sigma_max=50.0, sigma_data=0.4)), Path("x"))
+    fields = from_scheduler(config_of(diffusers.EDMEulerScheduler(sigma_max=50.0, sigma_data=0.4)), Path("x"))
     assert fields == {"schedule": to_config(EDM(0.002, 50.0, 7.0)), "prediction": "edm", "data_std": 0.4}
 
 

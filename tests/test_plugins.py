@@ -1,9 +1,9 @@
-"""What a method may be: each kind is one class here, with no edit elsewhere; it trains, resumes exactly, samples and is
-exported."""
+"""Kinds of methods, each one class here and no edit elsewhere: it trains, resumes exactly, samples and is exported."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fewstep.build import make_nets
+from fewstep.cluster.gauges import Gauges, WorkerGauges
+from fewstep.cluster.progress import Progress
+from fewstep.compare import _headlines, _sort_key
 from fewstep.diffusion.draws import INDICES, Draws, index_level
 from fewstep.diffusion.health import statistics
 from fewstep.diffusion.samplers import Call, calls_at, run_calls
@@ -30,6 +33,7 @@ from fewstep.networks import export as exporting
 from fewstep.networks.card import Card
 from fewstep.networks.export import export
 from fewstep.recipe import load_recipe
+from fewstep.texts import shown
 
 TRAIN = {"batch": 16, "report_every": 4, "save_every": 4, "keep": 5}
 
@@ -211,6 +215,28 @@ def test_the_guard_and_its_advice_serve_a_method_with_phases_of_any_name():
     engine = Engine(method, nets, optims, toy.Feed(toy.Mixture()), train, guard=guard)
     with pytest.raises(Collapsed, match="brightness .* Push less, or choose failure.collapse.policy=roll_back"):
         toy.finish(engine)
+
+
+def test_progress_gauges_and_comparison_show_the_phases_of_any_name(monkeypatch):
+    method = Diverging()
+    engine = an_engine(method, steps=2, report_every=2)
+    [report] = engine.run()
+    away = report.metrics["push/away"]
+    line = Progress(SimpleNamespace(method=method, train=engine.train)).line(vars(report))
+    assert line.endswith(f"  away {shown(away, 3)}")
+    values = {}
+    monkeypatch.setattr(Gauges, "set", lambda self, name, value, **tags: values.update({(name, *tags.values()): value}))
+    WorkerGauges("run")(engine, report)
+    assert values["phase_seconds", "0", "push"] == report.metrics["push_s"]
+    assert values["gradient_norm", "push"] == report.metrics["push/grad_norm"]
+    assert {("health", signal) for signal in ("brightness", "saturation", "diversity")} <= values.keys()
+    run = SimpleNamespace(params={"method.name": method.tag})
+    headlines = _headlines([SimpleNamespace(run=run)])
+    assert headlines == ("score/", "push/away")
+    assert (
+        sorted(["a/first", "push/away", "push/grad_norm"], key=lambda name: _sort_key(name, headlines))[0]
+        == "push/away"
+    )
 
 
 def test_a_recipes_networks_are_a_function_of_its_seed():

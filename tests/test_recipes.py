@@ -1,5 +1,5 @@
-"""What the recipes' heads promise: the commands in them are valid, and CIFAR-10's chain runs, from the official archive
-to scores of a one-step student, with the recipes' own paths and bfloat16, narrower networks, ten steps each."""
+"""The promises of the recipes' heads: their commands are valid, and CIFAR-10's chain runs, from the official archive to
+scores of a one-step student, with the recipes' own paths and bfloat16, narrower networks, ten steps each."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def test_the_official_client_works_unchanged(server):
 
 
 def exports(server: Running) -> Samples:
-    """What the node's metrics endpoint says; its port is one of the agent's, and others there speak no HTTP."""
+    """The text of the node's metrics endpoint; its port is one of the agent's, and others there speak no HTTP."""
     for name, _, port in listening(psutil.Process(server.process.pid)):
         if "Agent" in name:
             with contextlib.suppress(OSError, ValueError, http.client.HTTPException):

@@ -1,4 +1,4 @@
-"""Who can reach a cluster: a private one answers nobody without its token, and a joined one keeps its owner's mode."""
+"""Access to a cluster: a private one answers nobody without its token, and a joined one keeps its owner's mode."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def status(url: str, headers: dict[str, str]) -> int:
 
 
 def called(address: str, method: str) -> str:
-    """What becomes of a call of Ray's services without a token."""
+    """The outcome of a call of Ray's services without a token."""
     with grpc.insecure_channel(address) as channel:
         try:
             channel.unary_unary(f"/ray.rpc.{method}")(b"", timeout=10)

@@ -270,7 +270,7 @@ def test_a_search_that_is_told_again_goes_on_alike():
 
 @pytest.mark.parametrize(("trials", "startup"), [(None, 8), (8, 3), (20, 5), (100, 8)])
 def test_a_quarter_of_a_search_is_drawn_before_it_learns(trials, startup):
-    """What it proposes depends on what it was told from then on, and not before."""
+    """Its proposals depend on the results from then on, and not before."""
     found = space({TTUR: integers(1, 10), GAN: loguniform(1e-4, 1)})
 
     def proposed(sign: int) -> list[dict]:

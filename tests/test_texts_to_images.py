@@ -497,7 +497,7 @@ def test_published_sizes_are_counted_on_any_number_of_gpus(name, monkeypatch):
 
 @pytest.mark.slow
 def test_adapters_of_sdxl_take_a_fraction_of_weights_and_optimisers(monkeypatch):
-    """Of the three networks' 71.7 GiB: a half with the student alone as an adapter, an eighth with the critic too."""
+    """Three networks take 71.7 GiB; half of it with the student alone as an adapter, an eighth with the critic too."""
     network = Network(model=NET, config=SDXL, schedule={"name": "ddpm", **tiny.SD_BETAS}, prediction="eps")
     monkeypatch.setattr(pretrained, "check_memory", lambda model: None)
     monkeypatch.setattr(build, "make_teacher", lambda *a, **k: new_denoiser(network, "bf16", weights=False))

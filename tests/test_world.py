@@ -246,7 +246,7 @@ def bf16_teacher() -> dict:
 
 
 def critic_gradients(frozen_first: bool) -> dict[str, Tensor]:
-    """Of a bf16 critic whose first pass ever was with its weights frozen, as in DMD2's first phase, or was not."""
+    """Gradients of a bf16 critic whose first pass was, or was not, with frozen weights, as in DMD2's first phase."""
     world = World.current(layout=Layout(placement="shard"))
     net = world.place(bf16_denoiser())
     generator = torch.Generator().manual_seed(world.rank)
@@ -261,7 +261,7 @@ def critic_gradients(frozen_first: bool) -> dict[str, Tensor]:
 
 
 def filled(kind: str, precision: str, layout: Layout, folder: Path) -> dict[str, Tensor]:
-    """What a network has that was placed before its weights were read; its critic's adapter is not trained."""
+    """State of a network that was placed before its weights were read; its critic's adapter is not trained."""
     net = open_teacher(folder / "net", precision, filled=False)
     adapter = Lora(net, 2)
     net = World.current(layout=layout).place(
@@ -279,7 +279,7 @@ def trained_average(world: World | None):
 
 @pytest.fixture(scope="module")
 def world_results(tmp_path_factory):
-    """What the ranks of a world of n processes found; each world is started once."""
+    """Results of the ranks of a world of n processes; each world is started once."""
 
     @cache
     def folder(size: int) -> Path:

@@ -185,7 +185,7 @@ def head(seed: int = 0) -> Head:
 
 
 class Make:
-    """What a method makes its networks with: copies of `start`, by default random weights."""
+    """Networks for a method's roles: copies of `start`, by default with random weights."""
 
     def __init__(self, start: nn.Module | None = None, teacher: nn.Module | None = None):
         self.start, self.teacher = start or denoiser(), teacher or Mixture()

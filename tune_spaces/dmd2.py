@@ -1,4 +1,4 @@
-"""Which ratio, GAN weight and guidance, with the rates, the level and the average that go with them?"""
+"""TTUR ratio, GAN weight and guidance: which, with the learning rates, level and average that suit them?"""
 
 from fewstep.sweeps.space import choice, given, loguniform, uniform, zero_or
 

@@ -1,4 +1,4 @@
-"""Does the adversarial term help, and at what weight?"""
+"""The adversarial term: does it help, and at what weight?"""
 
 from fewstep.sweeps.space import given, loguniform, zero_or
 

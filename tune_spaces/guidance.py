@@ -1,4 +1,4 @@
-"""How strongly should the teacher be guided?"""
+"""Guidance of the teacher: how strong?"""
 
 from fewstep.sweeps.space import uniform
 

@@ -1,4 +1,4 @@
-"""How many critic updates does a student update need?"""
+"""TTUR ratio: how many critic updates does a student update need?"""
 
 from fewstep.sweeps.space import choice
 

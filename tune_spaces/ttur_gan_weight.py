@@ -1,4 +1,4 @@
-"""At equal images: which TTUR ratio, with how much of the GAN?"""
+"""TTUR ratio and GAN weight: which, at equal images?"""
 
 from fewstep.sweeps.space import choice
 

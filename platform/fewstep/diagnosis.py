@@ -87,7 +87,7 @@ def _loopback(address: str) -> bool:
 
 
 def _nodes_by_value(values: dict[str, Any]) -> dict[Any, str]:
-    """Which nodes have each value: {value: "node a, node b"}."""
+    """The names of the nodes that have each value: {value: "node a, node b"}."""
     nodes_of: dict[Any, list[str]] = {}
     for name, value in values.items():
         nodes_of.setdefault(value, []).append(name)

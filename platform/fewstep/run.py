@@ -340,7 +340,8 @@ class Book:
     reports: Reports
 
     def report(self, report: Report, nodes: dict[str, float]) -> None:
-        """To the run's own record and to the tracker. nodes: system metrics of all nodes, for the tracker alone."""
+        """Writes a report to the run's own record and to the tracker. nodes: system metrics of all nodes, for the
+        tracker alone."""
         self.reports.add(report)
         self.tracker.log(report.metrics | nodes, report.step, report.images)
         for event in report.events:

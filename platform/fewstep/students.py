@@ -53,7 +53,7 @@ class Student:
 
     @property
     def sampler(self) -> build.Sampler:
-        """As its method samples it."""
+        """The sampler of its method."""
         return build.student_sampler(self.recipe.method, self.others | {"student": self.net})
 
 

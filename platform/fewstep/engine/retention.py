@@ -12,7 +12,7 @@ from ..config import Strict
 
 
 class Keep(Strict):
-    """Which checkpoints outlive the next one: the newest, the best, milestones, and a way back."""
+    """Rule for the checkpoints that are kept: the newest, the best, milestones, and those that a roll-back may need."""
 
     last: Annotated[int, Field(ge=1)] = 2
     """The newest."""

@@ -567,7 +567,7 @@ class Engine:
         return {"step": self.step, "updates": self.updates, "rates": self.rates, "roll_backs": self.roll_backs}
 
     def wait(self) -> None:
-        """Until what was saved is complete. Raises CheckpointError, on all ranks together."""
+        """Waits until the last checkpoint is complete. Raises CheckpointError, on all ranks together."""
         if self.saver is not None:
             self.saver.wait()
 

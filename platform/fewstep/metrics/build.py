@@ -1,4 +1,4 @@
-"""Which metrics score a run, and the files that they are measured with."""
+"""The metrics that score a run, and the files that they are measured with."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class FewStepPipeline(DiffusionPipeline):
         self.register_to_config(sampling=sampling)
 
     def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As everywhere in diffusers, with this file beside the weights, without which the folder would not open."""
+        """Saves as every pipeline of diffusers does, with this file, without which the folder does not open."""
         if push_to_hub:
             raise ValueError("push_to_hub: save to a folder, or call pipe.push_to_hub(id), which uploads all files")
         super().save_pretrained(save_directory, *args, **kwargs)

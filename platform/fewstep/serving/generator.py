@@ -48,7 +48,7 @@ class About:
     steps: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """The fields in JSON types."""
         return asdict(self) | {"size": f"{self.size[1]}x{self.size[0]}", "class_names": list(self.class_names)}
 
 

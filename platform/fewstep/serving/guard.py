@@ -28,7 +28,7 @@ class Refusal(Exception):
         self.status, self.code, self.param, self.headers = status, code, param, dict(headers or {})
 
     def to_dict(self) -> dict[str, object]:
-        """As OpenAI writes an error."""
+        """The error as OpenAI writes it."""
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
