@@ -112,7 +112,7 @@ def test_keys_that_exist_may_differ_at_a_resume(tmp_path, key):
     assert recipe(tmp_path, f"resume_allow=[{key}]").resume_allow == [key]
 
 
-def test_all_mistakes_of_files_and_folders_are_said_at_once(tmp_path):
+def test_all_mistakes_of_files_and_folders_are_reported_at_once(tmp_path):
     with pytest.raises(ConfigError) as error:
         run.check(
             recipe(tmp_path, "teacher=nowhere", "data.path=nowhere", "evaluate.features=x.safetensors", "resume=no")
@@ -130,7 +130,7 @@ def test_an_average_by_width_needs_no_word_on_decay_and_is_written_so_that_it_is
     assert again == asked and Recipe.model_validate(again.model_dump(mode="json")) == asked
 
 
-def test_settings_that_are_seldom_meant_are_noted(tmp_path):
+def test_settings_that_are_seldom_intended_are_noted(tmp_path):
     assert recipe(tmp_path).notes == []
     assert recipe(tmp_path, "train.steps=10", "optim.fake.warmup_steps=5", "optim.disc.warmup_steps=0").notes == [
         "optim.student.warmup_steps: 20 is beyond train.steps 10, so the rate never reaches lr",
@@ -223,7 +223,7 @@ def test_no_weights_are_read_to_look_at_a_teacher(tmp_path):
     assert build.make_teacher(recipe(tmp_path)).shape == net.shape
 
 
-def test_what_cannot_be_exported_is_said_before_it_is_trained(tmp_path):
+def test_what_cannot_be_exported_is_reported_before_it_is_trained(tmp_path):
     assert run.export_notes(recipe(tmp_path)) == []
     dit = recipe(tmp_path, f"teacher={teacher(tmp_path / 'dit', classes=10, kind='DiTTransformer2DModel')}")
     assert run.export_notes(dit) == [

@@ -86,7 +86,7 @@ def test_workers_elsewhere_get_urls_as_they_are_and_other_places_absolute(tmp_pa
     assert localized(recipe(tmp_path, "name=x", "storage=d")).checkpoints == tmp_path / "d" / "x"
 
 
-def test_more_workers_than_the_cluster_has_is_said_and_not_waited_for(ray_cluster, tmp_path):
+def test_more_workers_than_the_cluster_has_is_reported_and_not_waited_for(ray_cluster, tmp_path):
     with pytest.raises(RuntimeError, match=r"64 workers .* need 64 logical CPUs and it has 4.*fewer workers"):
         fit(recipe(tmp_path, "cluster.workers=64", "train.batch=64"))
 

@@ -141,7 +141,7 @@ def test_scores_have_mean_and_deviation_over_the_seeds(data):
     assert "mark" not in teacher["cells"][0]
 
 
-def test_a_group_within_the_spread_of_the_best_is_not_told_apart():
+def test_a_group_within_the_spread_of_the_best_is_not_distinguished():
     def scored(seed: int, gan: str, value: float, **changes) -> Record:
         score = HOW | {"name": "diversity", "value": value, "images": 500, "step": 4, "checkpoint": "last"} | changes
         return Record(None, str(seed), {"gan": gan}, [], {}, [score], {}, None)
@@ -163,7 +163,7 @@ def test_the_same_seed_twice_is_no_spread():
     assert (cell["mean"], cell["std"], cell["seeds"]) == (1.5, None, 1)
 
 
-def test_a_score_that_is_not_finite_is_said_to_be_so_and_never_best():
+def test_a_score_that_is_not_finite_is_named_so_and_never_best():
     score = HOW | {"name": "fd_small", "images": 500, "step": 4, "checkpoint": "last"}
     runs = [Record(None, "0", {}, [], {}, [score | {"value": v}], {}, None) for v in (-math.inf, 2.0, 3.0)]
     cells = [row["cells"][0] for row in scores(runs, [[0], [1], [2]])["rows"]]
@@ -203,7 +203,7 @@ def test_long_curves_and_many_grids_are_thinned_evenly_to_their_ends(reader, bui
     assert list(found.grids) == [0, 40]
 
 
-def test_grids_are_the_runs_own_and_each_picture_is_held_once(data, records):
+def test_grids_are_the_runs_own_and_each_picture_is_stored_once(data, records):
     def pixels(index: int) -> np.ndarray:
         return np.array(Image.open(io.BytesIO(base64.b64decode(data["pictures"][index]))))
 

@@ -169,7 +169,7 @@ def test_a_recipe_is_found_by_name_or_by_path(folder, monkeypatch):
     ],
     ids=lambda v: " ".join(v)[:40] if "=" in v[0] else "",
 )
-def test_a_mistake_is_said_in_words(folder, arguments, lines):
+def test_a_mistake_is_reported_as_a_line(folder, arguments, lines):
     assert mistakes(folder, *arguments) == lines
 
 

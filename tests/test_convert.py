@@ -149,7 +149,7 @@ def test_files_of_torch_are_read_by_its_own_restricted_reader(written, tmp_path)
         read_pickle(path)
 
 
-def test_tensors_of_another_network_are_told_apart(written, tmp_path, capsys):
+def test_tensors_of_another_network_are_distinguished(written, tmp_path, capsys):
     path = written(edm(plain(nn.Sequential(nn.Linear(2, 3)))))
     with pytest.raises(SystemExit, match="2"):
         job("convert")([f"pickle={path}", f"network={described(unet())}", "part=ema.model", f"out={tmp_path / 'x'}"])

@@ -341,7 +341,7 @@ def good_set(tmp_path_factory):
 
 
 @pytest.mark.parametrize("field", MISTAKES)
-def test_a_manifest_that_cannot_be_meant_is_refused_in_one_line_that_names_the_field(tmp_path, good_set, field):
+def test_a_manifest_that_makes_no_sense_is_refused_in_one_line_that_names_the_field(tmp_path, good_set, field):
     folder = shutil.copytree(good_set.path, tmp_path / "set", dirs_exist_ok=True)
     whole = json.loads((folder / "manifest.json").read_text())
     for value, text in MISTAKES[field]:
@@ -814,7 +814,7 @@ def test_a_damaged_row_group_costs_its_own_rows_and_a_stand_in_may_be_corrupt_it
             assert torch.equal(torch.stack([part[0] for part in batches[1:]], 1).flatten(0, 1), batches[0][0])
 
 
-def test_what_is_back_when_it_is_tried_again_is_used_and_said(tmp_path, monkeypatch, caplog):
+def test_what_is_back_when_it_is_tried_again_is_used_and_reported(tmp_path, monkeypatch, caplog):
     shards = write(tmp_path / "set")
     expected = take(StreamFeed(shards), 20)
     read, failed = shards.read, []

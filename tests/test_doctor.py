@@ -139,7 +139,7 @@ def test_what_does_not_answer_is_a_finding_and_not_a_wait(ray_cluster):
     assert found == {"a": ("here", None), "b": (None, "no answer within 3 s"), "c": (None, "No module named 'fewstep'")}
 
 
-def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path):
+def test_a_cluster_that_is_not_there_is_reported_at_once(tmp_path):
     """In a process of its own: this one has joined a cluster."""
     environment = os.environ | {"RAY_ADDRESS": f"127.0.0.1:{closed_port()}", "FEWSTEP_HOME": str(tmp_path)}
     started = time.monotonic()
@@ -293,7 +293,7 @@ def test_a_silent_node_is_one_line_and_the_others_are_judged():
          "export RAY_AUTH_MODE=token"),
     ],
 )  # fmt: skip
-def test_an_open_cluster_is_said_to_be_open(doors, status, result, remedy):
+def test_an_open_cluster_is_reported_as_open(doors, status, result, remedy):
     made = facts()
     made["cluster"] |= doors
     check = by_name(judge(made))["access"]

@@ -563,7 +563,7 @@ def test_an_early_collapse_goes_back_to_the_start(tmp_path):
     assert engine.finished
 
 
-def test_the_guard_stops_the_run_where_it_is_told_to_or_has_tried_enough(tmp_path):
+def test_the_guard_stops_the_run_where_its_policy_says_or_after_enough_roll_backs(tmp_path):
     with pytest.raises(Collapsed, match="step 7: dark.*policy=roll_back"):
         list(guarded(tmp_path / "a", "stop", Alarm(7, 6, "dark")).run())
     engine = guarded(tmp_path / "b", "roll_back", *[Alarm(step, step, "dark") for step in (12, 13, 14, 16)])

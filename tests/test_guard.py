@@ -128,7 +128,7 @@ def test_several_signals_make_one_alarm_since_the_earliest():
     assert [part.split()[0] for part in alarm.reason.split("; ")] == ["brightness", "saturation", "brightness"]
 
 
-def test_a_collapse_is_told_once_and_the_next_after_a_calm_window():
+def test_a_collapse_is_reported_once_and_the_next_after_a_calm_window():
     window = Guard().window
     bad, good = [health(saturation=0.8)], [health()]
     assert [a.step for a in alarms(bad * 50)] == [5]
@@ -233,7 +233,7 @@ LIMITS = {
 
 
 @pytest.mark.parametrize("limits", LIMITS)
-def test_recorded_collapses_are_told_within_forty_student_updates_and_recorded_health_never(limits):
+def test_recorded_collapses_are_reported_within_forty_student_updates_and_recorded_health_never(limits):
     runs = recorded()
     assert {name.rpartition("-")[0] for name in runs} == set(RUNS)
     for name, run in runs.items():
@@ -246,7 +246,7 @@ def test_recorded_collapses_are_told_within_forty_student_updates_and_recorded_h
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_real_collapse_is_told_within_forty_student_updates(seed):
+def test_the_real_collapse_is_reported_within_forty_student_updates(seed):
     alarm = first_alarm(looks("fashion_mnist", seed, ONE_TO_ONE, steps=40))
     assert alarm is not None and alarm.step <= 40
 

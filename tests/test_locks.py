@@ -44,7 +44,9 @@ def test_a_lock_is_waited_for(tmp_path):
             assert 0.3 < time.monotonic() - started < 20
 
 
-def test_a_file_system_without_locks_is_said_and_one_that_cannot_be_written_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_reported_and_one_that_cannot_be_written_is_refused(
+    tmp_path, monkeypatch, capsys
+):
     def none(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 

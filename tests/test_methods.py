@@ -154,7 +154,7 @@ def test_the_student_is_called_at_the_published_levels(settings, expected):
     torch.testing.assert_close(torch.stack(times), wanted, rtol=0, atol=1e-3)
 
 
-def test_the_first_call_takes_pure_noise_and_turns_it_to_x0_at_the_level_it_is_told():
+def test_the_first_call_takes_pure_noise_and_turns_it_to_x0_at_its_level():
     z = a_batch().z
     student = toy.denoiser(schedule=SD, prediction="eps")
     calls = Calls({"backbone": student.backbone})

@@ -652,7 +652,7 @@ def test_a_model_beside_its_scheduler_is_a_teacher(tmp_path):
     assert net.prediction == "v" and net.schedule == DDPM()
 
 
-def test_a_pipeline_of_classes_counts_a_null_class_only_when_told(tmp_path):
+def test_a_pipeline_of_classes_counts_a_null_class_only_where_the_folder_says_so(tmp_path):
     ddpm_pipeline(tmp_path, num_class_embeds=6)
     assert (open_teacher(tmp_path).classes, open_teacher(tmp_path).null) == (6, None)
     (tmp_path / "fewstep.json").write_text(

@@ -153,7 +153,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     ],
     ids=lambda value: repr(value[:20]),
 )  # fmt: skip
-def test_what_is_no_settings_file_is_said_at_once_with_its_line(yaml_file, content, text):
+def test_what_is_no_settings_file_is_refused_at_once_with_its_line(yaml_file, content, text):
     path, start = yaml_file(content), time.process_time()
     line = refused(read, path)
     assert line.startswith(f"{path}: {text}") and "\n" not in line

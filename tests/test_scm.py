@@ -107,7 +107,7 @@ def test_the_learned_weight_starts_at_one_and_goes_to_the_inverse_of_the_loss():
     assert w.mean() > 0.5 and (method.loss(nets, batch)[0]["tangent"] + w.mean()).item() == pytest.approx(1, rel=0.05)
 
 
-def test_a_student_that_is_told_the_guidance_scale_starts_as_the_teacher_at_every_scale():
+def test_a_student_with_the_guidance_scale_as_input_starts_as_the_teacher_at_every_scale():
     method = SCM(guidance=2.0, guidance_range=(1.0, 3.0))
     teacher = toy.denoiser(1, classes=4)
     student = method.nets(toy.Make(teacher, teacher))["student"]
@@ -125,7 +125,7 @@ def test_a_student_that_is_told_the_guidance_scale_starts_as_the_teacher_at_ever
 # SANA-Sprint's preparation of the teacher
 
 
-def test_a_teacher_keeps_its_answers_when_its_time_is_told_otherwise(pretrained):
+def test_a_teacher_keeps_its_answers_with_another_factor_on_its_time(pretrained):
     method = METHODS["preparation"](time_scale=0.25, mean=-0.5)
     train = {"steps": 400, "batch": 96, "report_every": 20, "save_every": 400}
     options = {"data": toy.OVERLAPPING, "lr": {"student": 4e-3}, "optim": {"decay_from": 0.3}}

@@ -114,6 +114,6 @@ def test_joining_takes_on_the_clusters_mode_and_says_which_token_is_missing(ray_
     assert right == "token"
 
 
-def test_an_address_where_nothing_answers_is_said_at_once():
+def test_an_address_where_nothing_answers_is_reported_at_once():
     with pytest.raises(ValueError, match=r"RAY_ADDRESS: nothing answers at 127.0.0.1:1 \(Connection refused\); start"):
         session._authenticate("127.0.0.1:1")

@@ -186,7 +186,7 @@ def test_names_that_are_not_utf8_end_in_words(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["txt", "metadata.csv", "metadata.jsonl", "tar"])
-def test_a_text_in_another_encoding_is_named_with_its_line_and_read_when_told(tmp_path, kind):
+def test_a_text_in_another_encoding_is_named_with_its_line_and_read_when_it_is_given(tmp_path, kind):
     caption = "café \u2028 crème"
 
     def write(encoding, caption=caption):
@@ -261,7 +261,7 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
-def test_metadata_that_cannot_be_meant_is_named_with_its_line(tmp_path, name):
+def test_metadata_that_makes_no_sense_is_named_with_its_line(tmp_path, name):
     for text, reason in BAD_LINES[name].items():
         fill(tmp_path, {"0.png": 0, name: text})
         if reason is None:

@@ -254,7 +254,7 @@ def test_what_is_learned_beats_what_is_drawn(search):
     assert best(search) < best("random")
 
 
-def test_a_search_that_is_told_again_goes_on_alike():
+def test_a_search_that_gets_its_results_again_goes_on_alike():
     found = space({TTUR: choice(1, 2, 5, 10), GAN: zero_or(loguniform(1e-3, 3e-2))})
     history = tried("tpe", found, 10)
     again = proposals(found, "tpe", 0)
@@ -432,7 +432,7 @@ def test_the_table_is_of_the_finished_settings_best_first():
     assert lines[-1] == "Not in the table: 1 trials stopped early, 1 failed."
 
 
-def test_the_page_asks_for_nothing_and_escapes_what_it_is_told(tmp_path, recipe):
+def test_the_page_asks_for_nothing_and_escapes_its_texts(tmp_path, recipe):
     """Every plot of a made-up sweep is drawn, and an error's text stays text."""
     from fewstep.sweeps import plots
     from fewstep.sweeps.report import report

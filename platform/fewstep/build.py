@@ -127,7 +127,7 @@ def with_pipeline(
     negatives: Sequence[str] | None = None,
 ) -> Denoiser:
     """The network itself, with the codec of a pipeline's folder, and with prompts where it takes texts: the text
-    encoders are opened, asked and closed again. Raises ValueError naming what the folder lacks."""
+    encoders are open for that alone. Raises ValueError naming what the folder lacks."""
     net.codec = find_latents(folder)
     if isinstance(net.conditions, Texts):
         encoder = open_encoder(folder, network_of(net).model)
@@ -455,7 +455,7 @@ def make_feed(data: Data | None, seed: int, captions: bool = False) -> Feed | No
 
 def check_network(recipe: Recipe, net: Denoiser) -> Denoiser:
     """The network itself. Raises ValueError for one that makes no pictures, and for a network of texts whose prompts
-    cannot be encoded or whose licence is not said. Nothing is encoded."""
+    cannot be encoded or whose licence is missing. Nothing is encoded."""
     if net.picture_shape[0] not in (1, 3):
         raise ValueError(
             f"teacher: it generates {net.shape[0]} channels, so latents, and its folder has no {CODEC}/config.json, "

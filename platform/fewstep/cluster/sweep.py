@@ -135,7 +135,7 @@ class EndedTrial:
 
 
 def scheduler_of(sweep: Sweep, space: Space, recipe: Recipe, record: Record) -> TrialScheduler:
-    """Returns Tune's scheduler, which measures time in images. It is told the scores of the trials in the record."""
+    """Returns Tune's scheduler, which measures time in images. It gets the scores of the trials in the record."""
     every = recipe.evaluate.every_images
     known = dict(time_attr="images", metric="score", mode=space.mode)
     if sweep.scheduler == "none":

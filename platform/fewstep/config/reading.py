@@ -239,7 +239,7 @@ class _Dumper(yaml.SafeDumper):
 TAG = "tag:yaml.org,2002:"
 MERGE = TAG + "merge"
 _NAMES = {"null": None, "~": None, "": None, "true": True, "false": False}
-# the words without quotes that are not text: their patterns, and the letters that they begin with
+# text without quotes that is no string: their patterns, and the letters that they begin with
 _WORDS = {
     "merge": ("<<", ["<"]),
     "null": ("null|Null|NULL|~|", ["n", "N", "~", ""]),
@@ -254,7 +254,7 @@ _WORDS = {
 
 
 def _scalar(kind: str, value: Any) -> Any:
-    """A constructor of scalars of a kind, which refuses a word that is none, such as `!!int x`."""
+    """A constructor of scalars of a kind, which refuses text of another kind, such as `!!int x`."""
 
     def construct(loader: _Loader, node: yaml.ScalarNode) -> Any:
         text = loader.construct_scalar(node)

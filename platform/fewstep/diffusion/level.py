@@ -1,4 +1,4 @@
-"""Noise levels, and what can be said about them without a network.
+"""Noise levels, and their mathematics without a network.
 
 Every process here is Gaussian and affine: x_t = alpha x0 + sigma eps with eps ~ N(0, I). Two levels with one angle
 atan2(sigma, alpha) hold the same information (equal signal-to-noise ratio) and differ by a scale only, so a network

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 def clean_maps(denoiser: Any, x: Tensor, cond: Any, at: tuple[str, ...]) -> tuple[Tensor, ...]:
-    """A denoiser's maps at the taps `at` of clean images x (B, ...), told a tenth of its ramp, where noise is faint."""
+    """A denoiser's maps at the taps `at` of clean images x (B, ...), at a tenth of its ramp, where noise is faint."""
     t = denoiser.schedule.ramp(torch.full((len(x),), 0.1, dtype=torch.float64, device=x.device))
     return denoiser(x, denoiser.schedule.level(t, x.ndim), cond, "features", at=at)
 

@@ -29,7 +29,7 @@ def _levels(schedule: Schedule, steps: int, like: Tensor) -> list[Level]:
 def heun(denoise: Denoise, z: Tensor, cond: Tensor | None = None, steps: int = 18, schedule: Schedule | None = None):
     """Heun's second-order solver of the probability-flow ODE (Karras et al. 2022, algorithm 1 without churn).
 
-    schedule: gives the ramp of levels, EDM's unless said; alpha > 0 on all of it. The network's own may be another.
+    schedule: gives the ramp of levels, EDM's by default; alpha > 0 on all of it. The network's own may be another.
     Takes 2 steps - 1 network calls; returns x0 (B, ...).
     """
     levels = _levels(schedule or EDM(), steps, z)

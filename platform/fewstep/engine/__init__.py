@@ -1,1 +1,1 @@
-"""The training loop. It knows methods.base and no particular method, and it has never heard of Ray."""
+"""The training loop. It knows methods.base and no particular method, and it is independent of Ray."""

@@ -25,8 +25,8 @@ class HyperSD(PCM):
     GAN between the two states that meet, and feedback by a reward.
 
     The stages are runs with 8, 4, 2 and 1 segments, each from the one before (jobs/chains), and one adapter serves all
-    numbers of calls. Departs from the paper: half of the ends are a segment's edge, as a network that is not told where
-    to end cannot meet all of them; the discriminator sees a state alone; feedback is one reward, in the same run; and
+    numbers of calls. Departs from the paper: half of the ends are a segment's edge, as a network without the end as an
+    input cannot meet all of them; the discriminator sees a state alone; feedback is one reward, in the same run; and
     the last stage, DMD, is `dmd2`.
     """
 
@@ -37,7 +37,7 @@ class HyperSD(PCM):
     """Network calls of the sampler, which may differ from `segments`; solver_steps is a multiple of it, too."""
     ends: Literal["uniform", "mixed", "conditioned"] = "mixed"
     """Level at which two states meet: any from the segment's edge up to the cleaner state, half of the time the edge,
-    or any, of which the student is told."""
+    or any, which the student gets as an input."""
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Sampling goes down to 1 - eta of the next index, and noises from there to it (TCD); 0 adds no noise, 1 is all
     noise."""

@@ -48,8 +48,8 @@ def judge(nets: Nets, x: Tensor, cond: Any, draws: Draws, name: str, mean: float
 class LADD(Method):
     """A GAN alone: heads on several taps of the frozen teacher tell real from generated, both noised.
 
-    Departs from the paper: a head gives one logit a sample and is not told the noise level, and the student's times are
-    drawn with the same probabilities from the start.
+    Departs from the paper: a head gives one logit a sample without the noise level as an input, and the student's times
+    are drawn with the same probabilities from the start.
     """
 
     name: Literal["ladd"] = "ladd"

@@ -44,7 +44,7 @@ class MSDScore(Denoising):
 
 
 class MSD(DMD2):
-    """DMD2 of one student, for its part of the classes. Each student is a run of its own, and is asked for its part.
+    """DMD2 of one student, for its part of the classes. Each student is a run of its own, and generates its part.
 
     Read in notes on the paper: parts without overlap, generated conditions of the own part alone, stages (score
     matching, matching, GAN), and one call to one student a request; two time scales may stand for the regression.

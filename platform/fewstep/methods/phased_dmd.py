@@ -2,7 +2,7 @@
 arXiv:2510.27684.
 
 Each phase trains one expert, which carries the density from one noise level to the next. The density is matched at that
-level, so no expert but the last is asked for clean images.
+level, so no expert but the last generates clean images.
 """
 
 from __future__ import annotations

@@ -16,10 +16,10 @@ from .base import Batch, Make, Method, Nets, Phase, Terms
 class Preparation(Method):
     """A copy of the teacher with a dense time embedding and normalised attention, trained to answer as the teacher.
 
-    The run's student is then the teacher of `sana_sprint`, and where that student starts. A network that is told 1000 t
-    has a derivative in t that is too steep for a tangent; so it is told t (section 3.2). Queries and keys get an RMS
-    norm, which large models need. `mse` over `teacher_square` is the share of the answers that is lost. Departs from
-    the paper: the target is the teacher's own output, of which flow matching's target is a noisy sample.
+    The run's student is then the teacher of `sana_sprint`, and where that student starts. A network whose input is
+    1000 t has a derivative in t that is too steep for a tangent; so its input becomes t (section 3.2). Queries and keys
+    get an RMS norm, which large models need. `mse` over `teacher_square` is the share of the answers that is lost.
+    Departs from the paper: the target is the teacher's own output, of which flow matching's target is a noisy sample.
     """
 
     name: Literal["preparation"] = "preparation"

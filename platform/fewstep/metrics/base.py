@@ -307,7 +307,7 @@ def score(
 
 
 class _Reached(Exception):
-    """A metric asked for the features or the noises of the samples, so all that it checks before that is in order."""
+    """Raised where a metric reads features or noises of the samples: all that it checks before that is in order."""
 
 
 class _OneImage(Features):

@@ -154,7 +154,7 @@ class UNet(Backbone):
         if config.class_embed_type is not None or config.time_embedding_type != "positional":
             raise ValueError(
                 f"time_embedding_type {config.time_embedding_type!r}, class_embed_type {config.class_embed_type!r}: "
-                "networks here are told a real-valued time and an integer label, so positional and null"
+                "networks here take a real-valued time and an integer label, so positional and null"
             )
         if embeds not in ((None,) if classes is None else (classes, classes + 1)):
             raise ValueError(

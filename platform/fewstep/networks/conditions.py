@@ -1,5 +1,5 @@
-"""Conditions: what a network can be asked for, and what stands for nothing. Their form is known to this file and to the
-network alone; everybody else passes them on."""
+"""Conditions of a network: class labels, embedded texts or none, and the condition that stands for none. Their form is
+known to this file and to the network alone; everybody else passes them on."""
 
 from __future__ import annotations
 

@@ -17,14 +17,14 @@ from .nasa import subtracting
 
 Cond = dict[str, Tensor]
 JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-PIXELS = 8  # of an image's side to one of its latent's, in the families that are told the image's size
+PIXELS = 8  # of an image's side to one of its latent's, in the families that take the image's size
 FLUX_SIDE = 128  # of a FLUX.1 latent at 1024 x 1024 pixels; its config.json names no size
 
 
 class TextUNet(Backbone):
     """UNet2DConditionModel: Stable Diffusion 1.5 and 2.1, and SDXL.
 
-    cond: "text" (B, L, D), and for SDXL "pooled" (B, P). SDXL is also told the size before and after a crop; here that
+    cond: "text" (B, L, D), and for SDXL "pooled" (B, P). SDXL also takes the size before and after a crop; here that
     is always the image's own, without a crop, as published. Negative prompts ("negative", "negative_scale") are
     subtracted as networks/nasa.py has it.
     """
@@ -117,7 +117,7 @@ class Sana(Tokens):
     def __init__(self, model: nn.Module):
         config = model.config
         if config.guidance_embeds:
-            raise ValueError("guidance_embeds: a Sana that is told a guidance scale is a student already; use its base")
+            raise ValueError("guidance_embeds: a Sana that takes a guidance scale is a student already; use its base")
         super().__init__(
             model,
             (config.in_channels, *size_of(config.sample_size)),
@@ -137,7 +137,7 @@ class Sana(Tokens):
 
 class PixArt(Tokens):
     """PixArtTransformer2DModel: PixArt-alpha and -Sigma. cond: "text" (B, L, D), "mask" (B, L) with 1 for the tokens
-    that count. The 1024-pixel alpha is also told the image's size and the ratio of its sides."""
+    that count. The 1024-pixel alpha also takes the image's size and the ratio of its sides."""
 
     def __init__(self, model: nn.Module):
         config = model.config

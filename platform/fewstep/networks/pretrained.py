@@ -1,8 +1,8 @@
 """Folders with networks: open a teacher, build a new network, write a folder that another job or diffusers can open.
 
 A folder written here holds `unet/` or `transformer/` (diffusers' config.json and safetensors) and `fewstep.json`, with
-what diffusers has no word for: schedule, prediction, data_std, time_scale, classes, patch. Precision is left out: it is
-a recipe's to choose.
+fields that diffusers lacks: schedule, prediction, data_std, time_scale, classes, patch. Precision is left out: it is a
+recipe's to choose.
 """
 
 from __future__ import annotations

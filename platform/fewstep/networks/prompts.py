@@ -1,6 +1,6 @@
 """Prompts -> columns of a condition, by the text encoders of the teacher's own pipeline: one function a family.
 
-A pipeline's own encode_prompt says which layer of which encoder its network reads, so a student is asked for the very
+A pipeline's own encode_prompt chooses the layer and the encoder that its network reads, so a student is trained on the
 numbers that it will get inside stock diffusers.
 """
 
@@ -146,7 +146,7 @@ def open_encoder(folder: Path, model: str, device: torch.device | str = "cpu") -
 
 @contextmanager
 def _errors_only() -> Iterator[None]:
-    """Only errors of diffusers and transformers are said, and no bars are drawn."""
+    """Context in which diffusers and transformers report errors alone, and draw no bars."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
