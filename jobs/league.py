@@ -23,6 +23,7 @@ from pydantic import Field
 from fewstep.config import ConfigError, Strict, command, read_json, resolve_out, to_yaml
 from fewstep.folders import claim, cleaned_name, write_private
 from fewstep.recipe import Recipe, Stage, open_chain, open_recipe
+from fewstep.texts import shown
 
 METHODS = (
     *("dmd", "dmd2", "f_distill", "decoupled_dmd", "dp_dmd", "swiftbrush", "snoopi", "flash_dmd", "hipa", "regression"),
@@ -154,12 +155,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown; * marks a score whose network a loss used."""
     columns = [column for column in rows[0] if column not in ("seen_by_loss", "budget", "images")]
 
-    def shown(row: dict[str, Any], column: str) -> str:
-        value = row.get(column, "")
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    def cell(row: dict[str, Any], column: str) -> str:
+        text = shown(row.get(column, ""), 4)
         return f"{text} *" if column in row["seen_by_loss"] else text
 
-    lines = [columns, ["---"] * len(columns), *([shown(row, c) for c in columns] for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([cell(row, c) for c in columns] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

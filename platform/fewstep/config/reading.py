@@ -240,7 +240,7 @@ TAG = "tag:yaml.org,2002:"
 MERGE = TAG + "merge"
 _NAMES = {"null": None, "~": None, "": None, "true": True, "false": False}
 # text without quotes that is no string: their patterns, and the letters that they begin with
-_WORDS = {
+_SCALARS = {
     "merge": ("<<", ["<"]),
     "null": ("null|Null|NULL|~|", ["n", "N", "~", ""]),
     "bool": ("true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -258,7 +258,7 @@ def _scalar(kind: str, value: Any) -> Any:
 
     def construct(loader: _Loader, node: yaml.ScalarNode) -> Any:
         text = loader.construct_scalar(node)
-        if not re.fullmatch(_WORDS[kind][0], text):
+        if not re.fullmatch(_SCALARS[kind][0], text):
             raise ConstructorError(None, None, f"{quoted(text)} is no {kind}", node.start_mark)
         try:
             return value(text)
@@ -280,7 +280,7 @@ def _refuse_tag(loader: _Loader, node: yaml.Node) -> Any:
     raise ConstructorError(None, None, text, node.start_mark)
 
 
-for _kind, (_pattern, _first) in _WORDS.items():
+for _kind, (_pattern, _first) in _SCALARS.items():
     for _cls in (_Loader, _Dumper):
         _cls.add_implicit_resolver(TAG + _kind, re.compile(f"(?:{_pattern})\\Z"), _first)
 for _kind, _value in {

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.files import sha256_of
+from fewstep.files import put_in_place, sha256_of
 from fewstep.metrics.base import File, Files, Metric, Outputs
 from fewstep.metrics.reference import REFERENCE
 from fewstep.texts import one_line
@@ -56,7 +56,8 @@ def find_inception(download: bool = True) -> Path:
                 f"inception: what {downloads_helper.inception_url} gave has sha256 {digest}, {FILE} has {SHA256}; "
                 "name the right file with inception=<path>"
             )
-        return path.rename(cache / FILE)
+        put_in_place(path, cache / FILE)
+    return cache / FILE
 
 
 class Inception:
