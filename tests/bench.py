@@ -74,13 +74,13 @@ def cycle() -> dict[str, float]:
                 engine.update(next(stream))
             if turn:
                 seconds[name].append(process_time() - start)
-    found = {}
+    result = {}
     for name in CYCLES:
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(passes[name].items()))
         ratio = median(a / b for a, b in zip(seconds[name], seconds["default"], strict=True))
-        found[f"cycle_{name}_over_default"] = ratio
+        result[f"cycle_{name}_over_default"] = ratio
         print(f"cycle, {name}: {ratio:.3f} of the default's CPU-seconds; passes: {kinds}")
-    return found
+    return result
 
 
 def _count(passes: Counter, net: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -144,23 +144,25 @@ def saving(folder: str) -> dict[str, float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    found = cycle()
+    result = cycle()
     if sys.argv[1:] == ["cycle"]:
-        print(json.dumps(found))
+        print(json.dumps(result))
         return
-    found |= sampling()
-    print(f"sampling: student {found['student_over_teacher_images_per_s']:.1f} x the teacher's images/s at 35 calls")
+    result |= sampling()
+    print(f"sampling: student {result['student_over_teacher_images_per_s']:.1f} x the teacher's images/s at 35 calls")
     with tempfile.TemporaryDirectory(prefix="bench", dir="/tmp") as folder:
-        found |= stepping(folder)
-        found |= saving(folder)
-    print("a checkpoint costs {steps_lost_by_a_checkpoint_behind:.2f} steps".format(**found), end="")
-    print(", waited for {steps_lost_by_a_checkpoint_waited:.2f}".format(**found))
-    print(f"step: Ray over bare loop {found['ray_step_over_bare_step']:.3f}, waiting for data {found['data_wait']:.4f}")
+        result |= stepping(folder)
+        result |= saving(folder)
+    print("a checkpoint costs {steps_lost_by_a_checkpoint_behind:.2f} steps".format(**result), end="")
+    print(", waited for {steps_lost_by_a_checkpoint_waited:.2f}".format(**result))
+    print(
+        f"step: Ray over bare loop {result['ray_step_over_bare_step']:.3f}, waiting for data {result['data_wait']:.4f}"
+    )
     feed = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "bench_feed.py")], stdout=subprocess.PIPE, text=True, check=True
     )
     print(feed.stdout, end="")
-    print(json.dumps(found | {"feed": json.loads(feed.stdout.splitlines()[-1])}))
+    print(json.dumps(result | {"feed": json.loads(feed.stdout.splitlines()[-1])}))
 
 
 if __name__ == "__main__":

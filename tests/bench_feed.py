@@ -123,30 +123,30 @@ def main() -> None:
     }
     start(4, _temp_dir=str(folder / "ray"), object_store_memory=400 << 20)
     try:
-        found = {}
+        result = {}
         shards = open_shards(resolve("shipped:fashion_mnist/shards"))
         theirs = plain(shards, 256)
         started = time.perf_counter()
         with publish(shards.path).open() as feed:
             print(f"materialised and decoded in {time.perf_counter() - started:.1f} s", flush=True)
-            found["materialised_28"] = compare("materialised_28", feed.batches(0, 256), theirs, 100)
+            result["materialised_28"] = compare("materialised_28", feed.batches(0, 256), theirs, 100)
         with RayFeed(shards) as feed:
-            found["streaming_28"] = compare("streaming_28", feed.batches(0, 256), theirs, 100)
+            result["streaming_28"] = compare("streaming_28", feed.batches(0, 256), theirs, 100)
         theirs.close()
         with RayFeed(in_store(shards.path)) as feed, RayFeed(shards) as disk:
-            found["store_28"] = compare("store_28", feed.batches(0, 256), disk.batches(0, 256), 100, "folder")
+            result["store_28"] = compare("store_28", feed.batches(0, 256), disk.batches(0, 256), 100, "folder")
         shards = photographs(folder / "jpeg")
         mean = shards.manifest.shards[0].bytes / shards.manifest.shards[0].rows
         print(f"1000 JPEGs of 512x512, {mean / 1e3:.0f} kB each", flush=True)
         theirs = plain(shards, 16)
         with RayFeed(shards) as feed:
-            found["streaming_512"] = compare("streaming_512", feed.batches(0, 16), theirs, 40)
+            result["streaming_512"] = compare("streaming_512", feed.batches(0, 16), theirs, 40)
         theirs.close()
     finally:
         ray.shutdown()
         server.stop()
         shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -61,20 +61,22 @@ def mlflow_history(store: str, run_id: str, key: str) -> list[tuple[int, float]]
 
 def listening(root: psutil.Process | None = None) -> list[tuple[str, str, int]]:
     """(process, address, port) of every socket that a process, by default this one, or one below it listens on."""
-    root, found = root or psutil.Process(), []
+    root, result = root or psutil.Process(), []
     for process in (root, *root.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
             for open_socket in process.net_connections("inet"):
                 if open_socket.status == psutil.CONN_LISTEN:
-                    found.append((process.name(), open_socket.laddr.ip.removeprefix("::ffff:"), open_socket.laddr.port))
-    return found
+                    result.append(
+                        (process.name(), open_socket.laddr.ip.removeprefix("::ffff:"), open_socket.laddr.port)
+                    )
+    return result
 
 
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 HOLDS = "import sys; from fewstep.locks import *; hold(Path(sys.argv[1])); print('has it', flush=True); input()"

@@ -26,7 +26,7 @@ def start(rank: int, size: int, folder: str) -> None:
     recipe, before = open_recipe(f"{folder}/large.yaml", Path(folder), {}), resident("VmRSS")
     engine = make_engine(recipe, make_feed(None, 0), World.current(layout=recipe.cluster))
     size_held = sum(p.to_local().nbytes for net in engine.nets.values() for p in net.parameters())
-    found = {"before": before, "peak": resident("VmHWM"), "libraries": resident("RssFile"), "held": size_held}
-    Path(folder, str(rank)).write_text(json.dumps(found))
+    result = {"before": before, "peak": resident("VmHWM"), "libraries": resident("RssFile"), "held": size_held}
+    Path(folder, str(rank)).write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()

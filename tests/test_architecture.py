@@ -204,10 +204,10 @@ def settings(part: str) -> list[type]:
     module = importlib.import_module(f"fewstep.{part}")
     for info in pkgutil.iter_modules(getattr(module, "__path__", [])):
         importlib.import_module(f"{module.__name__}.{info.name}")
-    found, models = [Strict], []
-    while found:
-        model = found.pop()
-        found += model.__subclasses__()
+    result, models = [Strict], []
+    while result:
+        model = result.pop()
+        result += model.__subclasses__()
         models += [model] if model.__module__.startswith(module.__name__) else []
     return models
 
@@ -240,9 +240,9 @@ def test_nothing_is_left_undone_and_no_machine_is_named():
     undone = "|".join(("TO" + "DO", "FIX" + "ME"))
     places = "|".join(f"(?<![\\w.]){place}" for place in ("/ho" + "me/", "/wo" + "rk/", "/Us" + "ers/", "/ro" + "ot/"))
     pattern = re.compile(f"{undone}|{places}")
-    found = []
+    result = []
     for path in TEXTS:
         if "__pycache__" not in path.parts:
             lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-            found += [f"{path.relative_to(ROOT)}:{i}: {line}" for i, line in lines if pattern.search(line)]
-    assert found == []
+            result += [f"{path.relative_to(ROOT)}:{i}: {line}" for i, line in lines if pattern.search(line)]
+    assert result == []

@@ -50,11 +50,11 @@ def test_ray_gives_the_losses_of_the_bare_loop_and_a_folder_keeps_its_recipe(ray
     for grid in ("student", "teacher", "fake"):
         assert (tmp_path / "runs" / "whole" / f"{grid}.png").is_file()
     # the checkpoint of step 3 was scored in a task of its own, from the samples that its run would have drawn
-    found = {line["step"]: line["scores"]["fd_fashion"] for line in seen if "scores" in line}
-    assert found.keys() == {3, 6}
+    actual = {line["step"]: line["scores"]["fd_fashion"] for line in seen if "scores" in line}
+    assert actual.keys() == {3, 6}
     student = open_student(tmp_path / "runs" / "whole" / "checkpoints" / "step-00000003")
     [fd_fashion] = make_metrics(student.recipe)
-    assert found[3] == fd_fashion(make_samples(student.sampler, 64)).value
+    assert actual[3] == fd_fashion(make_samples(student.sampler, 64)).value
     with pytest.raises(ValueError, match="seed: 0 -> 1"):  # the worker's own text, not Ray's about it
         fit(recipe(tmp_path, "name=whole", "seed=1", f"tracking.uri={store}"))
 
@@ -80,9 +80,9 @@ def test_two_workers_train_on_the_global_batch_of_one(ray_cluster, store, bare, 
 def test_workers_elsewhere_get_urls_as_they_are_and_other_places_absolute(tmp_path, monkeypatch):
     monkeypatch.setenv("FEWSTEP_HOME", str(tmp_path))
     places = ["start.student=s3://bucket/a", "start.fake=b", "resume=s3://bucket/c", "storage=s3://bucket/d"]
-    found = localized(recipe(tmp_path, "name=x", *places))
-    assert found.start == {"student": "s3://bucket/a", "fake": str(tmp_path / "b")}
-    assert (found.resume, found.checkpoints) == ("s3://bucket/c", "s3://bucket/d/x")
+    result = localized(recipe(tmp_path, "name=x", *places))
+    assert result.start == {"student": "s3://bucket/a", "fake": str(tmp_path / "b")}
+    assert (result.resume, result.checkpoints) == ("s3://bucket/c", "s3://bucket/d/x")
     assert localized(recipe(tmp_path, "name=x", "storage=d")).checkpoints == tmp_path / "d" / "x"
 
 

@@ -192,15 +192,15 @@ def test_a_run_without_image_counts_is_drawn_against_nothing(reader, built, tmp_
     settings = {"uri": built.uri, "experiment": "comparing", "name": "foreign", "recipe": {}, "tags": {}}
     with Tracker.open(tmp_path / "foreign", **settings) as tracker:
         tracker.log({"loss": 1.0}, 5, 40)
-    found = collect(reader, reader.find(tracker.run_id))
-    assert np.isnan(found.axes[0]["images"]).all() and np.isnan(found.axes[0]["hours"]).all()
+    result = collect(reader, reader.find(tracker.run_id))
+    assert np.isnan(result.axes[0]["images"]).all() and np.isnan(result.axes[0]["hours"]).all()
 
 
 def test_long_curves_and_many_grids_are_thinned_evenly_to_their_ends(reader, built, monkeypatch):
     monkeypatch.setattr("fewstep.compare.CURVE_POINTS", 3)
-    found = collect(reader, reader.find("plain"), grids=2)
-    assert found.axes[0]["steps"].tolist() == [10, 30, 40]
-    assert list(found.grids) == [0, 40]
+    result = collect(reader, reader.find("plain"), grids=2)
+    assert result.axes[0]["steps"].tolist() == [10, 30, 40]
+    assert list(result.grids) == [0, 40]
 
 
 def test_grids_are_the_runs_own_and_each_picture_is_stored_once(data, records):
@@ -226,9 +226,9 @@ def test_of_reports_at_one_step_the_newest_counts(reader, built):
 
 
 def test_a_sweeps_trials_are_found_by_their_parent_in_the_order_of_their_names(reader, built):
-    found = reader.children(reader.find("gan-sweep"))
-    assert {run.run_id for run in found} == set(built.ids)
-    assert [run.name for run in found] == sorted(name for name, *_ in WHO)
+    result = reader.children(reader.find("gan-sweep"))
+    assert {run.run_id for run in result} == set(built.ids)
+    assert [run.name for run in result] == sorted(name for name, *_ in WHO)
 
 
 # The page and the job

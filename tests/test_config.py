@@ -208,17 +208,17 @@ def test_a_long_value_is_cut(folder):
 
 
 def test_words_are_yaml():
-    found = parse_arguments(
+    result = parse_arguments(
         ["a=1", "b=1e-4", "c=-2.5E+3", "d=true", "e=null", "f=[1, 2]", "g={x: 1}", "h=a=b", "i=.5e3", "j="]
     )
     numbers = {"a": 1, "b": 1e-4, "c": -2500.0, "i": 500.0}
-    assert found == numbers | {"d": True, "e": None, "f": [1, 2], "g": {"x": 1}, "h": "a=b", "j": None}
-    assert isinstance(found["a"], int) and isinstance(found["b"], float)
+    assert result == numbers | {"d": True, "e": None, "f": [1, 2], "g": {"x": 1}, "h": "a=b", "j": None}
+    assert isinstance(result["a"], int) and isinstance(result["b"], float)
 
 
 def test_a_date_and_a_path_are_text():
-    found = parse_arguments(["name=2026-01-31", "path=shipped:fashion_mnist/shards", "out=1e4/x", "tag=e5"])
-    assert found == {"name": "2026-01-31", "path": "shipped:fashion_mnist/shards", "out": "1e4/x", "tag": "e5"}
+    result = parse_arguments(["name=2026-01-31", "path=shipped:fashion_mnist/shards", "out=1e4/x", "tag=e5"])
+    assert result == {"name": "2026-01-31", "path": "shipped:fashion_mnist/shards", "out": "1e4/x", "tag": "e5"}
 
 
 def test_override_leaves_the_original_alone():

@@ -136,8 +136,8 @@ def test_files_of_torch_are_read_by_its_own_restricted_reader(written, tmp_path)
     state = {"state_dict": {"a": torch.ones(2, 3), "b": torch.zeros(4, dtype=torch.float16)}}
     for form in (True, False):
         torch.save(state, tmp_path / "model.ckpt", _use_new_zipfile_serialization=form)
-        found = read_pickle(tmp_path / "model.ckpt")
-        assert found.tensors.keys() == {"state_dict.a", "state_dict.b"} and not found.modules
+        result = read_pickle(tmp_path / "model.ckpt")
+        assert result.tensors.keys() == {"state_dict.a", "state_dict.b"} and not result.modules
         torch.save({"a": Evil()}, tmp_path / "evil.ckpt", _use_new_zipfile_serialization=form)
         with pytest.raises(ValueError, match="evil.ckpt' is refused"):
             read_pickle(tmp_path / "evil.ckpt")

@@ -342,9 +342,9 @@ def test_sampling_begins_at_the_published_scale():
     for schedule, start in ((EDM(), 80.0), (SD, 1.0), (Flow(), 1.0), (Trig(), 1.0), (DDPM(zero_snr=True), 1.0)):
         (call,) = calls_at(schedule, (1.0,), on_ramp=True)
         for calls, noise in (([call], []), ([call, replace(call, takes="noise")], [z])):
-            found = run_calls(same, calls, z, None, toy.FixedDraws(noise))
-            torch.testing.assert_close(found, start * z, rtol=1e-6, atol=0)
-            assert schedule != EDM() or torch.equal(found, 80 * z)
+            result = run_calls(same, calls, z, None, toy.FixedDraws(noise))
+            torch.testing.assert_close(result, start * z, rtol=1e-6, atol=0)
+            assert schedule != EDM() or torch.equal(result, 80 * z)
     first = []
     for solver in (heun, ddim):
         solver(lambda x, level, cond: first.append(x) or x, z, None, 3)
@@ -467,9 +467,9 @@ def test_nothing_cancels_in_a_target_near_the_clean_end():
 
 def test_a_unit_residual_has_the_published_norm():
     residual = normal(4, 3, 2, 2) * torch.tensor([0.0, 1e-3, 1.0, 1e3]).view(4, 1, 1, 1)
-    found, norm = unit(residual, 0.1), residual.flatten(1).norm(dim=1)
-    torch.testing.assert_close(found.flatten(1).norm(dim=1), norm / (norm + 0.1))
-    torch.testing.assert_close(found[2] * (norm[2] + 0.1), residual[2])
+    result, norm = unit(residual, 0.1), residual.flatten(1).norm(dim=1)
+    torch.testing.assert_close(result.flatten(1).norm(dim=1), norm / (norm + 0.1))
+    torch.testing.assert_close(result[2] * (norm[2] + 0.1), residual[2])
 
 
 def test_pseudo_huber_is_quadratic_near_its_target_and_linear_far_from_it():
@@ -592,9 +592,9 @@ def test_a_share_of_the_lognormal_levels_comes_from_the_ramp():
 def test_ramp_levels_are_uniform_over_the_ramp_and_stratified():
     like = torch.zeros(1000, 1, 1, 1)
     for schedule in (Flow(shift=3.0), Trig(), EDM()):
-        found = ramp_level(Draws(0, 0), "t", schedule, like).t.sort().values
+        result = ramp_level(Draws(0, 0), "t", schedule, like).t.sort().values
         cells = schedule.ramp(torch.arange(1001) / 1000)
-        assert ((cells[:-1] <= found) & (found <= cells[1:])).all()  # one in each thousandth
+        assert ((cells[:-1] <= result) & (result <= cells[1:])).all()  # one in each thousandth
 
 
 def test_a_shift_adds_its_logarithm_to_a_lognormal_draws_mean():

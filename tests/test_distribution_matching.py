@@ -331,10 +331,10 @@ def test_the_subintervals_targets_have_the_clean_datas_means(name):
         eps = (x_t - kernel.alpha * grid) / kernel.sigma
         weight = density * torch.exp(-0.5 * eps**2)
         x0, noise_target = kernel.targets(grid, eps)
-        found = [(weight * target).sum() / weight.sum() for target in (x0, noise_target)]
+        result = [(weight * target).sum() / weight.sum() for target in (x0, noise_target)]
         likely = torch.exp(-0.5 * ((x_t - t.alpha * points) / t.sigma) ** 2)
         mean = (likely * points).sum() / likely.sum()
-        torch.testing.assert_close(torch.stack(found), torch.cat([mean[None], (x_t - t.alpha * mean) / t.sigma]))
+        torch.testing.assert_close(torch.stack(result), torch.cat([mean[None], (x_t - t.alpha * mean) / t.sigma]))
         bias.append(abs((weight * grid / s.alpha).sum() / weight.sum() - mean))
     assert max(bias) > 0.01  # of x_s taken for clean
 

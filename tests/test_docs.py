@@ -21,8 +21,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def commands(page: Path) -> list[list[str]]:
     """The arguments of each line of a page that starts a job: <job>.py, key=value, ..."""
     lines = [line.strip() for line in page.read_text().splitlines()]
-    found = [shlex.split(line, comments=True) for line in lines if line.startswith("python jobs/")]
-    return [[Path(arguments[1]).stem, *arguments[2:]] for arguments in found if arguments[1].endswith(".py")]
+    result = [shlex.split(line, comments=True) for line in lines if line.startswith("python jobs/")]
+    return [[Path(arguments[1]).stem, *arguments[2:]] for arguments in result if arguments[1].endswith(".py")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

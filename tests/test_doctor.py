@@ -59,27 +59,27 @@ def by_name(checks) -> dict:
 def test_a_healthy_cluster_is_described_and_nothing_is_broken(ray_cluster, tmp_path, capsys):
     arguments = [f"out={tmp_path / 'runs'}", f"storage={tmp_path / 'store'}", f"uri=sqlite:///{tmp_path / 'mlflow.db'}"]
     status, output = run(capsys, "recipe=fashion_mnist", *arguments, "--json")
-    found = json.loads(output.splitlines()[-1])
-    assert status == 0 and found["healthy"]
-    assert {c["check"]: c["status"] for c in found["checks"] if c["status"] != "ok"} == {}
-    cluster, has = found["facts"]["cluster"], ray_cluster.cluster_resources()
+    result = json.loads(output.splitlines()[-1])
+    assert status == 0 and result["healthy"]
+    assert {c["check"]: c["status"] for c in result["checks"] if c["status"] != "ok"} == {}
+    cluster, has = result["facts"]["cluster"], ray_cluster.cluster_resources()
     assert (cluster["cpus"], cluster["gpus"], len(cluster["nodes"])) == (has["CPU"], has.get("GPU", 0), 1)
     assert cluster["memory_gib"] * 2**30 == has["memory"]
     assert cluster["object_store_gib"] * 2**30 == has["object_store_memory"]
-    (node,) = found["facts"]["nodes"].values()
+    (node,) = result["facts"]["nodes"].values()
     assert node["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert node["versions"]["python"] == sys.version.split()[0] and node["versions"]["ray"] == ray_cluster.__version__
     assert node["torchvision"]["error"] is None and {key: len(seen) for key, seen in node["sees"].items()} == {
         "out": 1,
         "storage": 1,
     }
-    results = {c["check"]: c["result"] for c in found["checks"]}
+    results = {c["check"]: c["result"] for c in result["checks"]}
     assert results["data"].endswith("fashion_mnist/shards: 10,000 rows, on 1 node")
     assert results["teacher"].endswith("fashion_mnist/teacher, on 1 node")
     assert results["storage storage"] == f"{tmp_path / 'store'}: writable, on 1 node"
     assert results["MLflow"] == f"sqlite:///{tmp_path / 'mlflow.db'}: writable, on 1 node"
     assert results["weights features"].endswith("features.safetensors, on 1 node")
-    reduce = found["facts"]["reduce"]
+    reduce = result["facts"]["reduce"]
     assert (reduce["backend"], reduce["workers"]) == ("gloo", 2) and reduce["gb_per_s"] > 0.001
     assert (cluster["token"], cluster["address"].split(":")[0]) == (True, "127.0.0.1")
     left = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -106,9 +106,9 @@ def test_everything_that_is_broken_is_named_with_the_way_out(ray_cluster, tmp_pa
     file.write_text(recipe.replace("metrics: [fd_fashion, ", f"inception: {tmp_path / 'none.pt'}\n  metrics: [fid, "))
     port = closed_port()
     status, output = run(capsys, f"recipe={file}", "out=/proc/runs", f"uri=http://127.0.0.1:{port}", "json=true")
-    found = json.loads(output.splitlines()[-1])
-    broken = {c["check"]: (c["result"], c["remedy"]) for c in found["checks"] if c["status"] == "broken"}
-    assert status == 1 and not found["healthy"]
+    actual = json.loads(output.splitlines()[-1])
+    broken = {c["check"]: (c["result"], c["remedy"]) for c in actual["checks"] if c["status"] == "broken"}
+    assert status == 1 and not actual["healthy"]
     assert broken.keys() == {"storage out", "MLflow", "weights inception", "weights inception_reference"}
     for check, result, remedy in (
         ("storage out", ": /proc/runs: cannot write: No such file or directory", "out=..."),
@@ -133,10 +133,14 @@ def test_what_does_not_answer_is_a_finding_and_not_a_wait(ray_cluster):
     refs = {"a": hang.remote(0), "b": hang.remote(600), "c": fail.remote()}
     ray_cluster.wait([refs["c"]])
     started = time.monotonic()
-    found = doctor._collect_answers(refs, started + 3)
+    result = doctor._collect_answers(refs, started + 3)
     assert time.monotonic() - started < 6
     ray_cluster.cancel(refs["b"], force=True)
-    assert found == {"a": ("here", None), "b": (None, "no answer within 3 s"), "c": (None, "No module named 'fewstep'")}
+    assert result == {
+        "a": ("here", None),
+        "b": (None, "no answer within 3 s"),
+        "c": (None, "No module named 'fewstep'"),
+    }
 
 
 def test_a_cluster_that_is_not_there_is_reported_at_once(tmp_path):
@@ -370,10 +374,10 @@ def test_inception_is_looked_for_and_a_wrong_file_is_no_inception(tmp_path, monk
     monkeypatch.setattr(inception, "folders", lambda: (tmp_path / "cache", tmp_path / "tmp"))
 
     def looked() -> Check:
-        found = metric_checks(SimpleNamespace(evaluate=Metrics(metrics=["fid", "kid"])))
-        assert [c.check for c in found] == ["weights inception", "weights inception_reference"]
-        assert found[1].result == "fid and kid need this file and the recipe names none"
-        return found[0]
+        result = metric_checks(SimpleNamespace(evaluate=Metrics(metrics=["fid", "kid"])))
+        assert [c.check for c in result] == ["weights inception", "weights inception_reference"]
+        assert result[1].result == "fid and kid need this file and the recipe names none"
+        return result[0]
 
     absent = looked()
     assert absent.status == "broken" and absent.result.startswith("no inception-2015-12-05.pt in ")

@@ -43,8 +43,8 @@ class Moves:
 
     def __call__(self, index, phase, losses):
         nets = self.engine.nets
-        found = {role for role, net in nets.items() if any(p.grad is not None for p in net.parameters())}
-        self.left.setdefault(phase.name, set()).update(found - set(phase.trains))
+        result = {role for role, net in nets.items() if any(p.grad is not None for p in net.parameters())}
+        self.left.setdefault(phase.name, set()).update(result - set(phase.trains))
         before = {role: toy.weights(net) for role, net in nets.items()}
         self.optimise(index, phase, losses)
         moved = {role for role, net in nets.items() if not toy.same(before[role], toy.weights(net))}

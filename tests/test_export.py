@@ -103,8 +103,8 @@ def test_the_cards_snippet_gives_the_students_images(exported, run, modules):
     names: dict = {}
     exec(snippet, names)
     pictures, pipe = names["images"], names["pipe"]
-    found = open_student(run)
-    assert found.averaged and found.step == 30
+    result = open_student(run)
+    assert result.averaged and result.step == 30
     generator = torch.Generator().manual_seed(0)
     z, eps = (torch.randn(8, 1, 16, 16, generator=generator) for _ in range(2))
     cond = torch.zeros(8, dtype=torch.int64)
@@ -321,8 +321,8 @@ def test_the_pipeline_follows_every_kind_of_call(fields):
 
 def test_calls_are_at_the_methods_levels():
     net = Denoiser(UNet(unet()), DDPM(), "eps")
-    found = few_step_calls(METHODS["dmd2"](student_steps=4), net)
-    times = [net.own_level(call.level(torch.empty(1, 1, 1, 1)), 4)[1].item() for call in found]
+    result = few_step_calls(METHODS["dmd2"](student_steps=4), net)
+    times = [net.own_level(call.level(torch.empty(1, 1, 1, 1)), 4)[1].item() for call in result]
     assert times == pytest.approx([999, 749, 499, 249], abs=2e-3)
     assert len(few_step_calls(METHODS["regression"](), net)) == 1
     with pytest.raises(ValueError, match="denoising samples by heun-18, which is no few-step generator"):

@@ -65,8 +65,8 @@ def test_a_family_is_called_as_its_pipeline_calls_it(opened):
     torch.testing.assert_close(net(x, level, cond), skip * x + out * raw)
     null = net.conditions.null(cond)
     both = net(x, level, cond), net(x, level, null)
-    found = guided(net, x, level, cond, 3.0, null)
-    torch.testing.assert_close(found, both[1] + 3 * (both[0] - both[1]), rtol=1e-3, atol=1e-3)
+    result = guided(net, x, level, cond, 3.0, null)
+    torch.testing.assert_close(result, both[1] + 3 * (both[0] - both[1]), rtol=1e-3, atol=1e-3)
     assert (both[0] - both[1]).abs().max() > 1e-5
 
 
@@ -133,9 +133,9 @@ def test_a_family_trains_is_saved_and_opened_again(opened, lora, tmp_path):
         whole = merge(student, x, level, cond, tolerance=1e-3) if lora else student
         expected = student(x, level, cond, "raw")
         save_denoiser(whole, tmp_path / "student")
-        found = open_teacher(tmp_path / "student")(x, level, cond, "raw")
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert (found - net(x, level, cond, "raw")).abs().max() > 1e-5
+        result = open_teacher(tmp_path / "student")(x, level, cond, "raw")
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    assert (result - net(x, level, cond, "raw")).abs().max() > 1e-5
 
 
 # A step of DMD2 by the letter: the losses of specs in float64, from the models as diffusers calls them
@@ -159,11 +159,11 @@ def literal(family, nets: dict, method: DMD2, rows: dict, draws: Draws) -> dict[
         return ab.sqrt() * x + (1 - ab).sqrt() * eps, t.double(), eps, ab
 
     def logits(x_t, t, c):
-        found = []
-        handle = models["fake"].backbone.model.mid_block.register_forward_hook(lambda m, a, out: found.append(out))
+        result = []
+        handle = models["fake"].backbone.model.mid_block.register_forward_hook(lambda m, a, out: result.append(out))
         eps_of("fake", x_t, t, c)
         handle.remove()
-        return models["disc"]((found[0],))
+        return models["disc"]((result[0],))
 
     cond = real_cond = double({k: v for k, v in rows.items() if k != "real"})
     null = {k: v.double().expand_as(cond[k]) for k, v in nets["student"].conditions.nothing.items()}
@@ -210,10 +210,10 @@ def test_a_step_of_dmd2_is_the_papers_to_the_letter(name, tmp_path):
     terms, _ = method.student_loss(nets, batch.make(x=x))
     (gradient,) = torch.autograd.grad(sum(terms.values()), x)
     critic, _ = method.critic_loss(nets, batch.detached())
-    found = {"match": terms["match"], "gan": terms["gan"], "denoise": critic["denoise"], "classify": critic["gan"]}
-    found |= {"gradient": gradient, "g": method.matching(nets, batch)["gradient"]}
+    result = {"match": terms["match"], "gan": terms["gan"], "denoise": critic["denoise"], "classify": critic["gan"]}
+    result |= {"gradient": gradient, "g": method.matching(nets, batch)["gradient"]}
     for key, value in expected.items():
-        difference = (found[key].double() - value).norm() / value.norm()
+        difference = (result[key].double() - value).norm() / value.norm()
         print(f"{name} {key}: relative difference {difference:.1e}")
         assert difference < 1e-5, key
         assert value.abs().max() > 1e-6

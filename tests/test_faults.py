@@ -67,12 +67,12 @@ def assert_as_if_nothing_happened(folder: Path, whole: Path, store: str, run_id:
 
 def processes(name: str) -> list[psutil.Process]:
     """The processes of this session's cluster, and of no other, whose title has the name."""
-    found = []
+    result = []
     for process in psutil.Process().children(recursive=True):
         title = " ".join(process.cmdline())
         if title.startswith("ray::") and name in title:
-            found.append(process)
-    return found
+            result.append(process)
+    return result
 
 
 class Killer:
@@ -442,7 +442,7 @@ def entered(path):
 
 METHODS = "NodeInfoGcsService/CheckAlive", "NodeManagerService/RequestWorkerLease", "CoreWorkerService/PushTask"
 PATHS = "/api/jobs/", "/api/job_agent/jobs/", "/get_or_create_runtime_env"
-found = {"calls": {}, "posts": {}, "joined": {}}
+result = {"calls": {}, "posts": {}, "joined": {}}
 gcs = next(port for process, port in ports if process == "gcs_server")
 # else Ray asks this machine's other address in its place, where nothing listens
 ray._private.services.resolve_ip_for_localhost = lambda host: host
@@ -452,14 +452,14 @@ for token in ("", "0" * 64) if reached(gcs) is None else ():
     try:
         ray.init(address=f"{host}:{gcs}", log_to_driver=False)
         ray.get(ray.remote(lambda: os.system(f"touch {marker}")).remote())
-        found["joined"][token] = "a task ran"
+        result["joined"][token] = "a task ran"
     except BaseException as error:
-        found["joined"][token] = f"{type(error).__name__}: {error}; {error.__cause__}"
+        result["joined"][token] = f"{type(error).__name__}: {error}; {error.__cause__}"
 if user is not None:  # who may not be allowed to read Python's own files, from here on
     os.setgroups([])
     os.setgid(user)
     os.setuid(user)
-found["folder"] = entered(folder)
+result["folder"] = entered(folder)
 def tried(port):
     if error := reached(port):
         return [error], None
@@ -469,10 +469,10 @@ def tried(port):
 numbers = [port for process, port in ports]
 with ThreadPoolExecutor(8) as pool:  # a port that does not answer takes 15 s
     for port, (calls, posts) in zip(numbers, pool.map(tried, numbers)):
-        found["calls"][port] = calls
+        result["calls"][port] = calls
         if posts is not None:
-            found["posts"][port] = posts
-print(json.dumps(found))
+            result["posts"][port] = posts
+print(json.dumps(result))
 """
 
 
@@ -515,18 +515,18 @@ def test_another_user_of_the_machine_runs_nothing(plain_run, tmp_path_factory):
     marker = Path(tempfile.mkdtemp(dir="/tmp", prefix="marker")) / "ran"
     marker.parent.chmod(0o777)
     try:
-        found = attempts(plain_run, "127.0.0.1", marker, user=65534)
+        result = attempts(plain_run, "127.0.0.1", marker, user=65534)
         assert not marker.exists()
     finally:
         shutil.rmtree(marker.parent)
-    assert found["folder"] == "Permission denied"
-    asked = {process for process, _, port in plain_run if "UNAUTHENTICATED" in found["calls"][str(port)]}
+    assert result["folder"] == "Permission denied"
+    asked = {process for process, _, port in plain_run if "UNAUTHENTICATED" in result["calls"][str(port)]}
     assert {"gcs_server", "raylet", "ray::RayTrainWorker", plain_run[0][0]} <= {name[:19] for name in asked}
-    answered = [process for process, _, port in plain_run if "answered" in found["calls"][str(port)]]
+    answered = [process for process, _, port in plain_run if "answered" in result["calls"][str(port)]]
     assert answered == []
-    statuses = {status for of_port in found["posts"].values() for status in of_port}
+    statuses = {status for of_port in result["posts"].values() for status in of_port}
     assert 401 in statuses and 200 not in statuses
-    assert ["InvalidAuthToken" in error for error in found["joined"].values()] == [True, True], found["joined"]
+    assert ["InvalidAuthToken" in error for error in result["joined"].values()] == [True, True], result["joined"]
 
 
 def test_another_machine_of_the_network_reaches_nothing(plain_run, tmp_path):
@@ -549,11 +549,11 @@ def test_another_machine_of_the_network_reaches_nothing(plain_run, tmp_path):
         with socket.create_server((ours, 0)) as door:  # it does reach us
             knock = f"import socket; socket.create_connection(('{ours}', {door.getsockname()[1]}), 5)"
             subprocess.run([*inside, sys.executable, "-c", knock], check=True)
-        found = attempts(plain_run, ours, tmp_path / "ran", None, inside)
+        result = attempts(plain_run, ours, tmp_path / "ran", None, inside)
     finally:
         subprocess.run(["ip", "netns", "delete", name], check=False)
-    assert set(map(tuple, found["calls"].values())) == {("Connection refused",)}
-    assert found["joined"] == {} and not (tmp_path / "ran").exists()
+    assert set(map(tuple, result["calls"].values())) == {("Connection refused",)}
+    assert result["joined"] == {} and not (tmp_path / "ran").exists()
 
 
 def test_an_elastic_run_goes_on_with_one_worker_when_a_node_dies(store, whole, tmp_path):

@@ -154,8 +154,8 @@ def recipe_of_space(dice: random.Random, folder: Path) -> Recipe:
         text = text[:at] + text[at + dice.randint(1, 9) :]
     (folder / "s.py").write_text(text)
     recipe = load_recipe(["evaluate.every_images=1600"], RECIPES, "fashion_mnist")
-    found = load_space(str(folder / "s.py"), folder)
-    check(Sweep(space="s", search=dice.choice(["grid", "tpe", "pareto"])), found, recipe)
+    result = load_space(str(folder / "s.py"), folder)
+    check(Sweep(space="s", search=dice.choice(["grid", "tpe", "pareto"])), result, recipe)
     return recipe
 
 
@@ -181,14 +181,14 @@ def test_whatever_is_written_ends_in_a_recipe_or_in_one_config_error(kind, tmp_p
     failures, read_again = [], 0
     for number in range(MUTATIONS):
         try:
-            found = outcome(kind, number, tmp_path)
-            if isinstance(found, Recipe):
-                (tmp_path / "again.yaml").write_text(to_yaml(found.model_dump(mode="json")))
-                assert Recipe.model_validate(read(tmp_path / "again.yaml")) == found
+            result = outcome(kind, number, tmp_path)
+            if isinstance(result, Recipe):
+                (tmp_path / "again.yaml").write_text(to_yaml(result.model_dump(mode="json")))
+                assert Recipe.model_validate(read(tmp_path / "again.yaml")) == result
                 read_again += 1
             else:
-                lines = found.split("\n")
-                assert all(line.strip() for line in lines) and len(lines) <= LINES and len(found) < 100_000
+                lines = result.split("\n")
+                assert all(line.strip() for line in lines) and len(lines) <= LINES and len(result) < 100_000
         except Exception as error:
             failures.append(f"{kind} {number}: {type(error).__name__}: {str(error)[:200]}")
     assert failures == []

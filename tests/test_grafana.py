@@ -262,8 +262,8 @@ def test_panels_are_distinct_lie_beside_each_other_and_ask_the_provisioned_sourc
     [source] = provisioned["datasources"]
     own = {"type": source["type"], "uid": source["uid"]}
     built_in = {"type": "grafana", "uid": "-- Grafana --"}
-    assert all(found in (own, built_in) for found in sources(board))
-    assert sum(found == own for found in sources(board)) >= len(panels) - len(rows)
+    assert all(result in (own, built_in) for result in sources(board))
+    assert sum(result == own for result in sources(board)) >= len(panels) - len(rows)
     [provider] = yaml.safe_load((GRAFANA / "provisioning" / "dashboards" / "fewstep.yaml").read_text())["providers"]
     assert provider["options"]["path"] == "$FEWSTEP_GRAFANA"
     assert "FEWSTEP_GRAFANA=$PWD/dashboards/grafana " in (GRAFANA / "README.md").read_text()

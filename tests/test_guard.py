@@ -48,8 +48,8 @@ def health(brightness=0.0, saturation=0.0, diversity=0.9, accuracy=0.6, real_std
 def alarms(looks, guard: Guard | None = None):
     """The alarms of a sequence of looks at steps 5, 10, 15, ..."""
     watch = Watch(guard or Guard())
-    found = [watch.check(5 * (i + 1), metrics) for i, metrics in enumerate(looks)]
-    return [alarm for alarm in found if alarm]
+    result = [watch.check(5 * (i + 1), metrics) for i, metrics in enumerate(looks)]
+    return [alarm for alarm in result if alarm]
 
 
 # Each signal alone
@@ -153,10 +153,10 @@ def test_its_memory_goes_through_json_at_any_look():
     assert any(expected)
     for cut in range(len(looks)):
         first, second = Watch(Guard()), Watch(Guard())
-        found = [first.check(5 * i, metrics) for i, metrics in enumerate(looks[:cut], 1)]
+        result = [first.check(5 * i, metrics) for i, metrics in enumerate(looks[:cut], 1)]
         second.load(json.loads(json.dumps(first.state)))
-        found += [second.check(5 * i, metrics) for i, metrics in enumerate(looks[cut:], cut + 1)]
-        assert found == expected
+        result += [second.check(5 * i, metrics) for i, metrics in enumerate(looks[cut:], cut + 1)]
+        assert result == expected
     with pytest.raises(ValueError, match="lokes"):
         whole.load({"lokes": 3})
 

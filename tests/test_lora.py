@@ -136,16 +136,16 @@ def test_initial_factors_are_a_function_of_seed_and_layer():
 
 def test_targets_are_ends_of_layer_paths():
     net = backbone("unet")
-    found = lambda *targets: [key.replace("/", ".") for key in Lora(net, 2, targets=targets).down]
+    result = lambda *targets: [key.replace("/", ".") for key in Lora(net, 2, targets=targets).down]
     model = "backbone.model."
-    attention = found("attention")
-    assert attention == found("to_q", "to_k", "to_v", "to_out.0")
+    attention = result("attention")
+    assert attention == result("to_q", "to_k", "to_v", "to_out.0")
     assert len(attention) == 16 and f"{model}mid_block.attentions.0.to_out.0" in attention
-    assert found("mid_block.*.conv1") == [f"{model}mid_block.resnets.{i}.conv1" for i in (0, 1)]
-    assert found("conv_out", "conv_in") == [f"{model}conv_in", f"{model}conv_out"]  # the base's order
-    assert found(f"{model}conv_in") == [f"{model}conv_in"]
+    assert result("mid_block.*.conv1") == [f"{model}mid_block.resnets.{i}.conv1" for i in (0, 1)]
+    assert result("conv_out", "conv_in") == [f"{model}conv_in", f"{model}conv_out"]  # the base's order
+    assert result(f"{model}conv_in") == [f"{model}conv_in"]
     layers = [path for path, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    assert found("all") == layers and len(layers) > 40
+    assert result("all") == layers and len(layers) > 40
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_new_adapter_equals_its_base_and_a_base_is_the_same_with_and_without(n
 def test_gradients_are_those_of_a_network_with_changed_weights(name, precision):
     """Through a pass without gradients, a whole one and one that leaves at the bottleneck."""
     adapter = moved(Lora(backbone(name, precision), 4, targets="all"))
-    found = gradients(adapter, name)
+    result = gradients(adapter, name)
     factors = {key: p.detach().requires_grad_() for key, p in adapter.named_parameters()}
     weights = {}
     for key, layer in adapter.layers.items():
@@ -196,9 +196,9 @@ def test_gradients_are_those_of_a_network_with_changed_weights(name, precision):
     changed = lambda *args: functional_call(adapter.base, weights, args)
     backbone_loss(changed, *ask(name)).backward()
     expected = {key: p.grad for key, p in factors.items() if p.grad is not None}
-    assert found.keys() == expected.keys() and all(g.dtype == torch.float32 for g in found.values())
+    assert result.keys() == expected.keys() and all(g.dtype == torch.float32 for g in result.values())
     assert len(expected) > 0.9 * len(factors)  # all but those of layers without gradient
-    assert distance(found, expected) < (2e-6 if precision == "fp32" else 0.03)
+    assert distance(result, expected) < (2e-6 if precision == "fp32" else 0.03)
     assert not any(p.requires_grad or p.grad is not None for p in adapter.base.parameters())
 
 
@@ -235,26 +235,26 @@ def test_an_adapter_is_laid_out_whole():
 
 def test_the_teacher_is_the_same_bit_for_bit_while_the_students_pass_is_in_flight():
     base = backbone("unet")
-    before, found = answer(base, "unet"), {}
+    before, result = answer(base, "unet"), {}
     student = moved(Lora(base, 4, targets="all"))
 
     def meanwhile(*args):
-        if "inside" in found:
+        if "inside" in result:
             return  # the thread's own pass
-        found["inside"] = active()
-        thread = threading.Thread(target=lambda: found.update(thread=answer(base, "unet")))
+        result["inside"] = active()
+        thread = threading.Thread(target=lambda: result.update(thread=answer(base, "unet")))
         thread.start()
         thread.join()
 
     handle = base.backbone.model.mid_block.register_forward_hook(meanwhile)
     x0 = student(*inputs("unet"))
     handle.remove()
-    found["graph alive"] = answer(base, "unet")
+    result["graph alive"] = answer(base, "unet")
     x0.square().mean().backward()
-    found["after"] = answer(base, "unet")
-    assert found.pop("inside") is student
-    assert found.keys() == {"thread", "graph alive", "after"}
-    assert all(torch.equal(value, before) for value in found.values())
+    result["after"] = answer(base, "unet")
+    assert result.pop("inside") is student
+    assert result.keys() == {"thread", "graph alive", "after"}
+    assert all(torch.equal(value, before) for value in result.values())
 
 
 def test_a_pass_that_fails_leaves_no_adapter_active():
@@ -471,8 +471,8 @@ def test_the_world_places_a_base_once_whichever_role_comes_first():
     assert all(getattr(run, "func", None).__name__ == "_autocast" for run in inner)
     for net in (student, fake, base):
         assert torch.equal(answer(net, "unet"), expected)
-    found = gradients(moved(student), "unet")
-    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in found.values())
+    result = gradients(moved(student), "unet")
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in result.values())
 
 
 def test_an_engine_in_bfloat16_with_recomputed_activations_trains_factors_near_those_in_float32():
@@ -484,11 +484,11 @@ def test_an_engine_in_bfloat16_with_recomputed_activations_trains_factors_near_t
     metrics = [toy.finish(engine)[-1] for engine in (plain, half)]
     losses = [key for key in metrics[0] if key.startswith("critic/")]
     assert [metrics[1][key] for key in losses] == pytest.approx([metrics[0][key] for key in losses], rel=0.05)
-    found, expected = (
+    result, expected = (
         {k: v - start[k] for k, v in toy.weights(engine.nets["fake"]).items() if k != "identity"}
         for engine in (half, plain)
     )
-    assert distance(found, expected) < 0.1
+    assert distance(result, expected) < 0.1
 
 
 def bf16(net: nn.Module) -> nn.Module:
@@ -559,10 +559,10 @@ def test_what_is_saved_is_what_is_opened(tmp_path):
     base, path = backbone("unet"), tmp_path / "adapter.safetensors"
     adapter = moved(Lora(base, 3, alpha=5, targets=["attention", "conv_in"]))
     save_adapter(adapter, path)
-    found = open_adapter(backbone("unet"), path)
-    assert (found.rank, found.alpha, found.targets) == (3, 5.0, ("attention", "conv_in"))
-    assert toy.same(toy.weights(found), toy.weights(adapter))
-    assert torch.equal(answer(found, "unet"), answer(adapter, "unet"))
+    result = open_adapter(backbone("unet"), path)
+    assert (result.rank, result.alpha, result.targets) == (3, 5.0, ("attention", "conv_in"))
+    assert toy.same(toy.weights(result), toy.weights(adapter))
+    assert torch.equal(answer(result, "unet"), answer(adapter, "unet"))
     stored = World().place(backbone("unet", "bf16"), "frozen")
     assert fingerprint(stored) == fingerprint(base)
     assert toy.same(toy.weights(open_adapter(stored, path)), toy.weights(adapter))
@@ -646,8 +646,8 @@ def test_the_student_of_a_run_with_adapters_is_opened_merged(lora_run):
             expected, start = (
                 run_calls({"student": n}, calls, z, cond, Draws(0, 0)) for n in (net, engine.nets["teacher"])
             )
-            found = student.sampler.sample(z, cond, Draws(0, 0))
-        assert (found - expected).abs().max() < 1e-5 < 1e-2 < (expected - start).abs().max()
+            result = student.sampler.sample(z, cond, Draws(0, 0))
+        assert (result - expected).abs().max() < 1e-5 < 1e-2 < (expected - start).abs().max()
     assert open_sampler(str(recipe.folder)).name == "few-step-1"
     another = demo.recipe(recipe.folder, f"teacher={recipe.folder}")  # a run is a teacher, too
     assert toy.same(toy.weights(build.make_teacher(another)), toy.weights(open_student(recipe.folder).net))

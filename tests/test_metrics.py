@@ -149,9 +149,9 @@ def test_frechet_distance_of_rank_one_covariances():
 def test_frechet_distance_equals_the_general_matrix_square_root(rank):
     a, b = spd(24, 1, rank), spd(24, 2)
     expected = np.trace(a) + np.trace(b) - 2 * np.trace(sqrtm(a @ b)).real
-    found = frechet_distance(np.zeros(24), a, np.zeros(24), b)
-    assert found == pytest.approx(expected, rel=1e-6)
-    assert frechet_distance(np.zeros(24), b, np.zeros(24), a) == pytest.approx(found, rel=1e-7)
+    result = frechet_distance(np.zeros(24), a, np.zeros(24), b)
+    assert result == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(np.zeros(24), b, np.zeros(24), a) == pytest.approx(result, rel=1e-7)
 
 
 def test_frechet_distance_refuses_what_is_not_a_covariance():
@@ -501,10 +501,10 @@ def test_the_map_error_of_the_exact_map_is_nothing_and_of_the_teachers_own_steps
         sampler = replace(few_step_sampler({"student": net}, calls), pictures=lambda x0: x0 + shift)
         return measure(make_samples(sampler, 250, batch=50))
 
-    found = map_error(exact, 1.0)
-    assert found.value < 0.02 and (found.images, found.reference_images) == (100, 100)
+    result = map_error(exact, 1.0)
+    assert result.value < 0.02 and (result.images, result.reference_images) == (100, 100)
     one, four = map_error(teacher, 1.0), map_error(teacher, 1.0, 0.75, 0.5, 0.25)
-    assert (one.value, four.value) == (1.0, 1.0) and one.reference == found.reference and len(opened) == 1
+    assert (one.value, four.value) == (1.0, 1.0) and one.reference == result.reference and len(opened) == 1
     # one call of the teacher gives its mean, so that the error is over the data's deviation
     assert map_error(exact, 1.0, shift=0.1).value == pytest.approx(0.1 / 0.25, rel=0.1)
 
@@ -569,9 +569,9 @@ def test_build_metrics_keeps_the_order_and_names_the_nearest_of_an_unknown():
 
 
 def test_a_name_belongs_to_one_metric_and_says_which_direction_is_better():
-    found = {name: better(name) for name in (*ALL, "fid", "kid", "fd_cifar10", "loss")}
-    assert [name for name, which in found.items() if which == "lower"] == ["fd_fashion", "fid", "kid", "fd_cifar10"]
-    assert found["loss"] is None and find_metric("fd_cifar10") is find_metric("fd_fashion")
+    result = {name: better(name) for name in (*ALL, "fid", "kid", "fd_cifar10", "loss")}
+    assert [name for name, which in result.items() if which == "lower"] == ["fd_fashion", "fid", "kid", "fd_cifar10"]
+    assert result["loss"] is None and find_metric("fd_cifar10") is find_metric("fd_fashion")
     with pytest.raises(TypeError, match="Second: Shares already has the name 'recall'"):
         type("Second", (Metric,), {"__module__": __name__, "names": ("recall",), "better": "lower"})
 

@@ -89,10 +89,10 @@ def test_a_model_loads_by_its_alias_and_gives_the_images_of_its_pipeline(registe
 def test_its_export_is_found_by_alias_and_by_version(registered):
     folder, env = registered
     for ref in ("models:/two@newest", "models:/two/1"):
-        with exported(ref, env["MLFLOW_TRACKING_URI"]) as found:
+        with exported(ref, env["MLFLOW_TRACKING_URI"]) as result:
             names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-            assert [(found / name).read_bytes() for name in names] == [(folder / name).read_bytes() for name in names]
-        assert not found.exists()
+            assert [(result / name).read_bytes() for name in names] == [(folder / name).read_bytes() for name in names]
+        assert not result.exists()
 
 
 @pytest.mark.parametrize(

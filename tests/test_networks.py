@@ -127,8 +127,8 @@ def test_a_perfect_network_gives_back_x0_at_a_level_of_any_other_schedule(predic
     mine, t = net.own_level(given, 4)
     c_skip, c_out = PREDICTIONS[prediction](mine.alpha.double(), mine.sigma.double(), 0.5)
     net.backbone.target = ((x0 - c_skip * mine.noise(x0, eps)) / c_out).float()
-    found = net(given.noise(x0, eps), given)
-    assert (found - x0).abs().max() < 2e-4
+    result = net(given.noise(x0, eps), given)
+    assert (result - x0).abs().max() < 2e-4
     if prediction != "edm":
         x, time = net.backbone.seen
         assert (x - mine.noise(x0, eps)).abs().max() < 1e-5
@@ -154,14 +154,14 @@ def test_a_level_of_the_networks_own_schedule_is_answered_where_it_was_made(name
     mine, time = net.own_level(made, 4)
     assert mine is made and torch.equal(time, t)  # no rounding to alpha and sigma on the way
     x_t = draw(2, 7, 2, 8, 8)
-    found = net(x_t, made)
+    result = net(x_t, made)
     x, time = net.backbone.seen
     assert torch.equal(time, ((t.log() / 4) if name == "edm" else t).float())
     assert name == "edm" or x is x_t
     # the same level without its origin takes the way over the angle and arrives within rounding
     unknown = Level(made.alpha, made.sigma)
     torch.testing.assert_close(net.own_level(unknown, 4)[1], t, rtol=1e-5, atol=1e-3 if isinstance(own, DDPM) else 1e-7)
-    torch.testing.assert_close(net(x_t, unknown), found, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(net(x_t, unknown), result, rtol=1e-4, atol=1e-5)
     part = made.map(lambda v: v[2:4])
     assert torch.equal(net.own_level(part, 4)[1], t[2:4]) and part.alpha.shape == (2, 1, 1, 1)
 
@@ -196,8 +196,8 @@ def test_a_network_on_its_own_schedule_is_called_as_diffusers_calls_it():
     ab = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
     with torch.no_grad():
         expected = (x_t - (1 - ab).sqrt() * model(x_t, t).sample) / ab.sqrt()
-        found = Denoiser(UNet(model), SD, "eps")(x_t, level(SD, 20, 399, 749))
-    assert (found - expected).abs().max() < 2e-4
+        result = Denoiser(UNet(model), SD, "eps")(x_t, level(SD, 20, 399, 749))
+    assert (result - expected).abs().max() < 2e-4
 
 
 def test_edm_preconditioning_is_that_of_table_1():
@@ -254,10 +254,10 @@ def test_a_transformer_predicts_without_its_variance_and_drops_no_label_by_itsel
     x, at, cond = draw(1, 3, 2, 8, 8), level(DDPM(), 3, 500, 999), torch.tensor([0, 3, 4])
     model = net.backbone.model
     with torch.no_grad():
-        found = net.backbone(x, torch.tensor([3.0, 500.0, 999.0]), cond, "x0")
+        result = net.backbone(x, torch.tensor([3.0, 500.0, 999.0]), cond, "x0")
         model.eval()
         expected = model(x, timestep=torch.tensor([3, 500, 999]), class_labels=cond).sample[:, :2]
-        assert torch.equal(found, expected)
+        assert torch.equal(result, expected)
         assert torch.equal(net(x, at), net(x, at, torch.full((3,), 5)))
         (features,) = net(x, at, cond, "features")
     assert features.shape == (3, 8, 4, 4)
@@ -285,8 +285,8 @@ def test_a_text_unet_takes_its_embeddings_by_name(config):
         null = net.conditions.zeros(2)
         null = {k: v.expand(-1, 7, -1) if k == "text" else v for k, v in null.items()}
         both = net(x, at, cond), net(x, at, null)
-        found = guided(net, x, at, cond, 4.0, null)
-    assert torch.allclose(found, both[1] + 4 * (both[0] - both[1]), atol=1e-3)
+        result = guided(net, x, at, cond, 4.0, null)
+    assert torch.allclose(result, both[1] + 4 * (both[0] - both[1]), atol=1e-3)
     assert new_head(net)(net(x, at, cond, "features")).shape == (2,)
 
 
@@ -393,14 +393,14 @@ def test_guidance_is_linear_in_one_call_of_twice_the_batch():
     with torch.no_grad():
         one, null = net(x, at, cond), net(x, at, torch.full((3,), 5))
         net.batches.clear()
-        found = guided(net, x, at, cond, 3.0, Labels(5, 5).null(cond))
+        result = guided(net, x, at, cond, 3.0, Labels(5, 5).null(cond))
         assert net.batches == [6]
         eps = at.eps(x, null) + 3 * (at.eps(x, one) - at.eps(x, null))
-        assert torch.allclose(found, (x - at.sigma * eps) / at.alpha, atol=1e-4)
+        assert torch.allclose(result, (x - at.sigma * eps) / at.alpha, atol=1e-4)
         net.batches.clear()
         assert torch.equal(guided(net, x, at, cond, 1.0), one) and net.batches == [3]
         each = guided(net, x, at, cond, torch.tensor([1.0, 3.0, 2.0]), Labels(5, 5).null(cond))
-        assert torch.allclose(each[1], found[1], atol=1e-4) and torch.allclose(each[0], one[0], atol=1e-4)
+        assert torch.allclose(each[1], result[1], atol=1e-4) and torch.allclose(each[0], one[0], atol=1e-4)
 
 
 # Averages
@@ -432,9 +432,9 @@ def test_power_average_of_a_ramp_is_the_closed_form():
     profile, n = Power(0.1), 400
     t = torch.arange(n + 1, dtype=torch.float64) / n
     exact = (torch.diff(t ** (profile.gamma + 1)) * torch.arange(1, n + 1)).sum().item()
-    found = ramp_average(profile, n)
-    assert math.isclose(found, exact, rel_tol=1e-9)
-    assert math.isclose(found / n, (profile.gamma + 1) / (profile.gamma + 2), rel_tol=5e-3)
+    result = ramp_average(profile, n)
+    assert math.isclose(result, exact, rel_tol=1e-9)
+    assert math.isclose(result / n, (profile.gamma + 1) / (profile.gamma + 2), rel_tol=5e-3)
 
 
 def test_exponential_average_lags_a_ramp_by_its_length():
@@ -617,11 +617,11 @@ def test_one_step_at_399_starts_from_ab_399():
     model = unet()
     net, n = Denoiser(UNet(model), SD, "eps"), draw(1, 2, 2, 8, 8)
     with torch.no_grad():
-        found = run_calls({"student": net}, DMD2(conditioning=399).calls(net), n, None, Draws(0, 0))
+        result = run_calls({"student": net}, DMD2(conditioning=399).calls(net), n, None, Draws(0, 0))
         eps = model(n, torch.tensor([399, 399])).sample
     ab = 0.4260864
     assert math.isclose(math.sqrt(1 - ab), 0.7576, abs_tol=5e-5) and math.isclose(math.sqrt(ab), 0.6528, abs_tol=5e-5)
-    assert (found - (n - math.sqrt(1 - ab) * eps) / math.sqrt(ab)).abs().max() < 1e-4
+    assert (result - (n - math.sqrt(1 - ab) * eps) / math.sqrt(ab)).abs().max() < 1e-4
 
 
 # Folders

@@ -56,8 +56,8 @@ def yaml_file(tmp_path):
     ],
 )  # fmt: skip
 def test_a_word_is_read_as_yaml_1_2_has_it(text, value):
-    (found,) = parse_arguments([f"x={text}"]).values()
-    assert found == value and type(found) is type(value)
+    (result,) = parse_arguments([f"x={text}"]).values()
+    assert result == value and type(result) is type(value)
 
 
 class Numbers(Strict):

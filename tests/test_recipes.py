@@ -46,9 +46,9 @@ def argv(given: dict[str, Any], **instead: Any) -> list[str]:
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_the_commands_in_a_recipes_head_are_valid(recipe):
-    found = commands(recipe)
-    assert found[-1][1]["recipe"].startswith(recipe.split("_teacher")[0])
-    for job, given in found:
+    result = commands(recipe)
+    assert result[-1][1]["recipe"].startswith(recipe.split("_teacher")[0])
+    for job, given in result:
         asked, *changed = command(job).read(argv(given))
         if job not in PREPARATIONS:
             open_recipe(asked.recipe, RECIPES, *changed)

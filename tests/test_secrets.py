@@ -68,13 +68,13 @@ def test_a_missing_secret_is_asked_for_with_its_key_and_its_variable(folder, mon
     with pytest.raises(ConfigError) as error:
         load_recipe(arguments, folder, "")
     lines = str(error.value).splitlines()
-    found = {line.partition(":")[0]: line for line in lines}
-    assert found.keys() == {"tracking.uri", "storage", "resume", "start.fake"}
-    assert found["tracking.uri"] == (
+    result = {line.partition(":")[0]: line for line in lines}
+    assert result.keys() == {"tracking.uri", "storage", "resume", "start.fake"}
+    assert result["tracking.uri"] == (
         "tracking.uri: http://ann:***@127.0.0.1:9 lacks its secret, which is never written to disk; give the whole URL "
         "as tracking.uri=... or in the environment variable MLFLOW_TRACKING_URI"
     )
-    assert "storage=... or in the environment variable FEWSTEP_STORAGE" in found["storage"]
+    assert "storage=... or in the environment variable FEWSTEP_STORAGE" in result["storage"]
     monkeypatch.setenv("FEWSTEP_STORAGE", STORAGE)
     assert load_recipe([*arguments, f"tracking.uri={URI}"], folder, "").storage == STORAGE
     monkeypatch.delenv("FEWSTEP_STORAGE")

@@ -39,8 +39,8 @@ def export(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def server(export, tmp_path_factory) -> Iterator[Running]:
     arguments = [f"model={export}", "teacher=shipped:fashion_mnist/teacher", "steps=3", "queue=200", "batch=1"]
-    with running(tmp_path_factory.mktemp("server"), *arguments) as found:
-        yield found
+    with running(tmp_path_factory.mktemp("server"), *arguments) as result:
+        yield result
 
 
 def ask(server: Running, **body: Any) -> dict[str, Any]:
@@ -57,11 +57,11 @@ def files(answer: dict[str, Any]) -> list[bytes]:
 
 def replicas(server: Running, name: str = "Student") -> list[psutil.Process]:
     """The processes of a deployment."""
-    found = []
+    result = []
     for process in psutil.Process(server.process.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            found += [process] if f"ServeReplica:two:{name}" in process.name() else []
-    return found
+            result += [process] if f"ServeReplica:two:{name}" in process.name() else []
+    return result
 
 
 def test_its_images_are_those_of_the_sample_job(server, export, tmp_path):
@@ -76,15 +76,15 @@ def test_every_answer_has_one_request_id_and_the_callers_own_is_kept(server):
     for given in (None, "mine-7"):
         headers = {} if given is None else {"X-Request-Id": given}
         with urllib.request.urlopen(urllib.request.Request(f"{server.url}/v1/models", headers=headers)) as answer:
-            [found] = answer.headers.get_all("X-Request-Id")
-        assert found == given or (given is None and len(found) == 36)
+            [result] = answer.headers.get_all("X-Request-Id")
+        assert result == given or (given is None and len(result) == 36)
 
 
 def test_nothing_of_it_listens_for_other_machines(server):
-    found = listening(psutil.Process(server.process.pid))
+    result = listening(psutil.Process(server.process.pid))
     assert len(replicas(server)) == 2 and len(replicas(server, "Teacher")) == 1
-    assert {address for _, address, _ in found} == {"127.0.0.1"}
-    assert len([port for _, _, port in found if server.url.endswith(f":{port}")]) == 1
+    assert {address for _, address, _ in result} == {"127.0.0.1"}
+    assert len([port for _, _, port in result if server.url.endswith(f":{port}")]) == 1
 
 
 def test_a_long_body_is_refused_through_ray_serves_proxy(server):
@@ -122,9 +122,9 @@ def exports(server: Running) -> Samples:
     for name, _, port in listening(psutil.Process(server.process.pid)):
         if "Agent" in name:
             with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
-                found = scrape(port)
-                if any(key.startswith("ray_fewstep_serve") for key in found):
-                    return found
+                result = scrape(port)
+                if any(key.startswith("ray_fewstep_serve") for key in result):
+                    return result
     return {}
 
 
@@ -138,11 +138,11 @@ def test_every_query_of_the_board_asks_for_what_a_server_exports(server):
     board = json.loads((ROOT / "dashboards" / "grafana" / "serving.json").read_text())
     queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     queries += [variable["query"]["query"] for variable in board["templating"]["list"]]
-    asked = [found for query in queries for found in selectors(query)]
+    asked = [result for query in queries for result in selectors(query)]
     assert {name for name, _ in asked} == wanted <= samples.keys()
     for name, labels in asked:
         for label, values in labels.items():
-            assert values <= {found[label] for found, _ in samples[name]}, (name, label)
+            assert values <= {result[label] for result, _ in samples[name]}, (name, label)
 
 
 def drawing(server: Running) -> set[str]:

@@ -37,7 +37,7 @@ def fill(root, files):
     return root
 
 
-def found(set_, **fields):
+def facts(set_, **fields):
     """The rows of a source: {name: (label, caption)}."""
     return {example.name: (example.label, example.caption) for example in set_.examples()}
 
@@ -58,7 +58,7 @@ def test_hidden_files_and_what_systems_leave_behind_are_no_images_and_no_classes
              "dog/@eaDir/1.png/thumb.jpg", "cat/.thumbs/0.png")  # fmt: skip
     fill(tmp_path, {name: i for i, name in enumerate(files)})
     set_ = folder(tmp_path)
-    assert set_.class_names == ("cat", "dog") and found(set_) == {"cat/0.png": (0, None), "dog/1.png": (1, None)}
+    assert set_.class_names == ("cat", "dog") and facts(set_) == {"cat/0.png": (0, None), "dog/1.png": (1, None)}
     some = ".ipynb_checkpoints, __MACOSX, cat/._0.png, ..."
     assert set_.notes == (f"left out: 5 hidden files and folders: {some}",)
 
@@ -69,7 +69,7 @@ def test_hidden_members_and_archives_are_left_out(tmp_path):
     tar(tmp_path / "in" / "a.tar", members | {"./1.cls": b"0"})
     (tmp_path / "in" / "._a.tar").write_bytes(b"AppleDouble")
     set_ = webdataset(tmp_path / "in")
-    assert found(set_) == {"a.tar:0": (1, None), "a.tar:./1": (0, None)}
+    assert facts(set_) == {"a.tar:0": (1, None), "a.tar:./1": (0, None)}
     assert set_.notes == ("left out: 1 hidden file or folder: ._a.tar", "left out: 2 hidden members")
     for i in range(1, 6):
         fill(tmp_path / "cifar", {f"data_batch_{i}.bin": bytes(3073), f".old/data_batch_{i}.bin": b"\xff" * 3073})
@@ -97,7 +97,7 @@ def test_a_folder_without_images_says_what_its_files_are(tmp_path, name, way_out
 def test_metadata_below_the_folder_is_not_overlooked(tmp_path):
     fill(tmp_path, {"train/0.png": 0, "train/metadata.jsonl": '{"file": "0.png", "label": 3}\n'})
     assert f"'train/metadata.jsonl' lies below {str(tmp_path)!r}, where it is not read" in mistake(folder, tmp_path)
-    assert found(folder(tmp_path / "train")) == {"0.png": (3, None)}
+    assert facts(folder(tmp_path / "train")) == {"0.png": (3, None)}
     fill(tmp_path, {"train/metadata.csv": "file,label\n0.png,3\n"})
     assert "both metadata.csv and metadata.jsonl" in mistake(folder, tmp_path / "train")
 
@@ -141,7 +141,7 @@ def test_a_link_out_of_the_folder_is_named_and_followed_only_when_asked(tmp_path
     caption = tmp_path / "in" / "cat" / "0.txt"
     caption.symlink_to(tmp_path / "secret.txt")
     assert "'cat/0.txt'" in mistake(folder, tmp_path / "in")
-    assert found(folder(tmp_path / "in", "train", FOLLOW)) == {"cat/0.png": (0, "mine")}
+    assert facts(folder(tmp_path / "in", "train", FOLLOW)) == {"cat/0.png": (0, "mine")}
     caption.unlink()
     for name, line in (
         ("metadata.csv", "file\ncat/../../secret.png\n"),
@@ -151,7 +151,7 @@ def test_a_link_out_of_the_folder_is_named_and_followed_only_when_asked(tmp_path
         assert "lies outside" in mistake(folder, tmp_path / "in")
         file.unlink()
     (tmp_path / "in" / "metadata.csv").symlink_to(tmp_path / "secret.txt")
-    assert found(folder(tmp_path / "in")) == {"cat/0.png": (0, None)}
+    assert facts(folder(tmp_path / "in")) == {"cat/0.png": (0, None)}
     (tmp_path / "in" / "cat" / "0.png").unlink()
     (tmp_path / "in" / "cat" / "0.png").symlink_to(tmp_path / "disk2" / "dog" / "1.png")
     assert "'cat/0.png'" in mistake(folder, tmp_path / "in")
@@ -199,16 +199,16 @@ def test_a_text_in_another_encoding_is_named_with_its_line_and_read_when_it_is_g
 
     call = webdataset if kind == "tar" else folder
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
-        assert [caption for _, caption in found(call(write(encoding))).values()] == ["café \u2028 crème"]
+        assert [caption for _, caption in facts(call(write(encoding))).values()] == ["café \u2028 crème"]
     line = mistake(call, write("cp1252"))
     where = {"txt": "0.txt", "tar": "a.tar:0.txt"}.get(kind, kind)
     number = 2 if kind == "metadata.csv" else 1
     assert f"{where}: not UTF-8 text (line {number}, byte 0xe9); save it as UTF-8, or name its encoding" in line
     set_ = call(write("cp1252"), "train", Reading(encoding="cp1252"))
-    assert [caption for _, caption in found(set_).values()] == ["café ? crème"]
+    assert [caption for _, caption in facts(set_).values()] == ["café ? crème"]
     assert "NUL character" in mistake(call, write("utf-16-le", "a cat"))
     set_ = call(write("utf-16-le"), "train", Reading(encoding="utf-16-le"))
-    assert [caption for _, caption in found(set_).values()] == ["café \u2028 crème"]
+    assert [caption for _, caption in facts(set_).values()] == ["café \u2028 crème"]
 
 
 def test_an_unknown_encoding_is_refused_by_its_name():
@@ -222,10 +222,10 @@ def test_a_line_of_metadata_ends_at_a_newline_alone(tmp_path, separator):
     lines = [json.dumps({"file_name": f"{i}.png", "text": text}, ensure_ascii=False) for i in range(2)]
     for end in ("\n", "\r\n"):
         fill(tmp_path / "jsonl", {"0.png": 0, "1.png": 1, "metadata.jsonl": end.join(lines) + end})
-        assert {caption for _, caption in found(folder(tmp_path / "jsonl")).values()} == {text}
+        assert {caption for _, caption in facts(folder(tmp_path / "jsonl")).values()} == {text}
         content = end.join(["file,caption", f'0.png,"{text}"', f'1.png,"{text}"'])
         fill(tmp_path / "csv", {"0.png": 0, "1.png": 1, "metadata.csv": content})
-        assert {caption for _, caption in found(folder(tmp_path / "csv")).values()} == {text}
+        assert {caption for _, caption in facts(folder(tmp_path / "csv")).values()} == {text}
 
 
 BAD_LINES = {
@@ -274,7 +274,7 @@ def test_metadata_that_makes_no_sense_is_named_with_its_line(tmp_path, name):
 def test_columns_that_are_not_used_are_named(tmp_path):
     fill(tmp_path, {"0.png": 0, "metadata.csv": "file, label ,captions\n0.png,3,a cat\n"})
     set_ = folder(tmp_path)
-    assert set_.notes[0] == "metadata.csv: columns that are not used: captions" and found(set_) == {"0.png": (3, None)}
+    assert set_.notes[0] == "metadata.csv: columns that are not used: captions" and facts(set_) == {"0.png": (3, None)}
 
 
 # labels
@@ -284,7 +284,7 @@ def test_folders_named_by_whole_numbers_are_classes_in_the_order_of_the_numbers(
     fill(tmp_path, {f"{i}/a.png": i for i in range(12)})
     set_ = folder(tmp_path)
     assert set_.class_names == tuple(map(str, range(12))) and set_.notes == ()
-    assert found(set_) == {f"{i}/a.png": (i, None) for i in range(12)}
+    assert facts(set_) == {f"{i}/a.png": (i, None) for i in range(12)}
 
 
 def test_what_labels_stand_for():
@@ -385,7 +385,7 @@ def test_a_row_of_an_archive_is_refused_by_its_key(tmp_path):
 
 def test_class_names_in_archives(tmp_path):
     path = tar(tmp_path / "a.tar", {"0.png": picture(0), "0.cls": b"dog\n", "1.png": picture(1), "1.cls": b"cat"})
-    assert webdataset(path).class_names == ("cat", "dog") and found(webdataset(path)) == {
+    assert webdataset(path).class_names == ("cat", "dog") and facts(webdataset(path)) == {
         "a.tar:0": (1, None),
         "a.tar:1": (0, None),
     }

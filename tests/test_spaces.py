@@ -41,18 +41,18 @@ TWO = {TTUR: choice(1, 2, 5, 10), GAN: zero_or(loguniform(1e-3, 3e-2, points=3))
 
 @pytest.mark.parametrize("path", sorted(SPACES.glob("*.py")), ids=lambda p: p.stem)
 def test_a_shipped_space_fits_its_recipe_and_says_why(path, recipe):
-    found = load_space(path.stem, SPACES)
-    check(Sweep(space=path.stem), found, recipe)
-    assert set(found.why) == set(found.domains)
-    drawn = [found.draw(Dice(0, n)) for n in range(5)]
-    assert all(map(found.contains, drawn))
+    result = load_space(path.stem, SPACES)
+    check(Sweep(space=path.stem), result, recipe)
+    assert set(result.why) == set(result.domains)
+    drawn = [result.draw(Dice(0, n)) for n in range(5)]
+    assert all(map(result.contains, drawn))
     assert all(apply(recipe, values).fingerprint != recipe.fingerprint for values in drawn)
 
 
 def test_what_does_not_apply_is_not_asked():
-    found = [space(TWO).draw(Dice(0, n)) for n in range(50)]
-    assert {values[GAN] == 0 for values in found} == {True, False}
-    assert all((HEAD in values) == (values[GAN] != 0) for values in found)
+    result = [space(TWO).draw(Dice(0, n)) for n in range(50)]
+    assert {values[GAN] == 0 for values in result} == {True, False}
+    assert all((HEAD in values) == (values[GAN] != 0) for values in result)
     grid = space(TWO | {HEAD: given(GAN, choice(0.01, 0.02))}).grid()
     assert len(grid) == 4 * (1 + 3 * 2)
     assert {values[GAN] for values in grid} == {0, 1e-3, 0.00547723, 3e-2}
@@ -225,9 +225,9 @@ def bowl(values: dict) -> float:
     return abs([1, 2, 5, 10].index(values[TTUR]) - 2) + gan
 
 
-def tried(search: str, found: Space, count: int, seed: int = 0) -> list[tuple[dict, float]]:
+def tried(search: str, result: Space, count: int, seed: int = 0) -> list[tuple[dict, float]]:
     """The settings that a search tries, each told before the next."""
-    source, out = proposals(found, search, seed), []
+    source, out = proposals(result, search, seed), []
     for n in range(count):
         values = source.propose(n)
         if values is None:
@@ -238,30 +238,30 @@ def tried(search: str, found: Space, count: int, seed: int = 0) -> list[tuple[di
 
 
 def test_a_grid_is_all_combinations_and_random_is_a_function_of_seed_and_number():
-    found = space({TTUR: choice(1, 2, 5, 10), GAN: choice(0, 1e-3)})
-    assert len(tried("grid", found, 99)) == 8
-    assert tried("random", found, 6) == tried("random", found, 6) != tried("random", found, 6, seed=1)
-    every = tried("random", found, 99)
+    result = space({TTUR: choice(1, 2, 5, 10), GAN: choice(0, 1e-3)})
+    assert len(tried("grid", result, 99)) == 8
+    assert tried("random", result, 6) == tried("random", result, 6) != tried("random", result, 6, seed=1)
+    every = tried("random", result, 99)
     assert len(every) == 8  # none twice, and all of a small space
-    late = proposals(found, "random", 0)
+    late = proposals(result, "random", 0)
     assert late.propose(5) == every[5][0]  # whoever starts in the middle goes on in the same sequence
 
 
 @pytest.mark.parametrize("search", ["tpe", "gp"])
 def test_what_is_learned_beats_what_is_drawn(search):
-    found = space({TTUR: choice(1, 2, 5, 10), GAN: loguniform(1e-4, 1)})
-    best = lambda search: min(score for _, score in tried(search, found, 20)[8:])
+    result = space({TTUR: choice(1, 2, 5, 10), GAN: loguniform(1e-4, 1)})
+    best = lambda search: min(score for _, score in tried(search, result, 20)[8:])
     assert best(search) < best("random")
 
 
 def test_a_search_that_gets_its_results_again_goes_on_alike():
-    found = space({TTUR: choice(1, 2, 5, 10), GAN: zero_or(loguniform(1e-3, 3e-2))})
-    history = tried("tpe", found, 10)
-    again = proposals(found, "tpe", 0)
+    result = space({TTUR: choice(1, 2, 5, 10), GAN: zero_or(loguniform(1e-3, 3e-2))})
+    history = tried("tpe", result, 10)
+    again = proposals(result, "tpe", 0)
     for n, (values, score) in enumerate(history):
         again.adopt(n, values)
         again.tell(n, [score])
-    first = proposals(found, "tpe", 0)
+    first = proposals(result, "tpe", 0)
     for n, (_, score) in enumerate(history):
         first.propose(n)
         first.tell(n, [score])
@@ -271,10 +271,10 @@ def test_a_search_that_gets_its_results_again_goes_on_alike():
 @pytest.mark.parametrize(("trials", "startup"), [(None, 8), (8, 3), (20, 5), (100, 8)])
 def test_a_quarter_of_a_search_is_drawn_before_it_learns(trials, startup):
     """Its proposals depend on the results from then on, and not before."""
-    found = space({TTUR: integers(1, 10), GAN: loguniform(1e-4, 1)})
+    result = space({TTUR: integers(1, 10), GAN: loguniform(1e-4, 1)})
 
     def proposed(sign: int) -> list[dict]:
-        source, out = proposals(found, "tpe", 0, trials), []
+        source, out = proposals(result, "tpe", 0, trials), []
         for n in range(startup + 4):
             out.append(source.propose(n))
             source.tell(n, [sign * bowl({TTUR: 5} | {GAN: out[-1][GAN]})])
@@ -378,30 +378,30 @@ def test_what_did_not_finish_is_not_judged():
 def test_the_front_is_what_no_other_beats():
     points = [(1, 1), (2, 3), (3, 2), (2, 2), (0, 0)]
     trials = [trial(i, {"a": i}, float(x), d=float(y)) for i, (x, y) in enumerate(points)]
-    found = {t.number for t in front(trials, {"fd": "min", "d": "max"})}
+    result = {t.number for t in front(trials, {"fd": "min", "d": "max"})}
     beaten = {
         i
         for i, j in ((i, j) for a, b in combinations(range(5), 2) for i, j in ((a, b), (b, a)))
         if points[j][0] <= points[i][0] and points[j][1] >= points[i][1] and points[i] != points[j]
     }
-    assert found == set(range(5)) - beaten == {0, 1, 4}
+    assert result == set(range(5)) - beaten == {0, 1, 4}
 
 
 def test_importance_finds_what_matters():
-    found = space({"a": uniform(0, 1), "b": uniform(0, 1)}, "fd")
-    dice = [found.draw(Dice(0, n)) for n in range(40)]
+    result = space({"a": uniform(0, 1), "b": uniform(0, 1)}, "fd")
+    dice = [result.draw(Dice(0, n)) for n in range(40)]
     trials = [trial(n, values, 10 * values["a"] + 0.5 * values["b"]) for n, values in enumerate(dice)]
-    shares = importance(found, trials, "fd")
+    shares = importance(result, trials, "fd")
     assert shares["a"] > 0.9 and shares["b"] < 0.1
-    assert importance(found, trials[:5], "fd") is None
+    assert importance(result, trials[:5], "fd") is None
 
 
 # What is left behind
 
 
 def test_short_names_are_as_short_as_the_recipe_allows(recipe):
-    found = load_space("dmd2", SPACES)
-    names = short_names(found, recipe)
+    result = load_space("dmd2", SPACES)
+    names = short_names(result, recipe)
     assert names[GAN] == "gan_weight" and names["optim.student.lr"] == "student.lr"
     assert label({GAN: 0.003, "optim.student.lr": 1e-4}, names) == "gan_weight=0.003 student.lr=0.0001"
 
@@ -416,18 +416,18 @@ def test_short_names_are_as_short_as_the_recipe_allows(recipe):
     ],
 )
 def test_an_answer_at_the_edge_of_its_space_says_so(ratio, lr, message):
-    found = space(
+    result = space(
         {"a": choice(1, 5, 10), "lr": loguniform(1e-5, 1e-4), "b": choice("x", "y"), "c": zero_or(uniform(1, 2))}
     )
     values = {"a": ratio, "lr": lr, "b": "y", "c": 0}
-    assert at_the_edge(values, found, {key: key for key in values}) == message
+    assert at_the_edge(values, result, {key: key for key in values}) == message
 
 
 def test_the_table_is_of_the_finished_settings_best_first():
-    found = space({"a": choice(1, 2)}, "fd")
+    result = space({"a": choice(1, 2)}, "fd")
     trials = [trial(0, {"a": 1}, 2.0), trial(1, {"a": 2}, 1.0), trial(2, {"a": 2}, 1.5, 1)]
     trials += [trial(3, {"a": 2}, 9.0, 2, STOPPED), trial(4, {"a": 2}, 9.0, 3, FAILED)]
-    lines = markdown(found, trials, {"a": "a"}, ["fd"]).splitlines()
+    lines = markdown(result, trials, {"a": "a"}, ["fd"]).splitlines()
     assert lines[2:4] == ["| 2 | **1.25 ± 0.35** | 2 |", "| 1 | 2 | 1 |"]
     assert lines[-1] == "Not in the table: 1 trials stopped early, 1 failed."
 
@@ -437,13 +437,13 @@ def test_the_page_asks_for_nothing_and_escapes_its_texts(tmp_path, recipe):
     from fewstep.sweeps import plots
     from fewstep.sweeps.report import report
 
-    found = space({TTUR: choice(1, 5), GAN: choice(0, 1e-3)}, "fd", d="max", fd="min")
-    names = short_names(found, recipe)
-    trials = [trial(n, values, 1.0 + n % 3, d=n / 4) for n, values in enumerate(found.grid())]
-    trials += [trial(4, found.grid()[0], 9.0, state=STOPPED, d=0.1)]
-    lost = trial(5, found.grid()[1], math.nan, state=FAILED)
+    result = space({TTUR: choice(1, 5), GAN: choice(0, 1e-3)}, "fd", d="max", fd="min")
+    names = short_names(result, recipe)
+    trials = [trial(n, values, 1.0 + n % 3, d=n / 4) for n, values in enumerate(result.grid())]
+    trials += [trial(4, result.grid()[0], 9.0, state=STOPPED, d=0.1)]
+    lost = trial(5, result.grid()[1], math.nan, state=FAILED)
     lost.reason = "ValueError: <script>alert(1)</script>"
-    figures = plots.save(plots.draw(found, trials, names, {TTUR: 0.7, GAN: 0.2}), tmp_path)
+    figures = plots.save(plots.draw(result, trials, names, {TTUR: 0.7, GAN: 0.2}), tmp_path)
     assert set(figures) == {"map", "parallel", "importance", "slices", "pareto"}
     assert sorted(p.name for p in tmp_path.glob("map.*")) == ["map.png", "map.svg"]
     ids = re.findall(r'id="([^"]+)"', "".join(figures.values()))
@@ -452,7 +452,7 @@ def test_the_page_asks_for_nothing_and_escapes_its_texts(tmp_path, recipe):
     verdict = judge(trials, "fd", "min", lambda values: label(values, names))
     template = ROOT / "dashboards" / "sweep.html"
     text = report(
-        template, "a < b", found, [*trials, lost], names, ["fd", "d"], verdict, {"seed": "0"}, "again", figures
+        template, "a < b", result, [*trials, lost], names, ["fd", "d"], verdict, {"seed": "0"}, "again", figures
     )
     assert "<script" not in text and "&lt;script&gt;alert" in text and "a &lt; b" in text
     assert not re.search(r"\{\{|(?:src|href)=\"(?!#)", text)

@@ -91,9 +91,9 @@ def test_losses_are_those_of_the_folder(bucket, tmp_path):
 
     big = tmp_path / "big"
     write(big, rows=60, size=(1, 28, 28))
-    found = losses(send(big, "s3://bucket/big"), teacher)
-    assert len(found) == 3 and {"critic/denoise", "student/match"} <= found[0].keys()
-    assert found == losses(big, TEACHER)
+    result = losses(send(big, "s3://bucket/big"), teacher)
+    assert len(result) == 3 and {"critic/denoise", "student/match"} <= result[0].keys()
+    assert result == losses(big, TEACHER)
 
 
 def test_a_resume_in_mid_epoch_reads_no_row_twice_and_misses_none(sets, monkeypatch, tmp_path):
@@ -305,8 +305,8 @@ def test_a_network_statistics_and_an_export_at_a_url_are_those_of_the_folder(buc
     def scores(root: str) -> list[dict]:
         files = [f"features={root}/features.safetensors", f"reference={root}/statistics.npz"]
         job("evaluate")([f"model={root}/teacher", *files, *arguments])
-        found = json.loads(capsys.readouterr().out.splitlines()[-1])["scores"]
-        return [{key: value for key, value in score.items() if key != "seconds"} for score in found]
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])["scores"]
+        return [{key: value for key, value in score.items() if key != "seconds"} for score in result]
 
     assert scores(bucket) == scores(str(shipped))
 

@@ -26,9 +26,9 @@ def write(path, rows):
 
 
 def take(feed, batches, position=0, rank=0, world=1):
-    found = [tuple(rows.values()) for rows in itertools.islice(feed.batches(position, 24, rank, world), batches)]
+    result = [tuple(rows.values()) for rows in itertools.islice(feed.batches(position, 24, rank, world), batches)]
     feed.close()
-    return found
+    return result
 
 
 def running():
@@ -115,8 +115,8 @@ def test_a_reading_process_that_is_killed_is_replaced(ray_cluster, tmp_path):
     def kill():
         deadline = time.monotonic() + 60
         while not killed and time.monotonic() < deadline:
-            for found in list(readers.iterdir())[:1]:
-                reader = psutil.Process(int(found.name))
+            for result in list(readers.iterdir())[:1]:
+                reader = psutil.Process(int(result.name))
                 killed.append(" ".join(reader.cmdline()))
                 reader.kill()
             time.sleep(0.05)

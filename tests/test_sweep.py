@@ -264,8 +264,8 @@ def test_four_trials_at_a_time_lose_no_row_in_sqlite(tmp_path):
         reports = read_reports(tmp_path / "runs" / "s" / run.name)
         assert len(reports) == 20
         for key in reports[0]["metrics"]:
-            found = [(p.step, p.value) for p in runs.history(run, key)]
-            assert found == [(r["step"], r["metrics"][key]) for r in reports if key in r["metrics"]], key
+            actual = [(p.step, p.value) for p in runs.history(run, key)]
+            assert actual == [(r["step"], r["metrics"][key]) for r in reports if key in r["metrics"]], key
 
 
 @pytest.mark.slow
@@ -303,10 +303,10 @@ def test_searches_learn_from_each_other_and_keep_to_their_budgets(ray_cluster, s
     common = [space, f"tracking.uri={store}", "tracking.experiment=searches", "evaluate.every_images=16"]
     first = sweep([*arguments(tmp_path, *common, "name=first", "search=random", "trials=3", "seeds=2", "finalists=1")])
     trials = trials_of(tmp_path / "runs" / "first").values()
-    found = sorted((t for t in trials if t.seed == 0), key=lambda t: t.score("fd_fashion"))
+    result = sorted((t for t in trials if t.seed == 0), key=lambda t: t.score("fd_fashion"))
     again = [t for t in trials if t.seed == 1]
-    assert first["trials"] == 4 and [t.values for t in again] == [found[0].values]
-    assert first["fd_fashion"] == pytest.approx((found[0].score("fd_fashion") + again[0].score("fd_fashion")) / 2)
+    assert first["trials"] == 4 and [t.values for t in again] == [result[0].values]
+    assert first["fd_fashion"] == pytest.approx((result[0].score("fd_fashion") + again[0].score("fd_fashion")) / 2)
 
     learned = ["name=second", "search=gp", "scheduler=median", "warm_start=first", "budget=200images", "parallel=1"]
     second = sweep([*arguments(tmp_path, *common, *learned)])

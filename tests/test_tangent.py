@@ -119,9 +119,9 @@ def two_ranks(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for name in TABLE:
         net = World.current(layout=Layout(placement="shard")).place(a_network(name))
-        found = derivative(net.requires_grad_(False))
+        result = derivative(net.requires_grad_(False))
         if rank == 0:
-            torch.save(found, f"{folder}/{name}")
+            torch.save(result, f"{folder}/{name}")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -92,7 +92,7 @@ def recipe(folder: Path, teacher: Path, data: Path | None, *arguments: str) -> R
 def test_prompts_are_embedded_as_the_pipeline_does(name, sd, sdxl):
     folder = {"sd15": sd, "sdxl": sdxl}[name]
     encoder = open_encoder(folder, NET)
-    found = encoder.columns(WORDS, batch=3)
+    result = encoder.columns(WORDS, batch=3)
     assert encoder.cut == 1  # CLIP cuts a text of 10,000 letters, and it is counted
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
     kept = pipe.tokenizer(WORDS, padding="max_length", max_length=tiny.TOKENS, truncation=True, return_tensors="pt")
@@ -104,9 +104,9 @@ def test_prompts_are_embedded_as_the_pipeline_does(name, sd, sdxl):
             two = pipe.text_encoder_2(kept.input_ids, output_hidden_states=True)
             text = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1)
             expected = {"text": text, "pooled": two.text_embeds}
-    assert found.keys() == expected.keys()
+    assert result.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(result[key], value, rtol=1e-5, atol=1e-6)
         empty = torch.zeros_like(value[2:3]) if name == "sdxl" else value[2:3]  # SDXL's nothing is zeros
         torch.testing.assert_close(encoder.nothing()[key], empty, rtol=1e-5, atol=1e-6)
 

@@ -533,8 +533,8 @@ def test_runs_are_found_by_id_by_name_and_as_the_last(start, uri, tmp_path):
             tracker.log({"loss": 1.5}, 1, 1)
         ids.append(tracker.run_id)
     for ref in ("last", "it's last", ids[2]):
-        found = find_run(uri, ref, experiment="finding")
-        assert (found.run_id, found.folder, found.metrics["loss"]) == (ids[2], tmp_path / "c", 1.5)
+        result = find_run(uri, ref, experiment="finding")
+        assert (result.run_id, result.folder, result.metrics["loss"]) == (ids[2], tmp_path / "c", 1.5)
     assert find_run(uri, "last").run_id == ids[2]
     with pytest.raises(ValueError, match="several runs; give an id: " + ", ".join([ids[1], ids[0]])):
         find_run(uri, "twin", experiment="finding")

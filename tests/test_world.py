@@ -216,8 +216,8 @@ def trained_adapters(layout: Layout) -> dict:
     engine = descending(lora_engine(world_of(layout)))
     toy.finish(engine)
     engine._reshard()
-    held = {role: sum(p.to_local().numel() for p in engine.nets[role].parameters()) for role in ("fake", "teacher")}
-    return {"factors": everything(engine), "held": held}
+    sizes = {role: sum(p.to_local().numel() for p in engine.nets[role].parameters()) for role in ("fake", "teacher")}
+    return {"factors": everything(engine), "held": sizes}
 
 
 def bf16_denoiser(seed: int = 0, **kwargs) -> Denoiser:
@@ -267,8 +267,8 @@ def filled(kind: str, precision: str, layout: Layout, folder: Path) -> dict[str,
     net = World.current(layout=layout).place(
         adapter if kind == "adapter" else net, "averaged" if kind == "averaged" else "trained"
     )
-    held = net.base if kind == "adapter" else net
-    return {name: full(value).clone() for name, value in held.state_dict().items()} | {"identity": adapter.identity}
+    sizes = net.base if kind == "adapter" else net
+    return {name: full(value).clone() for name, value in sizes.state_dict().items()} | {"identity": adapter.identity}
 
 
 def trained_average(world: World | None):
@@ -310,12 +310,12 @@ WORLDS = [*((2, name) for name in OF_SIZE[2]), *FOUR]
 @pytest.mark.parametrize("size, name", WORLDS)
 def test_workers_give_the_gradients_of_one_process_in_every_phase(world_results, single, size, name):
     for rank in world_results(size):
-        found, expected = rank[name]["gradients"], single["gradients"]
+        result, expected = rank[name]["gradients"], single["gradients"]
         phases = {" ".join(key.split()[:2]) for key in expected}
         assert phases == {"0 student", "0 critic", "1 critic"}
         for phase in phases:
             part = lambda grads, phase=phase: {k: v for k, v in grads.items() if k.startswith(phase)}
-            assert distance(part(found), part(expected)) < 1e-6
+            assert distance(part(result), part(expected)) < 1e-6
 
 
 @pytest.mark.parametrize("size, name", WORLDS)
@@ -330,16 +330,16 @@ def test_workers_have_the_weights_of_one_process_after_thirty_steps_of_sgd(world
 def test_workers_have_the_losses_of_one_process_after_thirty_steps_of_adamw(world_results, single, size, name):
     losses = ("student/match", "student/gan", "critic/denoise", "critic/gan")
     for rank in world_results(size):
-        for found, expected in zip(rank[name]["metrics"], single["metrics"], strict=True):
-            assert [found[k] for k in losses] == pytest.approx([expected[k] for k in losses], rel=1e-3)
+        for result, expected in zip(rank[name]["metrics"], single["metrics"], strict=True):
+            assert [result[k] for k in losses] == pytest.approx([expected[k] for k in losses], rel=1e-3)
 
 
 @pytest.mark.parametrize("size, name", WORLDS)
 def test_each_worker_holds_its_share_of_the_weights(world_results, size, name):
     whole = sum(p.numel() for p in toy.denoiser().parameters())
     shards = {"replicate": 1, "hybrid": 2}.get(name, size)
-    held = [rank[name]["held"] for rank in world_results(size)]
-    assert sum(held) == whole * size / shards and max(held) < 1.1 * whole / shards
+    sizes = [rank[name]["held"] for rank in world_results(size)]
+    assert sum(sizes) == whole * size / shards and max(sizes) < 1.1 * whole / shards
 
 
 @pytest.mark.parametrize("name", ADAPTED)
@@ -355,8 +355,8 @@ def test_adapters_of_two_workers_equal_those_of_one_on_a_sharded_base(world_resu
     ranks = [rank["adapters"][name] for rank in world_results(2)]
     for rank in ranks:
         assert distance({key: rank["factors"][key] for key in expected}, expected) < 1e-6
-    held = {role: sum(rank["held"][role] for rank in ranks) for role in whole}
-    assert held == {"fake": whole["fake"] * (2 if name == "replicate" else 1), "teacher": whole["teacher"]}
+    sizes = {role: sum(rank["held"][role] for rank in ranks) for role in whole}
+    assert sizes == {"fake": whole["fake"] * (2 if name == "replicate" else 1), "teacher": whole["teacher"]}
 
 
 @pytest.mark.parametrize("name", ["unet", "text", "dit"])
@@ -429,8 +429,8 @@ def test_trap_19_a_pass_without_gradients_leaves_those_of_the_next_alone():
     with torch.autocast("cpu", torch.bfloat16):
         loss = backbone_loss(net, *inputs("unet"))
     loss.backward()
-    found = {name: p.grad for name, p in net.named_parameters()}
-    assert toy.same(found, backbone_gradients(backbone("unet", "bf16"), *inputs("unet")))
+    result = {name: p.grad for name, p in net.named_parameters()}
+    assert toy.same(result, backbone_gradients(backbone("unet", "bf16"), *inputs("unet")))
 
 
 # Memory and speed by switch
@@ -550,10 +550,10 @@ def test_a_rank_that_reads_its_own_shards_has_the_weights_of_the_files(world_res
         expected = World().place(Denoiser(expected.backbone, DDPM(), "eps", precision="bf16"), "frozen")
     expected = expected.state_dict() | {"identity": identity}
     for rank in world_results(2):
-        found = rank["filled"][name]
-        assert found.keys() == expected.keys()
+        result = rank["filled"][name]
+        assert result.keys() == expected.keys()
         for key, value in expected.items():
-            assert torch.equal(found[key], value) and found[key].dtype == value.dtype, key
+            assert torch.equal(result[key], value) and result[key].dtype == value.dtype, key
 
 
 # Peak memory
@@ -636,10 +636,10 @@ def test_two_workers_that_start_a_large_model_hold_little_more_than_its_roles_on
     torch.multiprocessing.spawn(node.start, (2, str(tmp_path)), nprocs=2)
     ranks = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
     shared = min(rank["libraries"] for rank in ranks)  # pages of libraries are in memory once, and count for each rank
-    before, peak, held = (sum(rank[name] for rank in ranks) for name in ("before", "peak", "held"))
+    before, peak, sizes = (sum(rank[name] for rank in ranks) for name in ("before", "peak", "held"))
     peak -= shared
     print(
         f"{peak / 2**20:.0f} MiB at most, {(before - shared) / 2**20:.0f} before: {peak / (4 * size):.2f} of the roles"
     )
-    assert held == pytest.approx(4 * size, rel=0.01)
+    assert sizes == pytest.approx(4 * size, rel=0.01)
     assert peak <= 1.6 * 4 * size

@@ -68,10 +68,10 @@ class Family:
         generator = torch.Generator().manual_seed(seed)
         if not self.columns:
             return torch.randint(0, 5, (count,), generator=generator)
-        found = {k: torch.randn(count, *shape, generator=generator) for k, shape in self.columns.items()}
-        if "mask" in found:
-            found["mask"] = (torch.arange(TOKENS) < TOKENS - 2).float().expand(count, -1)
-        return found
+        result = {k: torch.randn(count, *shape, generator=generator) for k, shape in self.columns.items()}
+        if "mask" in result:
+            result["mask"] = (torch.arange(TOKENS) < TOKENS - 2).float().expand(count, -1)
+        return result
 
     def rows(self, count: int, seed: int = 1) -> dict[str, Tensor]:
         """Columns of data."""
