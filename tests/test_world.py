@@ -267,8 +267,8 @@ def filled(kind: str, precision: str, layout: Layout, folder: Path) -> dict[str,
     net = World.current(layout=layout).place(
         adapter if kind == "adapter" else net, "averaged" if kind == "averaged" else "trained"
     )
-    sizes = net.base if kind == "adapter" else net
-    return {name: full(value).clone() for name, value in sizes.state_dict().items()} | {"identity": adapter.identity}
+    source = net.base if kind == "adapter" else net
+    return {name: full(value).clone() for name, value in source.state_dict().items()} | {"identity": adapter.identity}
 
 
 def trained_average(world: World | None):
