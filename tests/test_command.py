@@ -180,7 +180,7 @@ def test_an_interruption_and_a_bug(capsys, monkeypatch):
 def test_help_lists_every_key_with_type_default_range_and_meaning(capsys):
     status, out, err = ended(capsys, draw, "--help")
     assert (status, err) == (0, []) and out.splitlines()[2:] == [
-        "Arguments are key=value arguments, whose values are YAML:",
+        "Arguments have the form key=value; values are YAML:",
         "",
         "source: text; required",
         "    Source of the pictures.",
