@@ -3,10 +3,11 @@
 
     python jobs/convert.py pickle=edm-cifar10-32x32-cond-vp.pkl out=edm_cifar10
     python jobs/convert.py pickle=model.bin network.config='{...}' out=teacher
+    python jobs/convert.py pickle=model.bin out=tensors
 
-The first form writes all tensors under their own names, and what the pickle says of its modules. diffusers has no class
-with the layout of EDM's and EDM2's networks, so that this is as far as their files go. The second form writes a folder
-that teacher=... takes, of tensors that are named as the network's are.
+A network of EDM (DDPM++, NCSN++ or ADM) becomes a folder that teacher=... takes. So do tensors that are named as those
+of the network that is described. Of another pickle all tensors are written under their own names, with what it says of
+its modules. EDM's baselines and EDM2 are refused.
 """
 
 import json
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 
 from fewstep.config import Strict, command, resolve, resolve_out
 from fewstep.folders import NETWORK, replace, replaceable
-from fewstep.networks.convert import read_pickle, to_denoiser
+from fewstep.networks.convert import edm_denoiser, read_pickle, to_denoiser
 from fewstep.networks.pretrained import Network, save_denoiser
 
 
@@ -31,9 +32,10 @@ class Convert(Strict):
     out: str
     """Folder to write; it must not exist."""
     network: Network | None = None
-    """The network whose tensors these are; null writes all tensors under their own names."""
+    """The network whose tensors these are; null knows EDM's, and writes other tensors under their own names."""
     part: str = ""
-    """Dotted name below which the network's tensors lie, such as ema.model or state_dict."""
+    """Dotted name below which the network's tensors lie, such as ema.model or state_dict. A pickle of several EDM
+    networks needs the name of one, such as ema."""
 
 
 @command(Convert)
@@ -41,7 +43,10 @@ def main(job: Convert) -> None:
     out = resolve_out(job.out)
     replaceable(out, NETWORK, overwrite=False)
     pickle = read_pickle(resolve(job.pickle))
-    net = None if job.network is None else to_denoiser(pickle.tensors, job.network, job.part)
+    if job.network is None:
+        net = edm_denoiser(pickle, job.part)
+    else:
+        net = to_denoiser(pickle.tensors, job.network, job.part)
     part = out.with_name(f".{out.name}.part")
     part.mkdir(parents=True)
     if net is not None:

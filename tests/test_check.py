@@ -228,7 +228,7 @@ def test_what_cannot_be_exported_is_reported_before_it_is_trained(tmp_path):
     dit = recipe(tmp_path, f"teacher={teacher(tmp_path / 'dit', classes=10, kind='DiTTransformer2DModel')}")
     assert run.export_notes(dit) == [
         "nothing will be exported: export: DiTTransformer2DModel has no pipeline here; exported are pixel-space "
-        "UNet2DModel generators"
+        "generators of UNet2DModel and EDMUNetModel"
     ]
     denoising = load_recipe(["recipe=fashion_mnist_teacher", "name=a"], RECIPES, "")
     assert run.export_notes(denoising)[0].startswith("nothing will be exported: run: denoising samples by heun-18")

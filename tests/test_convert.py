@@ -8,6 +8,7 @@ import sys
 from collections import OrderedDict
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -33,28 +34,27 @@ class Persistent:
         return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (self.meta,)
 
 
-@pytest.fixture
-def written(tmp_path, monkeypatch):
-    """(content, protocol) -> a file with its pickle, made where torch_utils is known and read where it is not."""
+def write_pickle(content, path: Path, protocol: int = 4) -> Path:
+    """A file with the pickle of a content, made where torch_utils is known and read where it is not."""
     module = ModuleType("torch_utils.persistence")
     exec("def _reconstruct_persistent_obj(meta): raise AssertionError('code of a pickle was run')", vars(module))
     module._reconstruct_persistent_obj.__module__ = module.__name__
+    with patch.dict(sys.modules, {"torch_utils": ModuleType("torch_utils"), module.__name__: module}):
+        path.write_bytes(pickle.dumps(content, protocol))
+    return path
 
-    def write(content, protocol: int = 4) -> Path:
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, "torch_utils", ModuleType("torch_utils"))
-            patch.setitem(sys.modules, "torch_utils.persistence", module)
-            (tmp_path / "net.pkl").write_bytes(pickle.dumps(content, protocol))
-        return tmp_path / "net.pkl"
 
-    return write
+@pytest.fixture
+def written(tmp_path):
+    """(content, protocol) -> a file with its pickle."""
+    return lambda content, protocol=4: write_pickle(content, tmp_path / "net.pkl", protocol)
 
 
 def edm(model: nn.Module) -> dict:
-    """A snapshot as EDM writes it: a preconditioned network in "ema", and what else training had."""
+    """A snapshot as EDM writes it, of a network of another class: it lies in "ema", beside what else training had."""
     inner = OrderedDict(model=model)
     state = {"training": False, "_parameters": OrderedDict(), "_buffers": OrderedDict(), "_modules": inner}
-    network = Persistent("EDMPrecond", img_resolution=8, sigma_data=0.5, **state)
+    network = Persistent("Wrapped", img_resolution=8, sigma_data=0.5, **state)
     return {"ema": network, "augment_pipe": None, "dataset_kwargs": {"resolution": 8, "mean": np.ones(3)}}
 
 
@@ -71,7 +71,7 @@ def test_a_snapshot_becomes_a_teacher_where_its_tensors_are_a_networks_and_safet
     tensors = load_file(tmp_path / "tensors" / "tensors.safetensors")
     assert {f"ema.model.{key}" for key in model.state_dict()} == tensors.keys()
     (module, *_) = json.loads((tmp_path / "tensors" / "modules.json").read_text())
-    assert module["name"] == "ema" and module["class"] == "EDMPrecond"
+    assert module["name"] == "ema" and module["class"] == "Wrapped"
     assert module["settings"] == {"training": False, "img_resolution": 8, "sigma_data": 0.5}
 
 

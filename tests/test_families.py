@@ -103,9 +103,11 @@ def test_a_family_takes_further_scalars_and_blocks_in_bf16(opened):
     assert 0 < (raw - low).abs().max() < 0.1 * raw.abs().max()
 
 
-def engine(net: Denoiser, family, lora: bool = False, **layout) -> Engine:
-    """DMD2 in four steps with backward simulation, guidance and a GAN head."""
-    method = DMD2(student_steps=4, guidance=2.0)
+FOUR_STEPS = DMD2(student_steps=4, guidance=2.0)
+
+
+def engine(net: Denoiser, family, lora: bool = False, method: DMD2 = FOUR_STEPS, **layout) -> Engine:
+    """DMD2 in four steps with backward simulation, guidance and a GAN head, unless another is given."""
     base = deepcopy(net)
     copy = (lambda seed: Lora(base, 2, targets="all", seed=seed)) if lora else (lambda seed: deepcopy(base))
     torch.manual_seed(0)

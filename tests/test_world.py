@@ -27,9 +27,10 @@ from fewstep.engine.train import Engine, Train
 from fewstep.engine.world import Layout, World, full
 from fewstep.methods import METHODS
 from fewstep.networks.average import average
-from fewstep.networks.backbones import Transformer
+from fewstep.networks.backbones import EDMUNet, Transformer
 from fewstep.networks.blocks import blocks, checkpoint_activations, compile_passes
 from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.edm import EDMUNetModel
 from fewstep.networks.families import TextUNet
 from fewstep.networks.lora import Lora
 from fewstep.networks.pretrained import Network, new_denoiser, open_teacher, save_denoiser
@@ -129,6 +130,10 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 # Networks that diffusers makes
 
+MODELS = ("unet", "text", "dit", "edm")
+EDM_UNET = {"layout": "ncsn++", "sample_size": 8, "in_channels": 2, "channels": 8, "channel_mult": (1, 2)}
+EDM_UNET |= {"layers_per_block": 1, "attention_sizes": (4,), "num_class_embeds": 5}
+
 
 def backbone(name: str, precision: str = "fp32") -> Denoiser:
     torch.manual_seed(0)
@@ -137,6 +142,9 @@ def backbone(name: str, precision: str = "fp32") -> Denoiser:
     if name == "text":
         model = diffusers.UNet2DConditionModel(**TEXT).eval()
         return Denoiser(TextUNet(model), DDPM(), "eps", time_scale=1e-3, precision=precision)
+    if name == "edm":
+        model = EDMUNetModel(**EDM_UNET).eval()
+        return Denoiser(EDMUNet(model), EDM(), "edm", precision=precision)
     model = diffusers.DiTTransformer2DModel(**DIT).eval()
     for p in model.parameters():  # its output layer starts at zero
         nn.init.normal_(p, std=0.1)
@@ -187,7 +195,7 @@ def work(rank: int, size: int, folder: str) -> None:
         offloaded = World.current(layout=Layout(placement="shard", offload_average=True))
         results["average"] = everything(trained_average(offloaded))
         results["filled"] = {name: filled(*how, Path(folder)) for name, how in FILLED.items()}
-        for name in ("unet", "text", "dit"):
+        for name in MODELS:
             for precision in ("fp32", "bf16"):
                 net = World.current(layout=LAYOUTS["shard, recompute"]).place(backbone(name, precision))
                 if precision == "fp32":
@@ -359,7 +367,7 @@ def test_adapters_of_two_workers_equal_those_of_one_on_a_sharded_base(world_resu
     assert sizes == {"fake": whole["fake"] * (2 if name == "replicate" else 1), "teacher": whole["teacher"]}
 
 
-@pytest.mark.parametrize("name", ["unet", "text", "dit"])
+@pytest.mark.parametrize("name", MODELS)
 def test_sharded_diffusers_models_give_the_gradients_of_plain_ones(world_results, name):
     """With activations recomputed, early exit, and (dit) an embedding that is called inside and outside its block."""
     for precision, near in (("fp32", 1e-6), ("bf16", 0.01)):
@@ -368,7 +376,7 @@ def test_sharded_diffusers_models_give_the_gradients_of_plain_ones(world_results
             assert distance(rank[f"{name} {precision}"], expected) < near
 
 
-@pytest.mark.parametrize("name", ["unet", "text", "dit"])
+@pytest.mark.parametrize("name", MODELS)
 def test_sharded_diffusers_models_have_the_tangents_of_plain_ones(world_results, name):
     expected = backbone_tangent(backbone(name).requires_grad_(False), *inputs(name))
     for rank, results in enumerate(world_results(2)):
@@ -436,7 +444,7 @@ def test_trap_19_a_pass_without_gradients_leaves_those_of_the_next_alone():
 # Memory and speed by switch
 
 
-@pytest.mark.parametrize("name", ["unet", "text", "dit"])
+@pytest.mark.parametrize("name", MODELS)
 def test_recomputed_activations_give_the_same_gradients_and_names(name):
     plain, thrifty = backbone(name), backbone(name)
     checkpoint_activations(thrifty)

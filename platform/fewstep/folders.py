@@ -108,7 +108,8 @@ def _is_pipeline(folder: Path | Place) -> bool:
     return isinstance(inference, dict) and "calls" in inference and _is_network(folder)
 
 
-EXPORT = Kind("an export", _is_export, re.compile(rf"(model_index|fewstep)\.json|README\.md|pipeline\.py|{_WEIGHTS}"))
+_CODE = r"pipeline\.py|unet(_[2-4])?/edm\.py"
+EXPORT = Kind("an export", _is_export, re.compile(rf"(model_index|fewstep)\.json|README\.md|{_CODE}|{_WEIGHTS}"))
 PIPELINE = Kind(
     "an export",
     _is_pipeline,

@@ -223,6 +223,21 @@ class Transformer(Tokens):
         return mean_of(self.model(x, timestep=time, class_labels=self.labels(cond, x), return_dict=False)[0], x)
 
 
+class EDMUNet(Backbone):
+    """EDMUNetModel (networks/edm.py), class labels or none. The middle is the encoder's last block, as in DMD2."""
+
+    attention_layers = ("qkv", "proj")
+
+    def __init__(self, model: nn.Module):
+        config, last = model.config, len(model.down_blocks) - 1
+        taps = {f"down{i}": f"down_blocks.{i}" for i in range(last)} | {"middle": f"down_blocks.{last}"}
+        shape, classes = (config.in_channels, *size_of(config.sample_size)), config.num_class_embeds
+        super().__init__(model, taps, shape, classes, classes if config.null_class else None, ("time_embedding",))
+
+    def call(self, x: Tensor, time: Tensor, cond: Any) -> Tensor:
+        return self.model(x, time, class_labels=self.labels(cond, x))[0]
+
+
 def unet_taps(model: nn.Module) -> dict[str, str]:
     """The down blocks and the bottleneck."""
     return {f"down{i}": f"down_blocks.{i}" for i in range(len(model.down_blocks))} | {"middle": "mid_block"}

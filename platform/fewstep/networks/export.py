@@ -27,12 +27,13 @@ from ..diffusion.level import PREDICTIONS
 from ..diffusion.samplers import Call, run_calls
 from ..folders import EXPORT, appearing
 from ..storage.place import Place
-from .backbones import UNet
+from .backbones import EDMUNet, UNet
 from .card import Card, write_card
 from .denoiser import Denoiser
 from .pretrained import network_of, save_denoiser
 
 PIPELINE = Path(__file__).with_name("pipeline.py")
+OWN = {"EDMUNetModel": Path(__file__).with_name("edm.py")}  # classes that diffusers has not
 INDEX = "model_index.json"
 INFERENCE = "inference.json"  # of a stock pipeline's folder, which has no place for the calls elsewhere
 TOLERANCE = 1e-5  # of the network's own output, from float32's rounding in another process
@@ -175,10 +176,10 @@ def exported_class_names(folder: Path, classes: int | None) -> tuple[str, ...]:
 
 def check_exportable(denoiser: Denoiser, calls: Sequence[Call]) -> None:
     """Raises ExportError for a generator without a pipeline here. The weights are not looked at."""
-    if not isinstance(denoiser.backbone, UNet):
+    if not isinstance(denoiser.backbone, (UNet, EDMUNet)):
         raise ExportError(
             f"export: {type(denoiser.backbone.model).__name__} has no pipeline here; exported are pixel-space "
-            "UNet2DModel generators"
+            "generators of UNet2DModel and EDMUNetModel"
         )
     if len(names(calls)) > NETWORKS:
         raise ExportError(
@@ -227,15 +228,19 @@ def _write(
         if role != "student":
             save_denoiser(nets[role], folder, name)
     shutil.copyfile(PIPELINE, folder / PIPELINE.name)
+    classes = {name: network_of(nets[role]).model for role, name in names(calls).items()}
+    for name, kind in classes.items():
+        if kind in OWN:
+            shutil.copyfile(OWN[kind], folder / name / OWN[kind].name)
     index: dict[str, Any] = {
         "_class_name": [PIPELINE.stem, "FewStepPipeline"],
         "_diffusers_version": diffusers.__version__,
-        **{name: ["diffusers", type(nets[role].backbone.model).__name__] for role, name in names(calls).items()},
+        **{name: [OWN[kind].stem if kind in OWN else "diffusers", kind] for name, kind in classes.items()},
         "sampling": {
             "calls": numbers,
             "classes": net.classes,
             "class_names": list(class_names) if class_names else None,
-            "patch": net.backbone.patch,
+            "patch": getattr(net.backbone, "patch", 1),
             "network": network_of(net).model_dump(exclude={"config"}),
         },
     }

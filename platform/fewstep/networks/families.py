@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .backbones import Backbone, Tokens, Transformer, UNet, mean_of, size_of, unet_taps
+from .backbones import Backbone, EDMUNet, Tokens, Transformer, UNet, mean_of, size_of, unet_taps
 from .conditions import Texts
 from .nasa import subtracting
 
@@ -163,6 +163,7 @@ class PixArt(Tokens):
 BACKBONES: dict[str, type[Backbone]] = {
     "UNet2DModel": UNet,
     "DiTTransformer2DModel": Transformer,
+    "EDMUNetModel": EDMUNet,
     "UNet2DConditionModel": TextUNet,
     "SD3Transformer2DModel": SD3,
     "FluxTransformer2DModel": Flux,

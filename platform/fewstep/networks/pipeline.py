@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch.nn import functional as F
@@ -38,10 +38,10 @@ class FewStepPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet: UNet2DModel,
-        unet_2: UNet2DModel | None = None,
-        unet_3: UNet2DModel | None = None,
-        unet_4: UNet2DModel | None = None,
+        unet: ModelMixin,
+        unet_2: ModelMixin | None = None,
+        unet_3: ModelMixin | None = None,
+        unet_4: ModelMixin | None = None,
         sampling: dict | None = None,
     ):
         super().__init__()
@@ -60,6 +60,12 @@ class FewStepPipeline(DiffusionPipeline):
             shutil.copyfile(source, folder / "pipeline.py")
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         index["_class_name"] = ["pipeline", type(self).__name__]
+        for name, part in self.components.items():
+            if isinstance(part, ModelMixin) and not type(part).__module__.startswith("diffusers."):
+                code = Path(inspect.getfile(type(part)))
+                index[name] = [code.stem, type(part).__name__]
+                if code.resolve() != (folder / name / code.name).resolve():
+                    shutil.copyfile(code, folder / name / code.name)
         (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         if network := self.config.sampling.get("network"):
             calls = self.config.sampling["calls"]
@@ -162,7 +168,7 @@ def _routed(call: dict, labels: list[Any]) -> list[tuple[str, Any]]:
 
 
 @contextmanager
-def _shifted(unet: UNet2DModel, shift: list[float] | None) -> Iterator[None]:
+def _shifted(unet: ModelMixin, shift: list[float] | None) -> Iterator[None]:
     """Adds `shift` to the time embedding during a call."""
     if shift is None:
         yield

@@ -38,6 +38,7 @@ from .weights import (
     check_memory,
     fill,
     headers,
+    model_class,
     outline,
     unfilled,
     weight_files,
@@ -55,6 +56,7 @@ class Network(Strict):
     model: Literal[
         "UNet2DModel",
         "DiTTransformer2DModel",
+        "EDMUNetModel",
         "UNet2DConditionModel",
         "SD3Transformer2DModel",
         "FluxTransformer2DModel",
@@ -129,9 +131,7 @@ def new_denoiser(network: Network, precision: str = "fp32", weights: bool = True
     outlined = _outlined(network, config, precision)
     if not weights:
         return outlined
-    import diffusers
-
-    model = getattr(diffusers, network.model)(**config)
+    model = model_class(network.model)(**config)
     last = next(getattr(model, name) for name in ("conv_out", "proj_out_2", "proj_out") if hasattr(model, name))
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
@@ -290,7 +290,7 @@ def _read_folder(folder: Path) -> tuple[Network, Path, dict[str, Any], dict[str,
         if folder.suffix in (".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".bin"):
             raise ValueError(
                 f"teacher: {str(folder)!r} is a pickle, which runs code when it is opened; convert it, running "
-                "none, to a folder with: python jobs/convert.py pickle=... network=... out=..."
+                "none, to a folder with: python jobs/convert.py pickle=... out=..., and network=... if it is not EDM's"
             )
         raise ValueError(
             f"teacher: no folder {str(folder)!r}; make one with: python jobs/teach.py, or download a pipeline there"

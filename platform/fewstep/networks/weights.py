@@ -66,11 +66,20 @@ def _check_value(value: Any, key: str, depth: int = 0) -> None:
         raise ValueError(f"{key}: {quoted(value)} is no number, text or list")
 
 
-def arguments_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor's arguments in the config.json of a model of diffusers; other keys are left out, as there."""
+def model_class(name: str) -> type[nn.Module]:
+    """The class of a model: diffusers', or EDM's U-Net, which diffusers has not."""
+    if name == "EDMUNetModel":
+        from .edm import EDMUNetModel
+
+        return EDMUNetModel
     import diffusers
 
-    return {key: config[key] for key in inspect.signature(getattr(diffusers, name)).parameters if key in config}
+    return getattr(diffusers, name)
+
+
+def arguments_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments in the config.json of a model of diffusers; other keys are left out, as there."""
+    return {key: config[key] for key in inspect.signature(model_class(name)).parameters if key in config}
 
 
 def outline(name: str, arguments: Mapping[str, Any], tensors: int | None = None) -> nn.Module:
@@ -108,10 +117,9 @@ def check_memory(model: nn.Module) -> None:
 
 
 def _construct(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    import diffusers
-
+    kind = model_class(name)
     try:
-        return getattr(diffusers, name)(**arguments)
+        return kind(**arguments)
     except Exception as error:  # of a constructor that was written for arguments that fit each other
         raise ValueError(f"{type(error).__name__}: {one_line(error)}") from None
 
