@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "platform"))
 
 from pydantic import Field
 
-from fewstep.config import Strict, command, resolve_out
+from fewstep.config import OutPath, Strict, command, resolve_out
 
 
 class Compare(Strict):
@@ -28,7 +28,7 @@ class Compare(Strict):
     """Names or ids of the runs; `last` is the one started last."""
     sweep: str | None = None
     """Instead of runs: name or id of a sweep's parent run, whose trials are compared."""
-    out: str = "compare.html"
+    out: OutPath = "compare.html"
     """The page."""
     grid: str = "student"
     """Sample grids to show: student, or fake, which is the fake score's denoising."""

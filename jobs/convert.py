@@ -18,19 +18,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
 from safetensors.torch import save_file
 
-from fewstep.config import Strict, command, resolve, resolve_out
-from fewstep.folders import NETWORK, replace, replaceable
+from fewstep.config import LocalPath, OutPathOrURL, Strict, command, resolve
+from fewstep.folders import NETWORK, appearing
 from fewstep.networks.convert import edm_denoiser, read_pickle, to_denoiser
 from fewstep.networks.pretrained import Network, save_denoiser
+from fewstep.storage.place import located_out
 
 
 class Convert(Strict):
     """Converts a pickle of weights once, without running anything that it holds."""
 
-    pickle: str
+    pickle: LocalPath
     """File: a pickle, or what torch.save wrote."""
-    out: str
-    """Folder to write; it must not exist."""
+    out: OutPathOrURL
+    """Folder to write, or its URL (s3://bucket/x); it must not exist."""
     network: Network | None = None
     """The network whose tensors these are; null knows EDM's, and writes other tensors under their own names."""
     part: str = ""
@@ -40,22 +41,19 @@ class Convert(Strict):
 
 @command(Convert)
 def main(job: Convert) -> None:
-    out = resolve_out(job.out)
-    replaceable(out, NETWORK, overwrite=False)
-    pickle = read_pickle(resolve(job.pickle))
-    if job.network is None:
-        net = edm_denoiser(pickle, job.part)
-    else:
-        net = to_denoiser(pickle.tensors, job.network, job.part)
-    part = out.with_name(f".{out.name}.part")
-    part.mkdir(parents=True)
-    if net is not None:
-        save_denoiser(net, part)
-    else:
-        save_file(pickle.tensors, part / "tensors.safetensors")
-        modules = [{"name": name, "class": kind, "settings": settings} for name, kind, settings in pickle.modules]
-        (part / "modules.json").write_text(json.dumps(modules, indent=1) + "\n")
-    replace(part, out, NETWORK, overwrite=False)
+    out = located_out(job.out)
+    with appearing(out, NETWORK, overwrite=False) as folder:
+        pickle = read_pickle(resolve(job.pickle))
+        if job.network is None:
+            net = edm_denoiser(pickle, job.part)
+        else:
+            net = to_denoiser(pickle.tensors, job.network, job.part)
+        if net is not None:
+            save_denoiser(net, folder)
+        else:
+            save_file(pickle.tensors, folder / "tensors.safetensors")
+            modules = [{"name": name, "class": kind, "settings": settings} for name, kind, settings in pickle.modules]
+            (folder / "modules.json").write_text(json.dumps(modules, indent=1) + "\n")
     for name, kind, _ in pickle.modules:
         print(f"{name or '.'}: {kind}")
     print(json.dumps({"out": str(out), "tensors": len(pickle.tensors), "teacher": net is not None}))

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "platform"))
 
 from pydantic import Field
 
-from fewstep.config import Strict, command
+from fewstep.config import OutPath, OutPathOrURL, Strict, command
 
 
 class Doctor(Strict):
@@ -25,9 +25,9 @@ class Doctor(Strict):
 
     recipe: str | None = None
     """Check what this recipe uses: a name of jobs/recipes or a path. Without one, what is shipped, and Inception."""
-    out: str | None = None
+    out: OutPath | None = None
     """Folder of the runs; without it the recipe's, else runs."""
-    storage: str | None = None
+    storage: OutPathOrURL | None = None
     """Folder or URL of the checkpoints; without it the recipe's."""
     uri: str | None = None
     """Tracking store; without it the recipe's, MLFLOW_TRACKING_URI, or mlflow.db here."""

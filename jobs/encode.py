@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
 from pydantic import Field
 
-from fewstep.config import Strict, command
+from fewstep.config import OutPathOrURL, Strict, command
 from fewstep.storage.place import located_out
 
 Count = Annotated[int, Field(ge=1)]
@@ -28,7 +28,7 @@ class EncodeJob(Strict):
     """Folder of shards with images and captions, or its URL (s3://bucket/x)."""
     teacher: str
     """Folder of a diffusers pipeline with a codec and text encoders, its URL, or hub:owner/name."""
-    out: str
+    out: OutPathOrURL
     """Folder to write, or its URL."""
     workers: Count = 1
     """Actors; each has a CPU, or a GPU, and one shard at a time."""

@@ -8,7 +8,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
-from fewstep.config import Strict, command
+from fewstep.config import OutPathOrURL, Strict, command
 from fewstep.networks.card import snippet
 from fewstep.students import export_run
 
@@ -18,7 +18,7 @@ class Export(Strict):
 
     run: str
     """Folder of a run, or one of its checkpoints/step-*."""
-    out: str | None = None
+    out: OutPathOrURL | None = None
     """Folder to write, or its URL (s3://bucket/x); null is <run>/export."""
     method: dict[str, Any] = {}
     """Fields of the run's method to change for sampling, such as method.times=[1.5583] or method.student_steps=2, for

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from fewstep.config import Strict, command, resolve, resolve_out
+from fewstep.config import OutPathOrURL, Strict, command, resolve
 from fewstep.data.decode import CorruptImage, read_picture
 from fewstep.data.feed import Feed, open_feed
 from fewstep.data.folder import folder
 from fewstep.diffusion.samplers import to_uint8
 from fewstep.engine.world import device_of
-from fewstep.folders import overwritable
+from fewstep.folders import files_in
 from fewstep.metrics import METRICS
 from fewstep.metrics.base import Extractor, File, file_fields
 from fewstep.metrics.coco import PROTOCOLS, open_prepared
@@ -29,6 +29,7 @@ from fewstep.metrics.features import Info, SmallNetwork, accuracy, open_features
 from fewstep.metrics.frechet import frechet_distance
 from fewstep.metrics.reference import KEPT, moments, save_reference
 from fewstep.storage.cache import local
+from fewstep.storage.place import located_out
 
 BATCH = 128
 
@@ -40,8 +41,8 @@ class Features(Strict):
     """Folder of shards: the real images, to train on and to describe. Of a protocol's extractor: folder of pictures."""
     test: str | None = None
     """Folder of shards that were not trained on: gives the accuracy, and the distance of a perfect generator."""
-    out: str
-    """Folder for features.safetensors and statistics.npz."""
+    out: OutPathOrURL
+    """Folder for features.safetensors and statistics.npz, or its URL (s3://bucket/x)."""
     extractor: str | None = None
     """Describe the images with this network of a metric: a file, such as features.safetensors or Inception's .pt, the
     name of a network that is looked for, such as inception, or of a protocol: coco30k, coco10k or coco10k_patch."""
@@ -139,15 +140,11 @@ def describe_pictures(job: Features, out: Path) -> dict:
     outputs = extractor.describe(pictures())
     name = f"{len(outputs.features)} pictures of {resolve(job.data).name}"
     reference = save_reference(out / "statistics.npz", name, outputs, extractor)
-    return {"extractor": extractor.hash, "reference": reference.hash, "images": reference.images, "out": str(out)}
+    return {"extractor": extractor.hash, "reference": reference.hash, "images": reference.images}
 
 
-def run(job: Features) -> dict:
-    """Trains or opens the extractor, writes the statistics, and returns what the job reports."""
-    out = resolve_out(job.out)
-    if job.extractor is None:
-        overwritable(out / "features.safetensors", mark='"info"')
-    overwritable(out / "statistics.npz", mark="covariance.npy")
+def run(job: Features, out: Path) -> dict:
+    """Trains or opens the extractor, writes the statistics to `out`, and returns what the job reports."""
     if job.extractor in PROTOCOLS:
         return describe_pictures(job, out)
     feed = open_images(job.data, job.seed)
@@ -170,7 +167,7 @@ def run(job: Features) -> dict:
         labels.numpy() if feed.classes else None,
         job.keep,
     )
-    report = {"extractor": extractor.hash, "reference": reference.hash, "images": reference.images, "out": str(out)}
+    report = {"extractor": extractor.hash, "reference": reference.hash, "images": reference.images}
     if test:
         floor = frechet_distance(*moments(extractor(test[0]).features), reference.mean, reference.covariance)
         print(f"Frechet distance of {len(test[0])} test images: {floor:.4f}")
@@ -183,7 +180,13 @@ def run(job: Features) -> dict:
 @command(Features)
 def main(job: Features) -> None:
     device_of(job.device)
-    print(json.dumps(run(job)))
+    out = located_out(job.out)
+    marks = {"features.safetensors": '"info"', "statistics.npz": "covariance.npy"}
+    if job.extractor is not None:
+        del marks["features.safetensors"]
+    with files_in(out, marks) as folder:
+        report = run(job, folder)
+    print(json.dumps(report | {"out": str(out)}))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "platform"))
 
 from pydantic import Field
 
-from fewstep.config import ConfigError, Strict, command, read_json, resolve_out, to_yaml
+from fewstep.config import ConfigError, OutPath, Strict, command, read_json, resolve_out, to_yaml
 from fewstep.folders import claim, cleaned_name, write_private
 from fewstep.recipe import Recipe, Stage, open_chain, open_recipe
 from fewstep.texts import shown
@@ -56,7 +56,7 @@ class League(Strict):
     """Keys of the recipes' `evaluate` and their values, so that all are scored alike."""
     images: Annotated[int, Field(ge=2)] = 2000
     """Samples to score, of the last step."""
-    out: str = "league"
+    out: OutPath = "league"
     """Folder of table.md and rows.json, of the pairs, and of the runs of chains."""
 
 

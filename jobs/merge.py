@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
 from pydantic import Field
 
-from fewstep.config import Strict, command, resolve_out
+from fewstep.config import OutPathOrURL, Strict, command
 from fewstep.folders import EXPORT, replaceable
+from fewstep.storage.place import located_out
 
 
 class Merge(Strict):
@@ -28,8 +29,8 @@ class Merge(Strict):
     """Folder of another with the same network."""
     weight: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the first."""
-    out: str
-    """Folder to write."""
+    out: OutPathOrURL
+    """Folder to write, or its URL (s3://bucket/x)."""
     overwrite: bool = False
     """Replace an export at `out`."""
 
@@ -41,7 +42,7 @@ def main(job: Merge) -> None:
     from fewstep.networks.export import export
     from fewstep.students import few_step_calls, open_student
 
-    out = resolve_out(job.out)
+    out = located_out(job.out)
     replaceable(out, EXPORT, overwrite=job.overwrite)
     one, other = open_student(job.first), open_student(job.second)
     net = between(one.net, other.net, job.weight)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from pydantic import Field
 
 from fewstep.build import given_prompts
-from fewstep.config import Strict, command
+from fewstep.config import OutPathOrURL, Strict, command
 from fewstep.engine.world import device_of
 from fewstep.pairs import write_pairs
 from fewstep.storage.place import located_out
@@ -31,7 +31,7 @@ class Pairs(Strict):
 
     teacher: str
     """Folder of a teacher, its URL, or hub:owner/name; the folder of a run gives that student's samples."""
-    out: str
+    out: OutPathOrURL
     """Folder to write, or its URL (s3://bucket/x)."""
     pairs: Count = 2000
     """Number of pairs."""

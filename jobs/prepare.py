@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
-from fewstep.config import Strict, command, resolve
+from fewstep.config import LocalPath, OutPathOrURL, Strict, command, resolve
 from fewstep.data.decode import MAX_PIXELS
 from fewstep.data.source import Reading
 from fewstep.data.sources import SOURCES, pack
@@ -38,9 +38,9 @@ class Prepare(Strict):
 
     source: Literal["fashion_mnist", "cifar10", "emoji", "folder", "webdataset", "parquet"]
     """Kind of the source: a known set, a folder of pictures, tars of webdataset, or Parquet files as hubs have them."""
-    out: str
+    out: OutPathOrURL
     """Folder to write, or its URL (s3://bucket/x); `shipped:name` is in the package."""
-    path: str | None = None
+    path: LocalPath | None = None
     """The source's file or folder; fashion_mnist and emoji find or download their own."""
     split: Literal["train", "test", "validation", "all"] = "train"
     """Part of fashion_mnist, of cifar10, of emoji, and of Parquet files named after their split. all: of emoji."""

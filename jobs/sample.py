@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from fewstep.build import Sampler, given_prompts, grid, make_samples, png
-from fewstep.config import Strict, command, resolve_out
+from fewstep.config import OutPath, Strict, command, resolve_out
 from fewstep.engine.world import World, device_of
 from fewstep.folders import overwritable
 from fewstep.students import open_sampler
@@ -43,9 +43,9 @@ class Sample(Strict):
     """Scale of the subtraction; at 0 images keep their bits."""
     seed: int = 0
     """Seed of the noise."""
-    out: str = "grid.png"
+    out: OutPath = "grid.png"
     """File of the picture."""
-    each: str | None = None
+    each: OutPath | None = None
     """Folder that gets each image as a file too."""
     columns: Count = 10
     """Columns of the picture."""

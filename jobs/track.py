@@ -8,13 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
-from fewstep.config import Strict, command, resolve
+from fewstep.config import LocalPath, Strict, command, resolve
 
 
 class Track(Strict):
     """Send what a run's journal still holds to its MLflow store. Safe to repeat: nothing is recorded twice."""
 
-    folder: str
+    folder: LocalPath
     """The run's folder, which holds tracking/journal.jsonl."""
     uri: str | None = None
     """Store to send to; null is the store that the run was opened with."""

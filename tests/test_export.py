@@ -18,6 +18,7 @@ from demo import another
 from diffusers.utils import dynamic_modules_utils
 from job import job as command
 from PIL import Image
+from safetensors.torch import load_file
 from test_networks import TEXT, unet
 from torch import nn
 
@@ -38,8 +39,9 @@ from fewstep.networks.export import ExportError, entries, export
 from fewstep.networks.families import TextUNet
 from fewstep.networks.pipeline import FewStepPipeline
 from fewstep.networks.pretrained import network_of, open_teacher, save_denoiser
-from fewstep.recipe import Recipe
-from fewstep.students import export_run, few_step_calls, open_sampler, open_student
+from fewstep.recipe import Recipe, read_run
+from fewstep.storage.cache import local
+from fewstep.students import Student, export_run, few_step_calls, open_sampler, open_student
 
 JOBS = Path(__file__).parents[1] / "jobs"
 ROWS = [
@@ -397,6 +399,20 @@ def test_an_earlier_export_is_replaced_whole(tmp_path, monkeypatch):
     with pytest.raises(FolderError, match="also holds 'notes.txt', which is no part of an export"):
         export(net, tmp_path / "model", **settings, overwrite=True)
     assert (tmp_path / "model/notes.txt").exists()
+
+
+def test_the_mean_of_two_runs_students_may_go_to_a_store(run, tmp_path, monkeypatch):
+    recipe, nets = read_run(run), {"a": student(2), "b": student(3)}
+    opened = lambda name: Student(nets[name], recipe, run, run, step=30, averaged=True)
+    monkeypatch.setattr("fewstep.students.open_student", opened)
+    monkeypatch.setattr(exporting, "_compare", lambda *_: 0.0)  # in a fresh process, which takes seconds
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))
+    job("merge", "first=a", "second=b", "weight=0.25", f"out=memory://{tmp_path}/merged")
+    found = load_file(local(f"memory://{tmp_path}/merged") / "unet" / "diffusion_pytorch_model.safetensors")
+    one, other = (net.backbone.model.state_dict() for net in nets.values())
+    assert found.keys() == one.keys()
+    for key, value in found.items():
+        torch.testing.assert_close(value, 0.25 * one[key] + 0.75 * other[key])
 
 
 def test_an_export_that_does_not_load_is_not_kept(tmp_path, monkeypatch):

@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import re
+import shutil
+import sys
 import time
 import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
+import torch
+from demo import losses, recipe
 from fsspec.implementations.dirfs import DirFileSystem
-from job import job
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import _registry
+from job import JOBS, job
 from moto.s3.models import S3Backend
 from PIL import Image
+from safetensors.torch import load_file
 from test_data import same, take, write
 from tiny import pipeline
 
 from fewstep import build
-from fewstep.config import resolve
+from fewstep.config import ConfigError, resolve, validate
 from fewstep.data.feed import StreamFeed, open_feed
 from fewstep.data.manifest import ShardError
 from fewstep.data.shards import ShardWriter, join, open_shards
+from fewstep.engine.folder import newest, step_of
+from fewstep.engine.manifest import read_manifest
 from fewstep.files import sha256_of
-from fewstep.folders import EXPORT, FolderError, appearing
-from fewstep.networks.pretrained import open_teacher
+from fewstep.folders import EXPORT, FolderError, appearing, files_in
+from fewstep.locks import share, unused
+from fewstep.networks.pretrained import open_teacher, save_denoiser
 from fewstep.recipe import load_recipe
 from fewstep.storage import place as place_module
-from fewstep.storage.cache import cache_folder, copy_of, local
+from fewstep.storage.cache import IN_USE, cache_folder, copy_of, local
 from fewstep.storage.place import Place, StoreError
+from fewstep.watchdog import STOP
 
 RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
 NUMBERS = ("critic/", "student/", "health/")
@@ -105,6 +119,51 @@ def test_a_resume_in_mid_epoch_reads_no_row_twice_and_misses_none(sets, monkeypa
             for rows in islice(feed.batches(position, 16), batches):
                 seen += [round(127.5 * (float(x) + 1)) for x in rows["real"][:, 0, 0, 0]]
     assert sorted(seen[:160]) == list(range(160)) and len(seen) == 11 * 16
+
+
+def train_runs(folder: Path, runs: dict[str, list[str]]) -> None:
+    """Two workers train each run, in a process whose cluster finds the store in its environment."""
+    from fewstep.cluster.train import fit
+
+    def follow(line: dict) -> None:
+        if name == "stopped":
+            (folder / "runs" / name / STOP).touch()
+
+    small = ["train.steps=60", "train.save_every=60", "data.memory_mib=0", "cluster.workers=2", "cluster.wait_s=60"]
+    for name, words in runs.items():
+        asked = recipe(folder, f"name={name}", *small, *words)
+        if not fit(asked, follow)["finished"]:
+            (folder / "stopped.txt").write_text(str(newest(asked.checkpoints)))
+            shutil.rmtree(cache_folder() / "shards")  # it goes on on a new machine
+            fit(asked)
+
+
+@pytest.mark.slow
+def test_a_run_on_ray_from_a_store_is_that_of_the_folder_and_goes_on_in_mid_epoch(bucket, store, tmp_path):
+    """Two workers stream two epochs of 203 rows, and end with the same bits, whole or in two parts."""
+    from test_export import student  # which imports more than the processes of the runs need
+
+    shards = write(tmp_path / "set", rows=203, size=(1, 16, 16))
+    save_denoiser(student(), tmp_path / "teacher")
+    url, teacher = (send(tmp_path / name, f"{bucket}/{name}") for name in ("set", "teacher"))
+    ours = [f"tracking.uri={store}", f"data.path={url}", f"teacher={teacher}"]
+    disk = [f"tracking.uri={store}", f"data.path={tmp_path / 'set'}", f"teacher={tmp_path / 'teacher'}"]
+    runs = {"folder": disk, "store": ours, "stopped": ours}
+    process = multiprocessing.get_context("spawn").Process(target=train_runs, args=(tmp_path, runs))
+    process.start()
+    process.join(500)
+    process.kill()
+    assert process.exitcode == 0
+    assert [path.name for path in copies()] == sorted(shard.sha256 for shard in shards.manifest.shards)
+    stopped = step_of((tmp_path / "stopped.txt").read_text())
+    assert 0 < stopped < 60 and 8 * stopped % 203
+    ends = {name: read_manifest(newest(tmp_path / "runs" / name / "checkpoints")) for name in runs}
+    expected = losses(tmp_path / "runs" / "folder")
+    assert len(expected) == 60 and {"critic/denoise", "student/match"} <= expected[0].keys()
+    for name in ("store", "stopped"):
+        assert losses(tmp_path / "runs" / name) == expected
+        assert ends[name]["step"] == 60 and len(ends[name]["files"]) == 2
+        assert ends[name]["files"] == ends["folder"]["files"]
 
 
 def test_a_set_larger_than_the_cache_is_read_from_the_store(sets):
@@ -296,6 +355,87 @@ def test_a_folder_is_copied_once_and_again_when_it_has_changed(bucket, monkeypat
         local(url)
 
 
+def in_another(call: Callable[[], object]) -> None:
+    """Calls something in a process of its own, which then ends."""
+    process = multiprocessing.get_context("fork").Process(target=call)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def test_folders_that_no_process_uses_make_room_for_others_and_nothing_else_does(tmp_path, monkeypatch):
+    """Copies of 1 MiB each, of which three have room; every process that made one has ended, but for the oldest's."""
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))
+    monkeypatch.setenv("FEWSTEP_CACHE_MIB", "3")
+    for name in "abcdef":
+        Place.of(f"memory://bucket/{name}/weights").write(name.encode() * (1 << 20))
+    foreign = [tmp_path / "folders" / "mine" / "thesis.tex", tmp_path / "folders" / "notes"]
+    foreign[0].parent.mkdir(parents=True)
+    for path in foreign:
+        path.write_bytes(b"0" * (4 << 20))
+    here = lambda: sorted(path.name for path in (tmp_path / "folders").glob("*/?"))
+    fork = multiprocessing.get_context("fork")
+    ready, go = fork.Event(), fork.Event()
+    user = fork.Process(target=lambda: (local("memory://bucket/a"), ready.set(), go.wait(60)))
+    user.start()
+    assert ready.wait(60)
+    for age, name in enumerate("abc"):
+        if name != "a":
+            in_another(lambda name=name: local(f"memory://bucket/{name}"))
+        (copy,) = (path.parent for path in (tmp_path / "folders").glob(f"*/{name}"))
+        os.utime(copy, (age, age))
+    in_another(lambda: local("memory://bucket/b"))  # which makes c the oldest that nobody uses
+    half = tmp_path / "folders" / f".{'0' * 64}.12345678"  # of a process that was killed
+    half.mkdir()
+    (half / "part").write_bytes(b"0" * (1 << 20))
+    os.utime(half, (0, 0))
+    assert here() == ["a", "b", "c"]
+    in_another(lambda: local("memory://bucket/d"))
+    assert here() == ["a", "b", "d"] and not half.exists()
+    monkeypatch.setenv("FEWSTEP_CACHE_MIB", "0")
+    assert local("memory://bucket/e").joinpath("weights").read_bytes() == b"e" * (1 << 20)
+    assert here() == ["a", "e"]
+    go.set()
+    user.join(60)
+    local("memory://bucket/f")
+    assert here() == ["e", "f"]  # both are this process's
+    assert all(path.stat().st_size == 4 << 20 for path in foreign)
+    monkeypatch.setenv("FEWSTEP_CACHE_MIB", "1 GB")
+    with pytest.raises(ConfigError, match="^FEWSTEP_CACHE_MIB: '1 GB' is no number of MiB; give one, such as 20480"):
+        local("memory://bucket/f")
+
+
+def test_a_copy_that_is_being_removed_is_waited_for_and_then_fetched_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))
+    Place.of("memory://bucket/a/weights").write(b"1")
+    in_another(lambda: local("memory://bucket/a"))
+    (copy,) = (path.parent for path in (tmp_path / "folders").glob("*/a"))
+    with ThreadPoolExecutor() as pool, unused(copy / IN_USE) as free:
+        assert free
+        waiting = pool.submit(share, copy / IN_USE)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.2)
+        copy.rename(tmp_path / "gone")
+        with unused(copy / IN_USE) as there:
+            assert not there
+    assert waiting.result(30) is False
+    assert local("memory://bucket/a").joinpath("weights").read_bytes() == b"1"
+    with unused(copy / IN_USE) as free:
+        assert not free
+
+
+def test_a_cache_that_is_read_only_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))
+    Place.of("memory://bucket/a/weights").write(b"1")
+    path = local("memory://bucket/a")
+
+    def refused(file: Path) -> bool:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("fewstep.storage.cache.share", refused)
+    assert local("memory://bucket/a") == path
+
+
 def test_a_network_statistics_and_an_export_at_a_url_are_those_of_the_folder(bucket, tmp_path, capsys):
     shipped = resolve("shipped:fashion_mnist")
     for name in ("teacher", "features.safetensors", "statistics.npz"):
@@ -365,6 +505,9 @@ def test_a_set_in_a_store_is_replaced_as_a_folder_is(bucket, tmp_path, capsys):
             prepare(out, photos, "overwrite=true")
         assert re.search(text, capsys.readouterr().err)
     assert names(url) == sorted([*second, "notes.txt"])
+    with pytest.raises(SystemExit):
+        job("features")(["data=nowhere", "out=s3://nowhere/x"])
+    assert capsys.readouterr().err.startswith("out: cannot write in s3://nowhere/x (")  # before the data is looked at
 
 
 def test_a_set_that_was_not_finished_is_not_there(bucket):
@@ -425,6 +568,93 @@ def test_an_export_goes_to_a_store_whole(bucket, tmp_path):
     assert (url / "README.md").read() == b"two"
     with pytest.raises(FolderError, match="exists"), appearing(url, EXPORT, overwrite=False):
         pass
+
+
+def test_statistics_go_to_a_store_and_replace_their_own_kind_alone(tmp_path, capsys):
+    data, url = write(tmp_path / "data", rows=20, size=(1, 28, 28)).path, f"memory://{tmp_path}/statistics"
+
+    def described(out: object) -> dict:
+        job("features")([f"data={data}", f"out={out}", "extractor=shipped:fashion_mnist/features.safetensors"])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    on_disk = described(tmp_path / "statistics")
+    for _ in range(2):
+        assert described(url) == on_disk | {"out": url}
+    file = Place.of(url) / "statistics.npz"
+    assert file.read() == (tmp_path / "statistics" / "statistics.npz").read_bytes() and len(names(url)) == 1
+    file.write(b"mine")
+    with pytest.raises(SystemExit):
+        described(url)
+    assert "statistics.npz' was not written by this job" in capsys.readouterr().err and file.read() == b"mine"
+
+
+def test_files_go_to_a_store_in_their_order_when_all_are_written(tmp_path, monkeypatch):
+    order, put = [], Place.put
+    monkeypatch.setattr(Place, "put", lambda self, path: (order.append(self.name), put(self, path)))
+    url, marks = Place.of(f"memory://{tmp_path}/files"), {"b": "ours", "a": "ours"}
+    with files_in(url, marks) as folder:
+        (folder / "a").write_bytes(b"ours, last")
+        (folder / "b").write_bytes(b"ours, first")
+        assert not list(url.files())
+    assert order == ["b", "a"] and (url / "a").read() == b"ours, last" and not folder.exists()
+    with pytest.raises(RuntimeError), files_in(url, marks) as folder:
+        (folder / "b").write_bytes(b"half")
+        raise RuntimeError
+    assert (url / "b").read() == b"ours, first" and list(url.files()) == ["a", "b"]
+
+
+def test_a_converted_network_goes_to_a_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    torch.save({"a": torch.ones(2, 3)}, tmp_path / "model.bin")
+    job("convert")([f"pickle={tmp_path / 'model.bin'}", f"out=memory://{tmp_path}/net"])
+    assert names(f"memory://{tmp_path}/net") == ["modules.json", "tensors.safetensors"]
+    found = load_file(local(f"memory://{tmp_path}/net") / "tensors.safetensors")
+    assert torch.equal(found["a"], torch.ones(2, 3))
+
+
+def test_every_job_says_which_key_takes_no_url():
+    """Pictures, pages and the folders of runs lie on a disk; what other jobs read again may be anywhere."""
+    found = {}
+    for path in JOBS.glob("*.py"):
+        for key in {"out", "each", "storage"} & job(path.stem).settings.model_fields.keys():
+            said = ""
+            for url in ("s3:/bucket/x", "s3://bucket/x"):
+                with pytest.raises(ConfigError) as error:
+                    validate(job(path.stem).settings, {key: url, "x": 0})  # x is another mistake
+                said += str(error.value)
+            assert f"{key}: 's3:/bucket/x' is no path; a URL has two slashes: s3://..." in said
+            refused = f"{key}: 's3://bucket/x' is no path; give a path of this machine" in said
+            assert said.count(f"{key}:") == 1 + refused
+            found[f"{path.stem} {key}"] = not refused
+    anywhere = "convert encode export features merge pairs prepare".split()
+    assert {key for key, taken in found.items() if taken} == {f"{name} out" for name in anywhere} | {"doctor storage"}
+
+
+# Other stores
+
+
+@pytest.mark.parametrize(("protocol", "package"), [("gs", "gcsfs"), ("abfs", "adlfs")])
+def test_a_store_of_another_kind_is_used_alike_where_its_package_is_installed(protocol, package, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(sys.modules, package, None)
+    url = f"{protocol}://bucket/set"
+    for use in (open_shards, local, lambda url: ShardWriter(url, (1, 8, 8))):
+        with pytest.raises(ValueError, match=rf"^{url}: {protocol}:// needs another package: pip install {package} "):
+            use(url)
+
+    class Installed(DirFileSystem):
+        def __init__(self, **options):
+            super().__init__(path=str(tmp_path / "store"), fs=LocalFileSystem(auto_mkdir=True))
+
+    Installed.protocol = protocol
+    monkeypatch.setitem(_registry, protocol, Installed)
+    prepare(url, pictures(tmp_path / "photos"))
+    prepare(tmp_path / "set", tmp_path / "photos")
+    shards = open_shards(url)
+    assert str(shards.path) == url and names(url)[0] == "manifest.json"
+    ours, theirs = (take(StreamFeed(found), 4, batch=5) for found in (shards, open_shards(tmp_path / "set")))
+    assert same(ours, theirs) and len(copies()) == 1
+    assert (local(url) / "manifest.json").read_bytes() == (Place.of(url) / "manifest.json").read()
 
 
 # Secrets

@@ -14,13 +14,13 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .files import put_in_place, write_file
-from .storage.place import Place
+from .storage.place import Place, writable
 from .texts import quoted
 
 NAME_BYTES = 128
@@ -276,24 +276,48 @@ def claim(folder: Path, what: str, field: str = "name") -> None:
 # Files
 
 
-def overwritable(path: Path, field: str = "out", mark: str = MADE_HERE) -> None:
-    """Raises FolderError where a file is in the way that was not made here.
+def overwritable(path: Path | Place, field: str = "out", mark: str = MADE_HERE) -> None:
+    """Raises FolderError where a file is in the way that was not made here, and StoreError.
 
     mark: a text that such a file of ours has near its beginning or its end.
     """
-    if not os.path.lexists(path):
+    if isinstance(path, Place):
+        if not path.is_file():
+            return
+        seen = path.read()
+    elif not os.path.lexists(path):
         return
-    if not path.is_file():
+    elif not path.is_file():
         raise FolderError(f"{field}: {str(path)!r} is no file; choose another with {field}=...")
-    with open(path, "rb") as file:
-        seen = file.read(LOOKED_AT)
-        file.seek(max(os.fstat(file.fileno()).st_size - LOOKED_AT, 0))
-        seen += file.read()
+    else:
+        with open(path, "rb") as file:
+            seen = file.read(LOOKED_AT)
+            file.seek(max(os.fstat(file.fileno()).st_size - LOOKED_AT, 0))
+            seen += file.read()
     if mark.encode() not in seen:
         raise FolderError(
             f"{field}: {str(path)!r} was not written by this job, so it is not overwritten; choose another with "
             f"{field}=..., or remove it"
         )
+
+
+@contextlib.contextmanager
+def files_in(folder: Path | Place, marks: Mapping[str, str], field: str = "out") -> Iterator[Path]:
+    """Yields the folder of this machine in which to write files that belong in `folder`; a store then gets them.
+
+    marks: the files' names, and the text by which each is known as one of ours, see `overwritable`.
+    Raises FolderError where another file has such a name, ValueError where nothing can be written, and StoreError.
+    """
+    for name, mark in marks.items():
+        overwritable(folder / name, field, mark)
+    if isinstance(folder, Path):
+        yield folder
+        return
+    writable(folder, field)
+    with tempfile.TemporaryDirectory(prefix="fewstep-") as new:
+        yield Path(new)
+        for name in marks:
+            (folder / name).put(Path(new) / name)
 
 
 def write_private(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Locks: one process at a time uses a run's or a sweep's folder.
+"""Locks: one process at a time uses a run's or a sweep's folder; any number use a copy, which stays as long.
 
 A lock is the operating system's, on a file that stays: it ends with its process, however that ends, and is never left
 over. The processes of several machines keep each other out where they share the folder by a file system with locks
@@ -7,6 +7,7 @@ over. The processes of several machines keep each other out where they share the
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -15,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 LOCK = ".lock"
@@ -25,13 +25,14 @@ WITHOUT = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # what a file system with
 
 _mutex = threading.Lock()
 _held: dict[str, tuple[int, int]] = {}  # file: its descriptor, and how often this process has taken it
+_shared: dict[tuple[int, int], int] = {}  # device and number of a file: its descriptor
 
 
 class Busy(ValueError):
     """Another process uses the folder; the text names both and the way out."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(file: Path, wait_s: float = 0.0, way_out: str = "choose another with name=...") -> Iterator[None]:
     """Keeps other processes out of the folder of `file` while the body runs; the folder must be there.
 
@@ -52,6 +53,65 @@ def hold(file: Path, wait_s: float = 0.0, way_out: str = "choose another with na
         if time.monotonic() > deadline:
             raise Busy(f"{file.parent}: in use by {_holder(path)}; wait for it or end it, or {way_out}")
         time.sleep(LOOK_S)
+
+
+def share(file: Path) -> bool:
+    """Says until this process ends that it uses the folder of `file`. False if the folder is not there.
+
+    Any number of processes may say so of one folder at a time.
+    """
+    with _descriptor(file) as descriptor:
+        if descriptor is None:
+            return False
+        stat = os.fstat(descriptor)
+        if (stat.st_dev, stat.st_ino) not in _shared:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH)  # waits for one that finds it unused
+            except OSError as error:
+                if error.errno not in WITHOUT:
+                    raise
+            if not _is(descriptor, file):
+                return False
+            _shared[stat.st_dev, stat.st_ino] = os.dup(descriptor)
+    return True
+
+
+@contextlib.contextmanager
+def unused(file: Path) -> Iterator[bool]:
+    """Yields whether the folder of `file` is there and no process shares it; while the body runs, none begins to.
+
+    False also where nobody can know: the file system has no locks.
+    """
+    with _descriptor(file) as descriptor:
+        free = descriptor is not None
+        if free:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                free = False
+        yield free and _is(descriptor, file)
+
+
+@contextlib.contextmanager
+def _descriptor(file: Path) -> Iterator[int | None]:
+    """Opens a file, which is made if its folder is there; None if it is not."""
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _is(descriptor: int, file: Path) -> bool:
+    """True if the open file still has its name: nobody removed its folder since."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(file))
+    except FileNotFoundError:
+        return False
 
 
 def _try_lock(path: str) -> bool:

@@ -6,17 +6,22 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from .config import (
     ConfigError,
+    LocalPath,
+    OutPath,
+    OutPathOrURL,
+    PathOrURL,
     Strict,
+    checked,
     fingerprint,
     flatten,
     nearest,
@@ -29,7 +34,6 @@ from .config import (
     resolve,
     resolve_out,
     resolve_out_ref,
-    resolve_ref,
     validate,
     with_new_names,
 )
@@ -53,23 +57,14 @@ SUFFIX_BYTES = 12  # what a sweep appends to its name for those of its trials
 REPORTING = "report_every save_every keep keep_best keep_best_by keep_best_mode keep_every_images".split()
 
 
-def _checked(check: Callable[[str], Any]) -> AfterValidator:
-    """Returns a validator that calls `check` on a text and leaves the text unchanged."""
-    return AfterValidator(lambda text: (check(text), text)[1])
-
-
 def _model_name(name: str) -> None:
     """Raises ValueError for a name that MLflow's registry does not take."""
     if not re.fullmatch(r"[^/:%'\"\x00-\x1f]{1,256}", name) or not name.strip():
         raise ValueError("a registered model's name has 1 to 256 characters, none of them / : % or a quote")
 
 
-LocalPath = Annotated[str, _checked(resolve)]
-PathOrURL = Annotated[str, _checked(resolve_ref)]
-OutPath = Annotated[str, _checked(resolve_out)]
-OutPathOrURL = Annotated[str, _checked(resolve_out_ref)]
-RunName = Annotated[str, _checked(lambda name: name == "" or plain_name(name))]
-SweepName = Annotated[str, _checked(lambda name: name == "" or plain_name(name, room=SUFFIX_BYTES))]
+RunName = Annotated[str, checked(lambda name: name == "" or plain_name(name))]
+SweepName = Annotated[str, checked(lambda name: name == "" or plain_name(name, room=SUFFIX_BYTES))]
 AnyMethod = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]
 
 
@@ -174,7 +169,7 @@ class Tracking(Strict):
     """Experiment name."""
     uri: str | None = None
     """Tracking server. null takes MLFLOW_TRACKING_URI, else mlflow.db in the folder where the job writes."""
-    model: Annotated[str, _checked(_model_name)] | None = None
+    model: Annotated[str, checked(_model_name)] | None = None
     """Registered model that gets the export as a new version. null takes the recipe's name."""
 
 

@@ -5,7 +5,19 @@ A recipe is YAML; `key.sub=value` arguments override it (values are YAML too); a
 
 from .command import Command, command, parse_arguments, plain_errors
 from .keys import page
-from .paths import ASSETS, home, resolve, resolve_out, resolve_out_ref, resolve_ref
+from .paths import (
+    ASSETS,
+    LocalPath,
+    OutPath,
+    OutPathOrURL,
+    PathOrURL,
+    checked,
+    home,
+    resolve,
+    resolve_out,
+    resolve_out_ref,
+    resolve_ref,
+)
 from .reading import ConfigError, UserError, as_text, parse_json, read, read_json, read_json_lines, to_yaml
 from .reading import parse_yaml as _yaml
 from .settings import (
@@ -27,10 +39,15 @@ __all__ = [
     "ASSETS",
     "Command",
     "ConfigError",
+    "LocalPath",
+    "OutPath",
+    "OutPathOrURL",
+    "PathOrURL",
     "Strict",
     "UserError",
     "_yaml",
     "as_text",
+    "checked",
     "command",
     "differences",
     "fingerprint",

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 from .reading import ConfigError
 
@@ -54,6 +58,11 @@ def resolve_out_ref(ref: str | Path) -> Path | str:
     return str(ref) if "://" in str(ref) else resolve_out(ref)
 
 
+def checked(check: Callable[[str], Any]) -> AfterValidator:
+    """Returns a validator of a settings field that calls `check` on its text and leaves the text unchanged."""
+    return AfterValidator(lambda text: (check(text), text)[1])
+
+
 def _expanded(path: str | Path) -> Path:
     text = str(path)
     if text.startswith("shipped:"):
@@ -67,3 +76,10 @@ def _expanded(path: str | Path) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise ConfigError(f"{text!r}: {error}") from None
+
+
+# Fields of settings, for which an error names the key
+LocalPath = Annotated[str, checked(resolve)]
+PathOrURL = Annotated[str, checked(resolve_ref)]
+OutPath = Annotated[str, checked(resolve_out)]
+OutPathOrURL = Annotated[str, checked(resolve_out_ref)]

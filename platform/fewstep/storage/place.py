@@ -50,8 +50,10 @@ class Place:
     path: str
 
     @classmethod
-    def of(cls, ref: Ref) -> Place:
-        """Returns the place of a path or URL. Raises ValueError if no library for its protocol is installed."""
+    def of(cls, ref: Ref | Place) -> Place:
+        """Returns the place of a path or URL, or a place itself. Raises ValueError where its library is missing."""
+        if isinstance(ref, Place):
+            return ref
         text, shown = str(ref), masked(str(ref))
         if "://" not in text:
             return cls(LocalFileSystem(), text.rstrip("/") or "/")
@@ -282,7 +284,7 @@ def _with_timeout(call: Callable[[], T], seconds: float) -> T:
     return value
 
 
-def probe(ref: Ref) -> None:
+def probe(ref: Ref | Place) -> None:
     """Makes a folder, and writes, reads and removes a file in it. Raises OSError, or an error of the store's own."""
     place = Place.of(ref)
     file = place / f".probe.{secrets.token_hex(8)}"
@@ -294,7 +296,7 @@ def probe(ref: Ref) -> None:
         raise OSError("a file that was written reads back otherwise")
 
 
-def writable(ref: Ref, field: str = "out") -> None:
+def writable(ref: Ref | Place, field: str = "out") -> None:
     """Raises ValueError if a folder is not writable, so that a run fails before its training and not after.
 
     field: the setting that names the folder.
