@@ -20,6 +20,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+import toy
 from demo import losses, recipe
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -36,8 +37,8 @@ from fewstep.config import ConfigError, resolve, validate
 from fewstep.data.feed import StreamFeed, open_feed
 from fewstep.data.manifest import ShardError
 from fewstep.data.shards import ShardWriter, join, open_shards
+from fewstep.engine.checkpoint import read_weights
 from fewstep.engine.folder import newest, step_of
-from fewstep.engine.manifest import read_manifest
 from fewstep.files import sha256_of
 from fewstep.folders import EXPORT, FolderError, appearing, files_in
 from fewstep.locks import share, unused
@@ -122,48 +123,47 @@ def test_a_resume_in_mid_epoch_reads_no_row_twice_and_misses_none(sets, monkeypa
 
 
 def train_runs(folder: Path, runs: dict[str, list[str]]) -> None:
-    """Two workers train each run, in a process whose cluster finds the store in its environment."""
+    """Two workers train each run, in a process whose cluster finds the store in its environment. The run from the store
+    is stopped after its first reports, and goes on."""
     from fewstep.cluster.train import fit
 
-    def follow(line: dict) -> None:
-        if name == "stopped":
-            (folder / "runs" / name / STOP).touch()
-
-    small = ["train.steps=60", "train.save_every=60", "data.memory_mib=0", "cluster.workers=2", "cluster.wait_s=60"]
-    for name, words in runs.items():
-        asked = recipe(folder, f"name={name}", *small, *words)
-        if not fit(asked, follow)["finished"]:
-            (folder / "stopped.txt").write_text(str(newest(asked.checkpoints)))
-            shutil.rmtree(cache_folder() / "shards")  # it goes on on a new machine
-            fit(asked)
+    small = ["train.steps=30", "train.save_every=30", "data.memory_mib=0", "cluster.workers=2", "cluster.wait_s=60"]
+    fit(recipe(folder, "name=folder", *small, *runs["folder"]))
+    store = recipe(folder, "name=store", *small, *runs["store"])
+    stopped = fit(store, lambda line: (store.folder / STOP).touch())
+    (folder / "stopped.json").write_text(json.dumps([stopped["finished"], stopped["step"]]))
+    shutil.rmtree(cache_folder() / "shards")  # it goes on on a new machine
+    fit(store)
 
 
 @pytest.mark.slow
 def test_a_run_on_ray_from_a_store_is_that_of_the_folder_and_goes_on_in_mid_epoch(bucket, store, tmp_path):
-    """Two workers stream two epochs of 203 rows, and end with the same bits, whole or in two parts."""
+    """Two workers stream 103 rows more than twice, and every loss and the last checkpoint have the same bits."""
     from test_export import student  # which imports more than the processes of the runs need
 
-    shards = write(tmp_path / "set", rows=203, size=(1, 16, 16))
+    shards = write(tmp_path / "set", rows=103, size=(1, 16, 16)).manifest.shards
     save_denoiser(student(), tmp_path / "teacher")
-    url, teacher = (send(tmp_path / name, f"{bucket}/{name}") for name in ("set", "teacher"))
-    ours = [f"tracking.uri={store}", f"data.path={url}", f"teacher={teacher}"]
-    disk = [f"tracking.uri={store}", f"data.path={tmp_path / 'set'}", f"teacher={tmp_path / 'teacher'}"]
-    runs = {"folder": disk, "store": ours, "stopped": ours}
+    places = {"folder": str(tmp_path), "store": bucket}
+    for name in ("set", "teacher"):
+        send(tmp_path / name, f"{bucket}/{name}")
+    runs = {
+        name: [f"tracking.uri={store}", f"data.path={place}/set", f"teacher={place}/teacher"]
+        for name, place in places.items()
+    }
     process = multiprocessing.get_context("spawn").Process(target=train_runs, args=(tmp_path, runs))
     process.start()
-    process.join(500)
+    process.join(540)
     process.kill()
     assert process.exitcode == 0
-    assert [path.name for path in copies()] == sorted(shard.sha256 for shard in shards.manifest.shards)
-    stopped = step_of((tmp_path / "stopped.txt").read_text())
-    assert 0 < stopped < 60 and 8 * stopped % 203
-    ends = {name: read_manifest(newest(tmp_path / "runs" / name / "checkpoints")) for name in runs}
-    expected = losses(tmp_path / "runs" / "folder")
-    assert len(expected) == 60 and {"critic/denoise", "student/match"} <= expected[0].keys()
-    for name in ("store", "stopped"):
-        assert losses(tmp_path / "runs" / name) == expected
-        assert ends[name]["step"] == 60 and len(ends[name]["files"]) == 2
-        assert ends[name]["files"] == ends["folder"]["files"]
+    finished, step = json.loads((tmp_path / "stopped.json").read_text())
+    assert not finished and 0 < step < 30 and 8 * step % 103  # not at the end of an epoch
+    assert len(shards) > 1 and [path.name for path in copies()] == sorted(shard.sha256 for shard in shards)
+    folder, store = (tmp_path / "runs" / name for name in runs)
+    assert losses(store) == losses(folder) and len(losses(folder)) == 30
+    assert {"critic/denoise", "student/match"} <= losses(folder)[0].keys()
+    ours, theirs = (newest(run / "checkpoints") for run in (store, folder))
+    assert step_of(ours) == step_of(theirs) == 30
+    assert toy.same(read_weights(ours), read_weights(theirs))  # which of two ranks writes a tensor may differ
 
 
 def test_a_set_larger_than_the_cache_is_read_from_the_store(sets):
